@@ -1,0 +1,204 @@
+"""The configuration: read, merged, validated, and cut into what each stage may see.
+
+Defaults, types and ranges live in workflow/schemas/config.schema.yaml and nowhere else. A stage is
+handed only the sections listed in STAGE_SECTIONS, so a change elsewhere cannot rerun it.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError, best_match
+
+from fairway.errors import UserError
+
+SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow/schemas/config.schema.yaml"
+
+STAGE_SECTIONS = {
+    "tokenize": ("data",),
+    "train": ("model", "train", "runtime"),
+    "ema": ("ema", "runtime"),
+    "ttt": ("ttt", "runtime"),
+    "gptq": ("gptq", "budgets.artifact_bytes", "runtime"),
+    "slot": ("slot", "runtime"),
+    "audit": ("audit", "slot", "budgets", "runtime"),
+    "report": ("report", "budgets"),
+}
+
+
+def load_config(paths: Iterable[str | Path]) -> dict[str, Any]:
+    """Read YAML files, merge each over the ones before it, validate and fill in defaults.
+
+    Raises UserError naming the file, or the key's path with what it allows.
+    """
+    config: dict[str, Any] = {}
+    for path in paths:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path} could not be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(loaded, dict):
+            raise UserError(f"{path} holds {type(loaded).__name__}, expected a mapping of keys")
+        config = merge(config, loaded)
+    return validated(config)
+
+
+def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """`overlay` over `base`: mappings merge key by key, anything else is replaced."""
+    merged = dict(base)
+    for key, value in overlay.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def validated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `config` with defaults filled in; UserError for whatever the schema refuses.
+
+    Each variant's overlay is validated as merged into its section, so that a wrong key inside a
+    variant is found as well.
+    """
+    schema = yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+    complete = copy.deepcopy(dict(config))
+    _check(complete, schema)
+    _fill_defaults(complete, schema, schema)
+    for name in complete["variants"]:
+        _check(variant_config(complete, name), schema, prefix=f"variants.{name}: ")
+    for check in (_check_data, _check_model, _check_train, _check_ema):
+        check(complete)
+    return complete
+
+
+def variant_config(config: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    """The configuration as `variant` sees it: its overlay merged into the sections it changes."""
+    if variant not in config["variants"]:
+        raise UserError(f"no variant {variant!r}: the config has {', '.join(config['variants'])}")
+    return merge(config, config["variants"][variant] or {})
+
+
+def stage_settings(
+    config: Mapping[str, Any], stage: str, variant: str | None = None
+) -> dict[str, Any]:
+    """The sections of a validated config that `stage` may read, as `variant` sees them."""
+    seen = variant_config(config, variant) if variant else config
+    settings: dict[str, Any] = {}
+    for name in STAGE_SECTIONS[stage]:
+        section, _, key = name.partition(".")
+        settings[section] = {key: seen[section][key]} if key else dict(seen[section])
+    return settings
+
+
+def _check(config: Mapping[str, Any], schema: Mapping[str, Any], prefix: str = "") -> None:
+    error = best_match(Draft202012Validator(schema).iter_errors(config))
+    if error is not None:
+        raise UserError(prefix + _explain(error))
+
+
+def _explain(error: ValidationError) -> str:
+    """One line: the key's path, what was found, and what is allowed."""
+    where = ".".join(str(part) for part in error.absolute_path) or "config"
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        unknown = sorted(set(error.instance) - set(known))
+        return f"{where}: unknown key {', '.join(unknown)}; allowed: {', '.join(known) or 'none'}"
+    if error.validator == "required":
+        missing = [key for key in error.validator_value if key not in error.instance]
+        return f"{where}: missing key {', '.join(missing)}"
+    hint = ""
+    if error.validator == "type" and isinstance(error.instance, str) and _is_number(error.instance):
+        hint = " (YAML reads 1e-3 as text: write 1.0e-3)"
+    allowed = {
+        "enum": "one of",
+        "type": "type",
+        "minimum": "at least",
+        "maximum": "at most",
+        "exclusiveMinimum": "more than",
+        "exclusiveMaximum": "less than",
+        "const": "",
+        "pattern": "text matching",
+        "minItems": "a list of at least",
+        "minProperties": "entries, at least",
+    }.get(error.validator, error.validator)
+    expected = error.validator_value
+    if isinstance(expected, list):
+        expected = ", ".join(str(item) for item in expected)
+    if error.validator == "anyOf":
+        choices = [str(choice.get("const", choice.get("type", ""))) for choice in error.validator_value]
+        allowed, expected = "one of", ", ".join(choices)
+    return f"{where}: found {error.instance!r}, expected {allowed} {expected}{hint}".replace("  ", " ")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _fill_defaults(value: dict[str, Any], schema: Mapping[str, Any], root: Mapping[str, Any]) -> None:
+    for key, subschema in schema.get("properties", {}).items():
+        if "$ref" in subschema:
+            name = subschema["$ref"].removeprefix("#/$defs/")
+            subschema = {**root["$defs"][name], **subschema}
+        if key not in value and "default" in subschema:
+            value[key] = copy.deepcopy(subschema["default"])
+        if isinstance(value.get(key), dict):
+            _fill_defaults(value[key], subschema, root)
+
+
+def _check_data(config: Mapping[str, Any]) -> None:
+    data = config["data"]
+    if data["source"] == "jsonl" and not data["paths"]:
+        raise UserError("data.source is 'jsonl' but data.paths is empty: list the files")
+    if data["source"] == "shards" and not data["folder"]:
+        raise UserError("data.source is 'shards' but data.folder is not set: name the folder")
+    if data["source"] == "shards" and not data["tokenizer"]:
+        raise UserError("data.source is 'shards' but data.tokenizer is not set: name its .model file")
+
+
+def _check_model(config: Mapping[str, Any]) -> None:
+    model = config["model"]
+    if model["width"] % model["heads"]:
+        raise UserError(
+            f"model.heads {model['heads']} does not divide model.width {model['width']}"
+        )
+    if model["heads"] % model["kv_heads"]:
+        raise UserError(
+            f"model.kv_heads {model['kv_heads']} does not divide model.heads {model['heads']}"
+        )
+    head_width = model["width"] // model["heads"]
+    if model["rotary_dimensions"] > head_width or model["rotary_dimensions"] % 2:
+        raise UserError(
+            f"model.rotary_dimensions {model['rotary_dimensions']} must be even and at most the "
+            f"head width {head_width} (model.width / model.heads)"
+        )
+    outside = [layer for layer in model["value_layers"] if layer >= model["layers"]]
+    if outside:
+        raise UserError(
+            f"model.value_layers names block {outside[0]}, but model.layers is {model['layers']}"
+        )
+
+
+def _check_train(config: Mapping[str, Any]) -> None:
+    train = config["train"]
+    if train["batch_tokens"] % train["sequence_tokens"]:
+        raise UserError(
+            f"train.sequence_tokens {train['sequence_tokens']} does not divide "
+            f"train.batch_tokens {train['batch_tokens']}"
+        )
+
+
+def _check_ema(config: Mapping[str, Any]) -> None:
+    decay, decays = config["ema"]["decay"], config["train"]["ema_decays"]
+    if config["ema"]["kind"] == "ema" and decay != "auto" and decay not in decays:
+        raise UserError(
+            f"ema.decay {decay} is not tracked: choose auto or one of train.ema_decays {decays}"
+        )

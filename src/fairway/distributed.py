@@ -1,0 +1,79 @@
+"""One process or many: what torchrun started, behind a small record."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fairway.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those that torchrun started."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` → a device; UserError where CUDA is asked for and absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "runtime.device is 'cuda' but PyTorch sees no GPU: use 'auto' or 'cpu', or install a CUDA build"
+        )
+    return torch.device(name)
+
+
+@contextmanager
+def distributed_world(device_name: str) -> Iterator[World]:
+    """Join the process group that torchrun announced (NCCL on GPUs, gloo on CPU), or run alone."""
+    device = resolve_device(device_name)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    if size > 1 and device.type == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started local rank {local_rank} but only {torch.cuda.device_count()} GPUs "
+                "are visible: lower --nproc_per_node or ask for more GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
+        )
+    try:
+        yield World(rank, size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def gather_objects(world: World, value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier(world: World) -> None:
+    """Wait for every rank."""
+    if world.size > 1:
+        dist.barrier()

@@ -1,0 +1,199 @@
+"""The flip test: does any distribution depend on its own target or on a later token?
+
+One token x_t is replaced and the whole evaluator runs again. The distributions of targets 1 … t
+must not move. One flip a run: with two, everything after the earlier one may move legitimately.
+The comparison is bitwise where repeated runs agree bitwise, else against the noise they show.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fairway.audit.contract import FAIL, PASS, Check, Evaluator, evaluate, log_probs_of
+from fairway.audit.positions import Flip
+from fairway.progress import progress
+
+NOISE_MARGIN = 10.0
+"""A change counts from this multiple of the largest difference between repeated runs: the flips
+outnumber the repeats, so their largest noise exceeds that of the repeats."""
+
+LARGEST_NOISE_NATS = 0.1
+"""Above this a score cannot be reproduced, and no flip test can say anything about it."""
+
+UNBOUNDED_NATS = 1e6
+"""Stands for a change from or to a probability of zero (infinite nats, which JSON lacks)."""
+
+
+@dataclass(frozen=True)
+class FlipResult:
+    """changes: float32 [t]; element i is the largest |Δ log p| over the vocabulary of the
+    distribution of target i + 1, for the flip of token t."""
+
+    flip: Flip
+    changes: np.ndarray
+
+
+def largest_changes(before: Tensor, after: Tensor) -> Tensor:
+    """Largest absolute difference of each row, float32 [rows]; exactly 0 where nothing moved."""
+    same = (before == after) | (before.isnan() & after.isnan())
+    difference = torch.where(same, 0.0, (before - after).abs().float())
+    difference = torch.nan_to_num(difference, nan=UNBOUNDED_NATS, posinf=UNBOUNDED_NATS)
+    # An underflowing difference is still a difference.
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.where(same, 0.0, difference.clamp(min=tiny)).amax(dim=1)
+
+
+def measure_noise(evaluator: Evaluator, tokens: Tensor, reference: Tensor, repeats: int) -> float:
+    """Largest change, nats, between `reference` [n, V] and `repeats` runs of the same stream."""
+    noise = 0.0
+    for _ in range(repeats):
+        again = log_probs_of(evaluate(evaluator, tokens))
+        noise = max(noise, float(largest_changes(reference, again).max()))
+    return noise
+
+
+def run_flips(
+    evaluator: Evaluator, tokens: Tensor, reference: Tensor, flips: Sequence[Flip]
+) -> list[FlipResult]:
+    """Run the evaluator once for each flip. reference: its answer [n, V] to the stream as it is."""
+    results = []
+    with progress(len(flips), "flip test", "flip") as bar:
+        for flip in flips:
+            flipped = tokens.clone()
+            flipped[flip.position] = flip.token
+            answer = log_probs_of(evaluate(evaluator, flipped))
+            rows = flip.position
+            changes = largest_changes(reference[:rows], answer[:rows])
+            results.append(FlipResult(flip, changes.cpu().numpy()))
+            bar.update(1)
+    return results
+
+
+def reach_table(results: Sequence[FlipResult], noise_nats: float) -> pd.DataFrame:
+    """How far back a token's influence reaches, one row for each distance.
+
+    Columns: distance_tokens (0: the token's own distribution), pairs (flips that have a
+    distribution so far back), changed (those in which it moved), largest_change_nats.
+    """
+    longest = max((len(result.changes) for result in results), default=0)
+    pairs, changed = np.zeros(longest, np.int64), np.zeros(longest, np.int64)
+    largest = np.zeros(longest)
+    for result in results:
+        backwards = result.changes[::-1]
+        span = len(backwards)
+        pairs[:span] += 1
+        changed[:span] += backwards > NOISE_MARGIN * noise_nats
+        largest[:span] = np.maximum(largest[:span], backwards)
+    return pd.DataFrame(
+        {
+            "distance_tokens": np.arange(longest, dtype=np.int64),
+            "pairs": pairs,
+            "changed": changed,
+            "largest_change_nats": largest,
+        }
+    )
+
+
+def check_flips(results: Sequence[FlipResult], noise_nats: float) -> Check:
+    """PASS where no flip moved the distribution of an earlier target.
+
+    evidence: flips, flips_by_place, leaking_flips, leaking_share, largest_change_nats,
+    reach_tokens (the furthest; 0 where none), examples (the five largest), noise_nats.
+    """
+    threshold = NOISE_MARGIN * noise_nats
+    earlier = [(result.flip, result.changes[:-1]) for result in results]
+    leaks = [(flip, changes) for flip, changes in earlier if (changes > threshold).any()]
+    evidence = {
+        "flips": len(results),
+        "flips_by_place": _count_places(result.flip for result in results),
+        "leaking_flips": len(leaks),
+        "leaking_flips_by_place": _count_places(flip for flip, _ in leaks),
+        "leaking_share": len(leaks) / len(results),
+        "largest_change_nats": max((float(changes.max()) for _, changes in leaks), default=0.0),
+        "reach_tokens": max((_reach(changes, threshold) for _, changes in leaks), default=0),
+        "examples": _examples(leaks, threshold),
+        "noise_nats": noise_nats,
+        "comparison": "bitwise" if noise_nats == 0 else f"changes above {threshold:.3g} nats",
+    }
+    if noise_nats > LARGEST_NOISE_NATS:
+        sentence = (
+            f"Two runs on the same stream differ by {noise_nats:.3g} nats: a score that cannot be "
+            "reproduced cannot be shown to be causal. Make the evaluator deterministic."
+        )
+        return Check("flip", FAIL, sentence, evidence)
+    if leaks:
+        sentence = (
+            f"{len(leaks)} of {len(results)} tokens, when replaced, changed the distribution of an "
+            f"earlier target, by up to {evidence['largest_change_nats']:.3g} nats and up to "
+            f"{evidence['reach_tokens']} tokens back: scores depend on tokens that come later."
+        )
+        return Check("flip", FAIL, sentence, evidence)
+    limit = "" if noise_nats == 0 else f" by more than {threshold:.3g} nats, this backend's noise"
+    sentence = (
+        f"{len(results)} tokens were replaced one at a time, and no earlier target's distribution "
+        f"changed{limit}."
+    )
+    return Check("flip", PASS, sentence, evidence)
+
+
+def check_self_influence(results: Sequence[FlipResult], noise_nats: float) -> Check:
+    """PASS where no token moved its own distribution. evidence: flips, influenced_flips, …"""
+    threshold = NOISE_MARGIN * noise_nats
+    own = [(result.flip, float(result.changes[-1])) for result in results]
+    influenced = [(flip, change) for flip, change in own if change > threshold]
+    evidence = {
+        "flips": len(results),
+        "influenced_flips": len(influenced),
+        "influenced_flips_by_place": _count_places(flip for flip, _ in influenced),
+        "influenced_share": len(influenced) / len(results),
+        "largest_change_nats": max((change for _, change in influenced), default=0.0),
+        "noise_nats": noise_nats,
+    }
+    if influenced:
+        sentence = (
+            f"{len(influenced)} of {len(results)} tokens changed the very distribution that scores "
+            f"them, by up to {evidence['largest_change_nats']:.3g} nats: the answer was used "
+            "before it was predicted."
+        )
+        return Check("self_influence", FAIL, sentence, evidence)
+    sentence = f"None of {len(results)} replaced tokens changed the distribution that scores it."
+    return Check("self_influence", PASS, sentence, evidence)
+
+
+def detectable_leak_rate(random_flips: int, confidence: float = 0.99) -> float | None:
+    """Smallest share of leaking tokens that so many clean random flips rule out: a share r stays
+    unseen with probability (1 - r)^flips. None without random flips."""
+    if random_flips == 0:
+        return None
+    return 1.0 - (1.0 - confidence) ** (1.0 / random_flips)
+
+
+def _reach(changes: np.ndarray, threshold: float) -> int:
+    """Tokens between the flipped one and the earliest target it moved; changes: targets 1 … t-1."""
+    return len(changes) - int(np.flatnonzero(changes > threshold)[0])
+
+
+def _examples(leaks: Sequence[tuple[Flip, np.ndarray]], threshold: float) -> list[dict]:
+    largest = sorted(leaks, key=lambda leak: float(leak[1].max()), reverse=True)[:5]
+    return [
+        {
+            "position": flip.position,
+            "place": flip.place,
+            "replacement": flip.token,
+            "earliest_changed_target": int(np.flatnonzero(changes > threshold)[0]) + 1,
+            "changed_targets": int((changes > threshold).sum()),
+            "largest_change_nats": float(changes.max()),
+        }
+        for flip, changes in largest
+    ]
+
+
+def _count_places(flips: Iterable[Flip]) -> dict[str, int]:
+    places: dict[str, int] = {}
+    for flip in flips:
+        places[flip.place] = places.get(flip.place, 0) + 1
+    return places

@@ -1,0 +1,130 @@
+"""The null test: can the evaluator predict text that nobody can predict better than its source?
+
+A stream is drawn token by token from the model's own softmax p. Whatever an evaluator q learned
+from earlier tokens, E[q(x) / p(x)] = 1 for the next one, so the running product of these ratios is
+a test martingale: an honest q ever drives it above 1/α with probability at most α, whatever the
+model, the dependence between tokens or the length of the stream (Ville's inequality, 1939; G.
+Shafer et al., "Test martingales, Bayes factors and p-values", Statistical Science 26, 2011). So a
+running gain above log(1/α) nats on such text is a leak. No normal approximation enters the verdict;
+one enters the confidence interval, which comes from blocks of consecutive tokens.
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from fairway.audit.contract import (
+    FAIL,
+    NOT_RUN,
+    PASS,
+    Check,
+    Evaluator,
+    Predictor,
+    evaluate,
+    log_probs_of,
+)
+from fairway.progress import progress
+
+BLOCK_TOKENS = 64
+"""Tokens a block of the confidence interval: the scale on which adaptations correlate."""
+
+
+def draw_stream(
+    next_token: Predictor, first_token: int, num_targets: int, seed: int
+) -> tuple[Tensor, np.ndarray]:
+    """Sample a stream from a model, one token at a time.
+
+    next_token: prefix int64 [k] → log-probabilities [V] of token k.
+    Returns the tokens, int64 [num_targets + 1], and float64 [num_targets]: the log-probability,
+    nats, of each target under the very distribution it was drawn from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.empty(num_targets + 1, dtype=torch.int64)
+    tokens[0] = first_token
+    log_probs = np.empty(num_targets)
+    with progress(num_targets, "null stream", "token") as bar:
+        for index in range(num_targets):
+            answer = next_token(tokens[: index + 1].clone()).detach().double().cpu()
+            distribution = torch.log_softmax(answer, dim=-1)
+            drawn = int(torch.multinomial(distribution.exp(), 1, generator=generator))
+            tokens[index + 1] = drawn
+            log_probs[index] = float(distribution[drawn])
+            bar.update(1)
+    return tokens, log_probs
+
+
+def null_gains(evaluator: Evaluator, tokens: Tensor, drawn_log_probs: np.ndarray) -> np.ndarray:
+    """log q(x_t) - log p(x_t), nats, float64 [n]: the evaluator's gain over the true source."""
+    log_probs = log_probs_of(evaluate(evaluator, tokens)).double().cpu()
+    scored = log_probs.gather(1, tokens[1:, None]).squeeze(1).numpy()
+    return scored - drawn_log_probs
+
+
+def block_interval(gains: np.ndarray, confidence: float) -> tuple[float, float, float]:
+    """Mean of `gains` [n] and a t-interval from the means of blocks of consecutive tokens.
+
+    With fewer than two blocks the interval is unbounded.
+    """
+    blocks = max(1, len(gains) // BLOCK_TOKENS)
+    means = np.array([block.mean() for block in np.array_split(gains, blocks)])
+    mean = float(gains.mean())
+    if blocks < 2:
+        return mean, -math.inf, math.inf
+    half = stats.t.ppf((1 + confidence) / 2, blocks - 1) * stats.sem(means)
+    return mean, mean - float(half), mean + float(half)
+
+
+def check_null(
+    gains: np.ndarray | None, significance: float, reported_gain_nats: float | None
+) -> Check:
+    """PASS where the gain on the model's own text never adds up to log(1 / significance) nats.
+
+    gains: float64 [n] of `null_gains`, or None where no model was given to draw from.
+    reported_gain_nats: adaptation's gain on real text, nats a token; the leak is given as its
+        share.
+    """
+    if gains is None:
+        reason = (
+            "No model was given to draw text from: give the distribution of the next token "
+            "without adaptation to run it."
+        )
+        return Check("null", NOT_RUN, reason)
+    running = float(np.cumsum(gains).max())
+    limit = math.log(1.0 / significance)
+    confidence = 0.95
+    mean, low, high = block_interval(gains, confidence)
+    bounded = math.isfinite(low) and math.isfinite(mean)
+    evidence = {
+        "tokens": len(gains),
+        "largest_running_gain_nats": running if math.isfinite(running) else None,
+        "limit_nats": limit,
+        "significance": significance,
+        "gain_nats_per_token": mean if math.isfinite(mean) else None,
+        "confidence": confidence,
+        "interval_nats_per_token": [low, high] if bounded else None,
+        "detectable_gain_nats_per_token": limit / len(gains),
+        "reported_gain_nats_per_token": reported_gain_nats,
+        "leaked_share_of_reported_gain": None,
+    }
+    spread = f" (95 % interval {low:+.4f} to {high:+.4f})" if bounded else ""
+    if not running <= limit:
+        share = ""
+        if reported_gain_nats is not None and reported_gain_nats > 0 and math.isfinite(mean):
+            ratio = mean / reported_gain_nats
+            evidence["leaked_share_of_reported_gain"] = ratio
+            share = f" That is {ratio:.0%} of the gain reported on real text."
+        sentence = (
+            f"On {len(gains)} tokens drawn from the model itself, where an honest reader gains "
+            f"nothing, the evaluator gains {mean:+.4f} nats a token{spread}: it saw the answers."
+            f"{share}"
+        )
+        return Check("null", FAIL, sentence, evidence)
+    sentence = (
+        f"On {len(gains)} tokens drawn from the model itself the evaluator gains {mean:+.4f} nats "
+        f"a token{spread}, no more than chance allows; a leak worth {limit / len(gains):.4f} nats "
+        "a token would have failed."
+    )
+    return Check("null", PASS, sentence, evidence)

@@ -1,0 +1,175 @@
+"""Where to look: which excerpt to audit and which of its tokens to flip.
+
+A leak may live in one place only: a window's first target, the seam between two lanes, a document
+boundary. Half of the flips are therefore aimed at such places, as far as the evaluator's geometry
+is told; the other half are drawn at random, and only those support a statement about leak rates.
+"""
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fairway.errors import UserError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the evaluator cuts a stream: a hint that aims the flips, never trusted as a fact.
+
+    window_tokens: context length; the first window scores all its targets.
+    stride_tokens: targets that each later window scores.
+    lanes: contiguous runs of windows that are worked through side by side.
+    batch_windows: consecutive windows that are adapted together.
+    """
+
+    window_tokens: int
+    stride_tokens: int
+    lanes: int = 1
+    batch_windows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.stride_tokens < 1 or self.window_tokens < self.stride_tokens:
+            raise UserError(
+                f"window of {self.window_tokens} tokens with stride {self.stride_tokens}: "
+                "expected 1 ≤ stride ≤ window"
+            )
+        if self.lanes < 1 or self.batch_windows < 1:
+            raise UserError(
+                f"{self.lanes} lanes and {self.batch_windows} windows a batch: expected ≥ 1 each"
+            )
+
+    def slices(self, num_targets: int) -> list[tuple[int, int]]:
+        """First and last target (inclusive, from 1) that each window scores."""
+        slices = [(1, min(self.window_tokens, num_targets))]
+        while slices[-1][1] < num_targets:
+            start = slices[-1][1] + 1
+            slices.append((start, min(start + self.stride_tokens - 1, num_targets)))
+        return slices
+
+    def context_start(self, target: int) -> int:
+        """First token that the window which scores `target` reads."""
+        beyond = max(0, target - self.window_tokens)
+        return -(-beyond // self.stride_tokens) * self.stride_tokens
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Token `position` is replaced by `token`; `place` says why there (`random` or a seam)."""
+
+    position: int
+    token: int
+    place: str
+
+
+def choose_excerpt(tokens: Tensor, num_targets: int, bos_id: int) -> int:
+    """Where an excerpt of `num_targets` + 1 tokens starts: at the document start (or token 0)
+    whose excerpt holds the most document starts, the earliest of those. tokens: int64 [N]."""
+    last_start = len(tokens) - num_targets - 1
+    if last_start <= 0:
+        return 0
+    starts = (tokens == bos_id).nonzero().flatten().tolist()
+    candidates = [0, *(start for start in starts if start <= last_start)]
+    boundaries = (tokens == bos_id).cumsum(0)
+    return max(
+        candidates, key=lambda start: int(boundaries[start + num_targets]) - int(boundaries[start])
+    )
+
+
+def plan_flips(
+    tokens: Tensor,
+    *,
+    vocab_size: int,
+    bos_id: int,
+    geometry: Geometry | None,
+    num_flips: int,
+    seed: int,
+) -> list[Flip]:
+    """At most `num_flips` flips of distinct (position, token), the first half of them random.
+
+    tokens: int64 [n + 1]. Targets are positions 1 … n. The random half takes one position from each
+    of equally long sections of the stream, so that it finds a leak of a given rate at least as
+    often as independent draws would.
+    """
+    assert vocab_size > 2, "a flip needs a third token beside the old one and the document mark"
+    generator = random.Random(seed)
+    num_targets = len(tokens) - 1
+    num_random = min(num_targets, (num_flips + 1) // 2)
+    places = [("random", target) for target in _one_per_section(num_targets, num_random, generator)]
+    aimed = _round_robin(_seams(tokens, bos_id, geometry, generator))
+    taken = set()
+    flips = []
+    for place, target in [*places, *aimed]:
+        key = (target, place == "new document")
+        if key in taken or len(flips) == num_flips:
+            continue
+        taken.add(key)
+        token = (
+            bos_id
+            if place == "new document"
+            else _other_token(int(tokens[target]), vocab_size, bos_id, generator)
+        )
+        flips.append(Flip(target, token, place))
+    return flips
+
+
+def _one_per_section(num_targets: int, sections: int, generator: random.Random) -> list[int]:
+    edges = [1 + section * num_targets // sections for section in range(sections + 1)]
+    return [generator.randrange(*pair) for pair in zip(edges, edges[1:], strict=False)]
+
+
+def _other_token(token: int, vocab_size: int, bos_id: int, generator: random.Random) -> int:
+    """A token other than this one and the document mark, whose flips are aimed separately."""
+    while True:
+        other = generator.randrange(vocab_size)
+        if other not in (token, bos_id):
+            return other
+
+
+def _seams(
+    tokens: Tensor, bos_id: int, geometry: Geometry | None, generator: random.Random
+) -> dict[str, list[int]]:
+    """Targets at which leaks like to hide, shuffled, by kind of place."""
+    num_targets = len(tokens) - 1
+    documents = [start for start in (tokens == bos_id).nonzero().flatten().tolist() if start > 0]
+    words = [target for target in range(1, num_targets + 1) if int(tokens[target]) != bos_id]
+    seams = {"last target": [num_targets], "first target": [1]}
+    if geometry is not None:
+        seams |= _geometry_seams(geometry, num_targets)
+    seams["document start"] = documents
+    seams["new document"] = words
+    seams["after a document start"] = [start + 1 for start in documents if start < num_targets]
+    for targets in seams.values():
+        generator.shuffle(targets)
+    return seams
+
+
+def _geometry_seams(geometry: Geometry, num_targets: int) -> dict[str, list[int]]:
+    slices = geometry.slices(num_targets)
+    count = len(slices)
+    lane_starts = sorted(
+        {lane * count // geometry.lanes for lane in range(1, geometry.lanes)} - {0}
+    )
+    batch_starts = list(range(geometry.batch_windows, count, geometry.batch_windows))
+    return {
+        "first target of a window": [start for start, _ in slices[1:]],
+        "last target of a window": [stop for _, stop in slices],
+        "lane boundary": _around(slices, lane_starts),
+        "batch boundary": _around(slices, batch_starts) if geometry.batch_windows > 1 else [],
+        "last window": [slices[-1][0]],
+    }
+
+
+def _around(slices: list[tuple[int, int]], windows: Iterable[int]) -> list[int]:
+    """The last target before each of these windows, and its first."""
+    return [target for k in windows for target in (slices[k - 1][1], slices[k][0])]
+
+
+def _round_robin(groups: dict[str, list[int]]) -> Iterator[tuple[str, int]]:
+    """One of each kind, then a second of each, and so on."""
+    longest = max((len(targets) for targets in groups.values()), default=0)
+    for turn in range(longest):
+        for place, targets in groups.items():
+            if turn < len(targets):
+                yield place, targets[turn]

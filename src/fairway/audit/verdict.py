@@ -1,0 +1,215 @@
+"""Run every check that needs the evaluator, and put all verdicts into one record."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fairway.audit.checks import (
+    check_claimed_score,
+    check_coverage,
+    check_normalisation,
+    wrong_row_count,
+)
+from fairway.audit.contract import (
+    FAIL,
+    NOT_RUN,
+    PASS,
+    Check,
+    Evaluator,
+    Predictor,
+    evaluate,
+    log_probs_of,
+)
+from fairway.audit.flip import (
+    check_flips,
+    check_self_influence,
+    detectable_leak_rate,
+    largest_changes,
+    measure_noise,
+    reach_table,
+    run_flips,
+)
+from fairway.audit.null import check_null, draw_stream, null_gains
+from fairway.audit.positions import Geometry, plan_flips
+from fairway.errors import UserError
+
+SAME_DISTRIBUTION_NATS = 1e-3
+"""An evaluator this close to the plain model at every target does not adapt."""
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How thorough the audit is (config section `audit`).
+
+    flips: tokens replaced, each at the cost of one evaluation of the excerpt; ≥ 2.
+    stream_tokens: targets of the excerpt of validation text that is audited; ≥ 2.
+    null_tokens: targets drawn from the model for the null test; 0 leaves it out.
+    noise_repeats: more runs of the unchanged excerpt: does the backend repeat itself? ≥ 1.
+    significance: chance that the null test fails an honest evaluator, at most; in (0, 1).
+    """
+
+    flips: int
+    stream_tokens: int
+    null_tokens: int
+    noise_repeats: int
+    significance: float
+
+    def __post_init__(self) -> None:
+        for key, least in (
+            ("flips", 2),
+            ("stream_tokens", 2),
+            ("null_tokens", 0),
+            ("noise_repeats", 1),
+        ):
+            if getattr(self, key) < least:
+                raise UserError(f"audit.{key} is {getattr(self, key)}: expected at least {least}")
+        if not 0 < self.significance < 1:
+            raise UserError(
+                f"audit.significance is {self.significance}: expected a number between 0 and 1"
+            )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The evaluator under audit with what its owner tells about it.
+
+    tokens: int64 [n + 1], the excerpt of real text.
+    geometry: aims the flips.
+    next_token: the plain model, from which text is drawn for the null test.
+    base: the same evaluator without adaptation, which decides the track.
+    reported_gain_nats: adaptation's gain on real text, nats a token.
+    table, table_targets: tokens.parquet of the whole evaluation, and the targets it should hold.
+    """
+
+    evaluator: Evaluator
+    tokens: Tensor
+    vocab_size: int
+    bos_id: int
+    geometry: Geometry | None = None
+    next_token: Predictor | None = None
+    base: Evaluator | None = None
+    reported_gain_nats: float | None = None
+    table: pd.DataFrame | None = None
+    table_targets: int | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What running the evaluator showed: the checks, the flips' reach, the track, the limits."""
+
+    checks: list[Check]
+    reach: pd.DataFrame
+    track: str
+    detectable_leak_rate_99: float | None
+
+
+def audit_evaluator(subject: Subject, settings: AuditSettings, seed: int) -> Findings:
+    """Run the flip, self-influence, null, normalisation, claimed-score and coverage checks.
+
+    The evaluator runs 1 + noise_repeats + flips times on the excerpt and once on a null stream.
+    Raises UserError where its answer has not the form of `fairway.audit.contract`.
+    """
+    tokens, num_targets = subject.tokens, len(subject.tokens) - 1
+    answer = evaluate(subject.evaluator, tokens)
+    reference = log_probs_of(answer)
+    if len(reference) != num_targets:
+        return _cannot_run(reference, num_targets)
+    flips = plan_flips(
+        tokens,
+        vocab_size=subject.vocab_size,
+        bos_id=subject.bos_id,
+        geometry=subject.geometry,
+        num_flips=settings.flips,
+        seed=seed,
+    )
+    noise = measure_noise(subject.evaluator, tokens, reference, settings.noise_repeats)
+    results = run_flips(subject.evaluator, tokens, reference, flips)
+    gains = _null_gains(subject, settings.null_tokens, seed)
+    checks = [
+        check_flips(results, noise),
+        check_self_influence(results, noise),
+        check_null(gains, settings.significance, subject.reported_gain_nats),
+        check_normalisation(reference, subject.vocab_size),
+        check_claimed_score(answer, tokens),
+        check_coverage(answer, num_targets, subject.table, subject.table_targets),
+    ]
+    random_flips = sum(flip.place == "random" for flip in flips)
+    return Findings(
+        checks,
+        reach_table(results, noise),
+        _track(subject, reference),
+        detectable_leak_rate(random_flips),
+    )
+
+
+def overall_verdict(checks: Sequence[Check]) -> str:
+    """FAIL where any check fails, else PASS; checks that were not run stay listed as such."""
+    return FAIL if any(check.verdict == FAIL for check in checks) else PASS
+
+
+def audit_record(
+    checks: Sequence[Check],
+    findings: Findings,
+    *,
+    variant: str | None,
+    seed: int,
+    parameters: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of audit.json. checks: all of them, in the order of the report."""
+    return {
+        "verdict": overall_verdict(checks),
+        "variant": variant,
+        "seed": seed,
+        "track": findings.track,
+        "checks": [asdict(check) for check in checks],
+        "not_run": [check.name for check in checks if check.verdict == NOT_RUN],
+        "parameters": parameters,
+        "detectable_leak_rate_99": findings.detectable_leak_rate_99,
+    }
+
+
+def verdict_lines(record: dict[str, Any]) -> list[str]:
+    """A short table of the verdicts, one line a check, for a terminal."""
+    lines = [
+        f"{check['verdict']:8} {check['name']:15} {check['sentence']}" for check in record["checks"]
+    ]
+    rate = record["detectable_leak_rate_99"]
+    if rate is not None:
+        lines.append(
+            f"{'':8} {'thoroughness':15} A leak at {rate:.1%} of all tokens or more would have "
+            "been seen with 99 % probability, and one at a seam of the geometry sooner."
+        )
+    return [*lines, f"{record['verdict']:8} {'overall':15} track: {record['track']}"]
+
+
+def _cannot_run(reference: Tensor, num_targets: int) -> Findings:
+    reason = "It needs one distribution for each target."
+    names = ("flip", "self_influence", "null", "normalisation", "claimed_score")
+    checks = [Check(name, NOT_RUN, reason) for name in names]
+    checks.append(wrong_row_count(reference, num_targets))
+    return Findings(checks, reach_table([], 0.0), "unknown", None)
+
+
+def _null_gains(subject: Subject, null_tokens: int, seed: int) -> np.ndarray | None:
+    if subject.next_token is None or null_tokens == 0:
+        return None
+    first = int(subject.tokens[0])
+    tokens, drawn = draw_stream(subject.next_token, first, null_tokens, seed)
+    return null_gains(subject.evaluator, tokens, drawn)
+
+
+def _track(subject: Subject, reference: Tensor) -> str:
+    """`fixed` where the scores are the plain model's, `adaptive` where not, else `unknown`."""
+    if subject.base is None:
+        return "unknown"
+    plain = log_probs_of(evaluate(subject.base, subject.tokens))
+    if plain.shape != reference.shape:
+        return "unknown"
+    largest = float(torch.nan_to_num(largest_changes(plain, reference), nan=math.inf).max())
+    return "fixed" if largest <= SAME_DISTRIBUTION_NATS else "adaptive"

@@ -1,0 +1,95 @@
+"""Fit the artifact into the size limit by zeroing the codes that cost least."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairway.errors import UserError
+from fairway.quantization.artifact import Stored, encode_artifact, storage_of
+from fairway.quantization.integers import QuantizedTensor
+
+MAXIMUM_SEARCH_STEPS = 8
+SLACK_FRACTION = 0.0005
+"""The search stops this close under the limit: each step compresses the whole model."""
+
+
+def code_bytes(files: Iterable[str | Path]) -> int:
+    """Size in bytes of the source files that the artifact needs to run."""
+    return sum(Path(file).stat().st_size for file in files)
+
+
+def fit_to_limit(
+    config: Mapping[str, Any], tensors: Mapping[str, Stored], limit_bytes: int
+) -> tuple[dict[str, Stored], int]:
+    """Zero as few ±1 codes of the int6 banks as make the artifact at most `limit_bytes` long.
+
+    Codes go in the order of their row's squared scale, least first: that is the squared change of
+    the weight. The number is found by interpolation between one that is too small and one that is
+    large enough. Returns the tensors and the number zeroed; UserError where all of them are too few.
+    """
+    size = len(encode_artifact(config, tensors))
+    if size <= limit_bytes:
+        return dict(tensors), 0
+    order = _cheapest_ones(tensors)
+    too_few, too_large_size = 0, size
+    enough = len(order)
+    fitted = _with_zeros(tensors, order)
+    fitting_size = len(encode_artifact(config, fitted))
+    if fitting_size > limit_bytes:
+        raise UserError(
+            f"the artifact needs {fitting_size} bytes even with all {enough} codes of ±1 zeroed, but "
+            f"{limit_bytes} are left of budgets.artifact_bytes beside the code: "
+            "make the model smaller or raise the budget"
+        )
+    for _ in range(MAXIMUM_SEARCH_STEPS):
+        if enough - too_few <= 1 or limit_bytes - fitting_size <= limit_bytes * SLACK_FRACTION:
+            break
+        # Aimed at the middle of the slack, so that the step is as likely to fit as to be close.
+        target = limit_bytes * (1 - SLACK_FRACTION / 2)
+        share = (too_large_size - target) / (too_large_size - fitting_size)
+        middle = too_few + round((enough - too_few) * share)
+        middle = min(max(middle, too_few + 1), enough - 1)
+        candidate = _with_zeros(tensors, order[:middle])
+        size = len(encode_artifact(config, candidate))
+        if size <= limit_bytes:
+            enough, fitted, fitting_size = middle, candidate, size
+        else:
+            too_few, too_large_size = middle, size
+    return fitted, enough
+
+
+def zero_codes(tensors: Mapping[str, Stored], bank: str) -> list[int]:
+    """How many codes of each matrix of `bank` are zero."""
+    return (tensors[bank].codes == 0).sum((1, 2)).tolist()
+
+
+def _int6_names(tensors: Mapping[str, Stored]) -> list[str]:
+    return [name for name in sorted(tensors) if storage_of(name) == "int6"]
+
+
+def _cheapest_ones(tensors: Mapping[str, Stored]) -> torch.Tensor:
+    """Positions of the ±1 codes in the joined banks, the cheapest to zero first: int64."""
+    positions, scales, offset = [], [], 0
+    for name in _int6_names(tensors):
+        codes = tensors[name].codes
+        ones = (codes.abs() == 1).flatten().nonzero().flatten()
+        positions.append(ones + offset)
+        scales.append(tensors[name].scales.flatten()[ones // codes.shape[-1]])
+        offset += codes.numel()
+    # Scales are positive, so their order is that of their squares.
+    order = torch.cat(scales).float().argsort(stable=True)
+    return torch.cat(positions)[order]
+
+
+def _with_zeros(tensors: Mapping[str, Stored], positions: torch.Tensor) -> dict[str, Stored]:
+    """A copy of `tensors` with the codes at `positions` of the joined banks zeroed."""
+    result, offset = dict(tensors), 0
+    for name in _int6_names(tensors):
+        codes = tensors[name].codes.clone()
+        inside = (positions >= offset) & (positions < offset + codes.numel())
+        codes.view(-1)[positions[inside] - offset] = 0
+        offset += codes.numel()
+        result[name] = QuantizedTensor(codes, tensors[name].scales)
+    return result

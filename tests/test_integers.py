@@ -1,0 +1,108 @@
+"""Integer codes, their scales, and the straight-through estimator."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fairway.errors import UserError
+from fairway.quantization.integers import (
+    QuantizedTensor,
+    bytes_to_codes,
+    codes_to_bytes,
+    fake_quantize_int6,
+    round_to_nearest,
+)
+
+matrices = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=7),
+    elements=st.floats(-1000, 1000, width=32),
+).map(torch.from_numpy)
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(6, 31), (8, 127)])
+@settings(max_examples=100, deadline=None)
+@given(weights=matrices)
+def test_error_is_at_most_half_a_step(weights, bits, limit):
+    quantized = round_to_nearest(weights, bits)
+    assert quantized.codes.dtype == torch.int8 and quantized.scales.dtype == torch.float16
+    assert quantized.codes.abs().max() <= limit
+    step = quantized.scales.float().unsqueeze(-1)
+    # The scale is itself rounded to fp16: relative 2^-11, or half of 2^-24 where it is subnormal.
+    slack = limit * (step * 2**-11 + 2**-25)
+    assert ((quantized.dequantize() - weights).abs() <= step / 2 + slack).all()
+
+
+def test_quantising_what_was_quantised_changes_nothing():
+    weights = round_to_nearest(torch.randn(5, 64), 6).dequantize()
+    again = round_to_nearest(weights, 6)
+    assert torch.equal(again.dequantize(), weights)
+
+
+def test_largest_magnitude_of_a_row_gets_the_largest_code():
+    weights = torch.tensor([[-2.0, 1.0, 0.0], [0.5, 0.25, 4.0]])
+    codes = round_to_nearest(weights, 6).codes
+    assert codes[0].tolist() == [-31, 16, 0] and codes[1, 2] == 31
+
+
+def test_zero_rows_stay_zero_and_keep_a_positive_scale():
+    quantized = round_to_nearest(torch.zeros(3, 4), 6)
+    assert (quantized.codes == 0).all() and (quantized.scales > 0).all()
+
+
+def test_scales_are_used_as_stored_in_fp16():
+    weights = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    quantized = round_to_nearest(weights, 6)
+    expected = (weights / quantized.scales.float().unsqueeze(1)).round().clamp(-31, 31)
+    assert torch.equal(quantized.codes.float(), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    weights = torch.ones(2, 3)
+    weights[1, 2] = value
+    with pytest.raises(UserError, match="1 of 6 weights are not finite"):
+        round_to_nearest(weights, 6)
+
+
+def test_fake_quantisation_is_exact_in_value_and_transparent_in_gradient():
+    weight = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    output = fake_quantize_int6(weight)
+    assert torch.equal(output, round_to_nearest(weight.detach(), 6).dequantize())
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    output.backward(upstream)
+    assert torch.equal(weight.grad, upstream)
+
+
+@pytest.mark.parametrize("tail", range(5))
+def test_every_int6_code_survives_packing_at_any_length(tail):
+    codes = torch.tensor([*range(-31, 32), *range(tail)], dtype=torch.int8)
+    restored = bytes_to_codes(codes_to_bytes(codes), tuple(codes.shape), 6)
+    assert torch.equal(restored, codes)
+
+
+def test_every_int8_code_survives_packing():
+    codes = torch.arange(-127, 128, dtype=torch.int8).view(5, 51)
+    assert torch.equal(bytes_to_codes(codes_to_bytes(codes), (5, 51), 8), codes)
+
+
+@settings(max_examples=50, deadline=None)
+@given(codes=hnp.arrays(np.int8, hnp.array_shapes(max_side=9), elements=st.integers(-31, 31)))
+def test_packing_round_trip(codes):
+    # Transposed, so that the memory is not in row-major order.
+    codes = torch.from_numpy(codes).permute(*reversed(range(codes.ndim)))
+    assert torch.equal(bytes_to_codes(codes_to_bytes(codes), tuple(codes.shape), 6), codes)
+
+
+@pytest.mark.parametrize(("code", "bits"), [(32, 6), (-32, 6), (-128, 8)])
+def test_codes_out_of_range_are_refused(code, bits):
+    with pytest.raises(UserError, match=f"int{bits} allows"):
+        bytes_to_codes(np.array([0, code], dtype=np.int8).tobytes(), (2,), bits)
+
+
+def test_dequantised_weights_are_float32():
+    tensor = QuantizedTensor(torch.ones(2, 3, dtype=torch.int8), torch.ones(2, dtype=torch.float16))
+    assert tensor.dequantize().dtype == torch.float32

@@ -18,6 +18,8 @@ from fairway.errors import UserError
 
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow/schemas/config.schema.yaml"
 
+VARIANT_STAGES = ("ttt", "gptq", "slot", "audit")
+
 STAGE_SECTIONS = {
     "tokenize": ("data",),
     "train": ("model", "train", "runtime"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fairway.distributed import World
 from fairway.files import read_json, sha256_of, write_json
 
 PACKAGES = ("fairway", "torch", "numpy", "sentencepiece", "safetensors", "pandas", "scipy")
@@ -75,6 +76,20 @@ def write_provenance(
             "versions": package_versions(),
         },
     )
+
+
+def runtime_metrics(model: Any, world: World) -> dict[str, Any]:
+    """The keys of metrics.json that say how a stage computed.
+
+    model: anything with `attention_backend` and `compute_dtype`, as fairway.model.gpt.GPT has.
+    """
+    return {
+        "device": device_name(world.device),
+        "processes": world.size,
+        "attention_backend": model.attention_backend,
+        "precision": str(model.compute_dtype).removeprefix("torch."),
+        "peak_memory_bytes": peak_memory_bytes(world.device),
+    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fairway.errors import UserError
 from fairway.model.attention import select_backend
 from fairway.model.gpt import GPT
 
@@ -24,10 +25,14 @@ def prepare(model: GPT, settings: RuntimeSettings) -> GPT:
     precision = settings.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
+    if precision == "float32" and settings.attention == "flash_attn":
+        raise UserError(
+            "runtime.attention 'flash_attn' takes half precisions only, but runtime.precision is "
+            "float32 here: use 'auto' or 'sdpa', or precision bfloat16"
+        )
     model.compute_dtype = getattr(torch, precision)
-    # The flash kernels take half precisions only.
     model.attention_backend = (
-        select_backend(settings.attention, device) if precision != "float32" else "sdpa"
+        "sdpa" if precision == "float32" else select_backend(settings.attention, device)
     )
     return model
 

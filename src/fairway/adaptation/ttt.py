@@ -1,0 +1,170 @@
+"""Test-time training as the record does it: some epochs of AdamW before quantisation.
+
+On held-out *training* text it is simply more training. On validation text, as the record's code
+had it, the artifact has seen what it is scored on; the lineage check of the audit says so.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fairway.distributed import World
+from fairway.errors import UserError
+from fairway.model.gpt import GPT, block_of_bank_row, parameter_shapes
+from fairway.progress import progress
+
+PER_BLOCK = (
+    "query_output_bank",
+    "key_value_bank",
+    "mlp_up_bank",
+    "mlp_down_bank",
+    "residual_mix",
+    "attention_scale",
+    "mlp_scale",
+    "query_gain",
+)
+
+
+@dataclass(frozen=True)
+class TTTSettings:
+    """The config section `ttt`."""
+
+    data: str
+    epochs: int
+    learning_rate: float
+    final_learning_rate_fraction: float
+    weight_decay: float
+    batch_sequences: int
+    gradient_clip: float
+    frozen_blocks: int
+
+
+def adapt(
+    model: GPT,
+    tokens: np.ndarray,
+    settings: TTTSettings,
+    *,
+    seed: int,
+    world: World,
+    compile_model: bool = False,
+) -> list[float]:
+    """Train `model` in place on integer `tokens` [n+1]; returns each epoch's mean loss in nats.
+
+    Sequences have the model's training length and do not overlap; each epoch visits them in a new
+    seeded order. The learning rate falls by a cosine over each epoch, from learning_rate to
+    final_learning_rate_fraction of it. Raises UserError where the text is shorter than one
+    sequence, where processes do not divide the batch, and where the loss is not finite.
+    """
+    inputs, targets = _sequences(tokens, model.config.sequence_tokens)
+    if settings.batch_sequences % world.size:
+        raise UserError(
+            f"ttt.batch_sequences {settings.batch_sequences} is not divisible by the "
+            f"{world.size} processes: change one of them"
+        )
+    if settings.frozen_blocks > model.config.layers:
+        raise UserError(
+            f"ttt.frozen_blocks {settings.frozen_blocks} exceeds model.layers {model.config.layers}"
+        )
+    masks = trainable_masks(model, settings.frozen_blocks)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
+    )
+    loss_function = torch.compile(model.loss) if compile_model else model.loss
+    steps = math.ceil(len(inputs) / settings.batch_sequences)
+    losses = []
+    with progress(settings.epochs * steps, "ttt", "step", show=world.is_main) as bar:
+        for epoch in range(settings.epochs):
+            total = 0.0
+            for step, rows in enumerate(_batches(len(inputs), settings, seed, epoch)):
+                for group in optimizer.param_groups:
+                    group["lr"] = cosine_rate(step / steps, settings)
+                loss = _backward(model, loss_function, inputs, targets, rows, world)
+                _update(model, optimizer, masks, settings)
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"ttt loss is {loss} in epoch {epoch + 1}: lower ttt.learning_rate"
+                    )
+                total += loss * len(rows)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update(1)
+            losses.append(total / len(inputs))
+    return losses
+
+
+def cosine_rate(fraction: float, settings: TTTSettings) -> float:
+    """Learning rate at `fraction` (0 to 1) of an epoch."""
+    floor = settings.final_learning_rate_fraction
+    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * fraction)))
+
+
+def trainable_masks(model: GPT, frozen_blocks: int) -> dict[str, torch.Tensor]:
+    """For each parameter with a slice in a frozen block: float mask, 0 where it must not move.
+
+    The matrices of a block lie in banks that other blocks share, so freezing is by slice.
+    """
+    if frozen_blocks == 0:
+        return {}
+    parameters, layers = dict(model.named_parameters()), model.config.layers
+    masks = {}
+    for name in PER_BLOCK:
+        if name.endswith("_bank"):
+            blocks = torch.tensor(block_of_bank_row(name, layers))
+        else:
+            blocks = torch.arange(layers)
+        shape = (-1, *[1] * (len(parameter_shapes(model.config)[name]) - 1))
+        masks[name] = (blocks >= frozen_blocks).float().view(shape).to(parameters[name].device)
+    return masks
+
+
+def _sequences(tokens: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    count = (len(tokens) - 1) // length
+    if count == 0:
+        raise UserError(
+            f"the text for ttt has {len(tokens)} tokens, fewer than one sequence of {length}: "
+            "raise data.adaptation_tokens"
+        )
+    stream = torch.from_numpy(np.asarray(tokens[: count * length + 1], dtype=np.int64))
+    return stream[:-1].view(count, length), stream[1:].view(count, length)
+
+
+def _batches(count: int, settings: TTTSettings, seed: int, epoch: int) -> Iterator[np.ndarray]:
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    for first in range(0, count, settings.batch_sequences):
+        yield order[first : first + settings.batch_sequences]
+
+
+def _backward(model, loss_function, inputs, targets, rows, world: World) -> float:
+    """Gradients of the mean loss of the sequences `rows`, shared out over the processes."""
+    mine = torch.from_numpy(rows[world.rank :: world.size])
+    if len(mine):
+        x, y = inputs[mine].to(world.device), targets[mine].to(world.device)
+        loss = loss_function(x, y) * (len(mine) / len(rows))
+    else:
+        # Every process must have gradients to average, also one without a sequence.
+        loss = sum(parameter.sum() for parameter in model.parameters()) * 0.0
+    loss.backward()
+    loss = loss.detach()
+    if world.size > 1:
+        dist.all_reduce(loss)
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+    return float(loss)
+
+
+@torch.no_grad()
+def _update(model: GPT, optimizer, masks: dict[str, torch.Tensor], settings: TTTSettings) -> None:
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        parameters[name].grad.mul_(mask)
+    torch.nn.utils.clip_grad_norm_(parameters.values(), settings.gradient_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    # AdamW's own decay would move frozen slices too, so it is off and this one heeds the masks.
+    decay = optimizer.param_groups[0]["lr"] * settings.weight_decay
+    if decay:
+        for name, parameter in parameters.items():
+            parameter.mul_(1 - decay * masks.get(name, 1.0))

@@ -1,0 +1,128 @@
+"""The record's optimiser: Muon for the banks, AdamW for embeddings and for everything small."""
+
+import torch
+import torch.distributed as dist
+
+from fairway.model.gpt import BANKS, GPT
+from fairway.training.muon import BankShards
+
+EMBEDDINGS = ("token_embedding", "bigram_embedding", "value_embedding")
+
+
+def parameter_groups(model: GPT) -> dict[str, list[str]]:
+    """Names by group (`matrix`, `embedding`, `scalar`); every parameter is in exactly one."""
+    names = [name for name, _ in model.named_parameters()]
+    groups = {
+        "matrix": [name for name in names if name in BANKS],
+        "embedding": [name for name in names if name in EMBEDDINGS],
+        "scalar": [name for name in names if name not in (*BANKS, *EMBEDDINGS)],
+    }
+    assert sorted(sum(groups.values(), [])) == sorted(names)
+    assert len(groups["matrix"]) == len(BANKS) and len(groups["embedding"]) == len(EMBEDDINGS)
+    return groups
+
+
+class Optimizer:
+    """One step from local gradients: average over processes, clip by global norm, update.
+
+    learning_rates: base rate of each group of `parameter_groups`.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        learning_rates: dict[str, float],
+        betas: tuple[float, float],
+        weight_decay: float,
+        newton_schulz_steps: int,
+        gradient_clip: float,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        groups = parameter_groups(model)
+        parameters = dict(model.named_parameters())
+        self.world_size = world_size
+        self.learning_rates = learning_rates
+        self.weight_decay = weight_decay
+        self.newton_schulz_steps = newton_schulz_steps
+        self.gradient_clip = gradient_clip
+        self.banks = {
+            name: BankShards(parameters[name], rank, world_size) for name in groups["matrix"]
+        }
+        self.replicated = {
+            name: parameters[name] for name in (*groups["embedding"], *groups["scalar"])
+        }
+        self.adam = torch.optim.AdamW(
+            [
+                {"params": [parameters[name] for name in groups[group]], "name": group}
+                for group in ("embedding", "scalar")
+            ],
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=True,
+        )
+
+    @torch.no_grad()
+    def step(self, learning_rate_scale: float, momentum: float) -> None:
+        """Update every parameter from its `.grad`, then clear the gradients."""
+        shards = {name: bank.reduce_gradient() for name, bank in self.banks.items()}
+        self._average_replicated()
+        clip = self._clip_factor(shards)
+        torch._foreach_mul_([p.grad for p in self.replicated.values()], clip)
+        for group in self.adam.param_groups:
+            group["lr"] = self.learning_rates[group["name"]] * learning_rate_scale
+        self.adam.step()
+        for name, bank in self.banks.items():
+            bank.step(
+                shards[name] * clip,
+                learning_rate=self.learning_rates["matrix"] * learning_rate_scale,
+                momentum=momentum,
+                weight_decay=self.weight_decay,
+                newton_schulz_steps=self.newton_schulz_steps,
+            )
+        for parameter in (*self.replicated.values(), *(b.bank for b in self.banks.values())):
+            parameter.grad = None
+
+    def _average_replicated(self) -> None:
+        if self.world_size == 1:
+            return
+        gradients = [parameter.grad for parameter in self.replicated.values()]
+        flat = torch._utils._flatten_dense_tensors(gradients)
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        averaged = torch._utils._unflatten_dense_tensors(flat, gradients)
+        torch._foreach_copy_(gradients, list(averaged))
+
+    def _clip_factor(self, shards: dict[str, torch.Tensor]) -> torch.Tensor:
+        """min(1, gradient_clip / global norm), float32 scalar; the same on every process."""
+        squared = torch.stack([shard.square().sum() for shard in shards.values()]).sum()
+        if self.world_size > 1:
+            dist.all_reduce(squared)
+        replicated = torch._foreach_norm([p.grad for p in self.replicated.values()])
+        norm = (squared + torch.stack(replicated).square().sum()).sqrt()
+        return (self.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Momenta and Adam moments by name: the same for every world size. Collective."""
+        tensors = {f"momentum.{name}": bank.full_momentum() for name, bank in self.banks.items()}
+        for name, parameter in self.replicated.items():
+            for key, value in self.adam.state[parameter].items():
+                tensors[f"{key}.{name}"] = value
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Restore what `state_tensors` gave; an empty dict resets to the state before step 1."""
+        for name, bank in self.banks.items():
+            if tensors:
+                bank.load_full_momentum(tensors[f"momentum.{name}"])
+            else:
+                bank.momentum.zero_()
+        self.adam.state.clear()
+        if not tensors:
+            return
+        for name, parameter in self.replicated.items():
+            self.adam.state[parameter] = {
+                key: tensors[f"{key}.{name}"].to(parameter.device, copy=True)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }

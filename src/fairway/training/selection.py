@@ -1,0 +1,67 @@
+"""Which averaged weights go on: EMA, SWA or the last ones, chosen without looking at validation."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fairway.errors import UserError
+from fairway.evaluation.evaluator import target_losses
+from fairway.model.gpt import GPT
+from fairway.training.averaging import tracker_name, tracker_weights
+
+
+@dataclass(frozen=True)
+class EMASettings:
+    """The config section `ema`."""
+
+    kind: str
+    decay: float | str
+
+
+def select_average(
+    model: GPT,
+    averages: dict[str, torch.Tensor],
+    settings: EMASettings,
+    read_selection_tokens,
+) -> tuple[str, dict[str, float]]:
+    """Load the chosen average into `model`; returns its name and the losses it was chosen by.
+
+    averages: `WeightAverages.state_tensors()` of the trained model whose last weights `model` holds.
+    read_selection_tokens: called only for `decay: auto`; held-out *training* tokens [n+1].
+    Losses (nats per token, by tracker) are empty where nothing had to be chosen.
+    Raises UserError where the wanted tracker does not exist.
+    """
+    if settings.kind == "none":
+        return "last", {}
+    if settings.kind == "swa":
+        _load(model, averages, "swa")
+        return "swa", {}
+    if settings.decay != "auto":
+        name = tracker_name(float(settings.decay))
+        _load(model, averages, name)
+        return name, {}
+    trackers = sorted({name.rsplit(".", 1)[0] for name in averages if name.startswith("ema_")})
+    tokens = read_selection_tokens()
+    losses = {name: _loss_of(model, averages, name, tokens) for name in trackers}
+    best = min(losses, key=losses.__getitem__)
+    _load(model, averages, best)
+    return best, losses
+
+
+def _loss_of(
+    model: GPT, averages: dict[str, torch.Tensor], name: str, tokens: np.ndarray
+) -> float:
+    _load(model, averages, name)
+    return float(target_losses(model, tokens).mean())
+
+
+def _load(model: GPT, averages: dict[str, torch.Tensor], name: str) -> None:
+    weights = tracker_weights(averages, name)
+    if weights is None:
+        kept = sorted({key.rsplit(".", 1)[0] for key in averages})
+        raise UserError(
+            f"no average {name!r} was tracked; train kept {', '.join(kept)}: change ema.kind or "
+            "ema.decay, or (for swa) train.swa_every_steps or train.swa_scale"
+        )
+    model.load_state_dict(weights)

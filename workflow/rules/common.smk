@@ -1,0 +1,71 @@
+"""Helpers of the rules: paths, and what each stage is told. No rule lives here."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.settings.enums import DeploymentMethod
+
+HOME = Path(workflow.basedir)
+sys.path.insert(0, str(HOME / "src"))
+
+from fairway.config import VARIANT_STAGES, stage_settings, validated
+from fairway.errors import UserError
+from fairway.sources import fingerprint
+
+try:
+    config = validated(config)
+except UserError as error:
+    raise WorkflowError(f"config: {error}") from None
+
+RUN = f"{config['results']}/{config['run']}"
+DATA = f"{config['results']}/data/{config['data']['name']}"
+SHARED = RUN + "/seed-{seed}"
+VARIANT = SHARED + "/{variant}"
+LOGS = RUN + "/logs"
+
+
+wildcard_constraints:
+    seed=r"\d+",
+    variant="|".join(config["variants"]),
+
+
+def get_shell_prefix():
+    """Where the sources are, in the environment: a path in `params` would rerun a moved checkout."""
+    exports = {"FAIRWAY_HOME": HOME, "PYTHONPATH": HOME / "src"}
+    if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
+        exports["PATH"] = f"{Path(sys.executable).parent}:"
+    pairs = [f"{name}={shlex.quote(str(value))}" for name, value in exports.items()]
+    pairs = [f'{pair}"$PATH"' if pair.startswith("PATH=") else pair for pair in pairs]
+    return f"export {' '.join(pairs)}; "
+
+
+shell.prefix(get_shell_prefix())
+
+
+def get_settings(stage):
+    """A params function: the sections that `stage` may read, as canonical JSON."""
+
+    def settings(wildcards):
+        variant = wildcards.get("variant")
+        return json.dumps(stage_settings(config, stage, variant), sort_keys=True)
+
+    return settings
+
+
+def get_code(script):
+    """A params value that changes when the meaning of the script's own source files does."""
+    return fingerprint(HOME / "workflow/scripts" / script)
+
+
+def get_stage_files(stage, names=("provenance.json",)):
+    """Files of one stage for every seed and, where it has them, every variant."""
+    variants = list(config["variants"]) if stage in VARIANT_STAGES else [""]
+    return [
+        f"{RUN}/seed-{seed}/{variant}/{stage}/{name}".replace("//", "/")
+        for seed in config["seeds"]
+        for variant in variants
+        for name in names
+    ]

@@ -1,0 +1,45 @@
+rule write_report:
+    input:
+        dataset=rules.tokenize_text.output.provenance,
+        shared=[*get_stage_files("train"), *get_stage_files("ema")],
+        stages=[
+            path
+            for stage in ("ttt", "gptq", "slot", "audit")
+            for path in get_stage_files(stage)
+        ],
+        tokens=ancient(get_stage_files("slot", ["tokens.parquet"])),
+    output:
+        page=report(
+            f"{RUN}/report/report.html",
+            caption="../report/report.rst",
+            category="Report",
+            labels={"what": "the whole report"},
+        ),
+        stages=f"{RUN}/report/stages.parquet",
+        summary=f"{RUN}/report/summary.parquet",
+        provenance=f"{RUN}/report/provenance.json",
+    log:
+        f"{LOGS}/report.log",
+    benchmark:
+        f"{RUN}/benchmarks/report.tsv"
+    conda:
+        "../../envs/cpu.yaml"
+    threads: 1
+    resources:
+        runtime=30,
+        mem_mb=4000,
+    params:
+        run=RUN,
+        data=DATA,
+        seeds=config["seeds"],
+        variants=list(config["variants"]),
+        folder=subpath(output.page, parent=True),
+        settings=get_settings("report"),
+        code=get_code("report.py"),
+    message:
+        "report: {output.page}"
+    shell:
+        "python $FAIRWAY_HOME/workflow/scripts/report.py"
+        " --settings {params.settings:q} --run-folder {params.run:q} --data-folder {params.data:q}"
+        " --seeds {params.seeds} --variants {params.variants:q} --output {params.folder:q}"
+        " > {log:q} 2>&1"

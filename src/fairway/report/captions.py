@@ -1,0 +1,66 @@
+"""A sentence under each figure: the statistic that is drawn, and what it means."""
+
+from typing import NamedTuple
+
+from fairway.report.results import FAIL, Results
+from fairway.report.wording import joined
+
+
+class Caption(NamedTuple):
+    """A figure's heading, what it shows in one sentence or two, and its text alternative."""
+
+    title: str
+    text: str
+    alternative: str
+
+
+def figure_captions(results: Results) -> dict[str, Caption]:
+    """Captions by figure name."""
+    seeds = f"{len(results.seeds)} seed" + ("s" if len(results.seeds) > 1 else "")
+    failed = [variant for variant in results.variants if results.verdict(variant) == FAIL]
+    warning = (
+        f" Dashed and hollow: {joined(failed)}, which failed the audit; that score is not valid."
+        if failed
+        else ""
+    )
+    return {
+        "bpb_by_stage": Caption(
+            "Validation bits per byte by stage",
+            f"Each point is one of {seeds}, each line the mean: a step down is what the stage "
+            f"gained, the step up at GPTQ is the price of fitting the artifact.{warning}",
+            "Line chart of val_bpb after each stage, one line per variant.",
+        ),
+        "training_curves": Caption(
+            "Training curves",
+            "Training loss in nats per token against tokens seen, one line per seed, over the "
+            "learning-rate scale: seeds that part early point to unstable training.",
+            "Line chart of training loss over tokens seen, one line per seed.",
+        ),
+        "gain_by_position": Caption(
+            "Where SLOT gains",
+            f"Mean loss before minus after adaptation, in nats per token, points are {seeds}: an "
+            "honest gain needs context, so it grows with the distance from the document's start; "
+            "along the stream it should be level.",
+            "Line charts of SLOT's gain by position in the document and in the stream.",
+        ),
+        "leak": Caption(
+            "Where the leak sits",
+            "Left, the mean gain of targets that were in the loss of the very delta that scored "
+            "them, against the rest: a causal method has none of the former. Right, the share of "
+            "distributions that changed when a token so far behind them was replaced: a causal "
+            "method shows none at any distance.",
+            "Bar chart of SLOT's gain by membership in the delta's loss, and histogram of how far "
+            "back a replaced token changed distributions.",
+        ),
+        "budgets": Caption(
+            "Budgets",
+            "The most that any seed used of each limit; the upright line is the limit.",
+            "Bar charts of artifact bytes, training seconds and evaluation seconds per variant.",
+        ),
+        "stage_times": Caption(
+            "Stage times",
+            f"Wall-clock seconds of each stage, start-up included: the bar is the mean over "
+            f"{seeds}, each point one seed.",
+            "Bar chart of wall-clock seconds per stage and variant.",
+        ),
+    }

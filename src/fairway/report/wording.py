@@ -1,0 +1,71 @@
+"""Numbers as a reader wants them: four decimals of bits per byte, two digits of a p-value."""
+
+import math
+from collections.abc import Callable, Iterable
+
+from fairway.report.results import FAIL, PASS
+
+NONE = "–"
+_TITLES = {"flip": "Flip test", "null": "Null test"}
+
+
+def bits(value: float) -> str:
+    """Bits per byte or nats, four decimals."""
+    return NONE if math.isnan(value) else f"{value:.4f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A difference in bits or nats, four decimals, always with its sign."""
+    if math.isnan(value):
+        return NONE
+    text = f"{value:+.4f}"
+    return "0.0000" if float(text) == 0 else text.replace("-", "−")
+
+
+def mean_and_std(mean: float, std: float) -> str:
+    """`mean ± std`; the mean alone where one seed leaves no standard deviation."""
+    return bits(mean) if math.isnan(std) else f"{bits(mean)} ± {bits(std)}"
+
+
+def interval(low: float, high: float, form: Callable[[float], str] = bits) -> str:
+    """`low to high`."""
+    return NONE if math.isnan(low) else f"{form(low)} to {form(high)}"
+
+
+def probability(p: float) -> str:
+    """A p-value with two significant digits."""
+    if math.isnan(p):
+        return NONE
+    if p < 1e-4:
+        mantissa, exponent = f"{p:.1e}".split("e")
+        return f"{mantissa} × 10^{int(exponent)}".replace("-", "−")
+    return f"{p:.2g}"
+
+
+def count(value: float) -> str:
+    """A whole number with thousands separated."""
+    return f"{int(value):,}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """Bytes in full, seconds to three digits."""
+    if unit == "bytes":
+        return f"{count(value)} bytes"
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def joined(words: Iterable[str]) -> str:
+    """`a`, `a and b`, or `a, b and c`."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def check_title(name: str) -> str:
+    """A check's name for people: `self_influence` becomes `Self influence`."""
+    return _TITLES.get(name, name.replace("_", " ").capitalize())
+
+
+def badge(verdict: str) -> dict[str, str]:
+    """A verdict's text, the mark before it, and its style class."""
+    mark = {PASS: "✓", FAIL: "✗"}.get(verdict, "○")
+    return {"text": verdict, "mark": mark, "style": verdict.lower().replace(" ", "-")}

@@ -1,12 +1,12 @@
 """The artifact: one file with the whole model, small, deterministic and safe to load.
 
-    magic, 8 bytes │ format version, uint32 │ header length, uint32 │ header, JSON │ payload │ SHA-256
+    magic, 8 bytes │ version, uint32 │ header length, uint32 │ header, JSON │ payload │ SHA-256
 
-All numbers are little-endian; the checksum covers every byte before it. The header holds the codec,
-the model's configuration, each tensor's shape, and each stream's compressed length. The payload is
-the streams, one per kind of number, each the tensors' data in the order of their names. A tensor's
-name decides how it is stored. Nothing in a file is ever executed, and a reader never unpacks more
-bytes than the declared shapes need.
+All numbers are little-endian; the checksum covers every byte before it. The header holds the
+codec, the model's configuration, each tensor's shape, and each stream's compressed length. The
+payload is the streams, one per kind of number, each with the tensors' data in the order of their
+names. A tensor's name decides how it is stored. Nothing in a file is ever executed, and a reader
+never unpacks more bytes than the declared shapes need.
 """
 
 import hashlib

@@ -164,7 +164,7 @@ def inverse_factor(
 
 
 def clip_scales(W: torch.Tensor, percentiles: Sequence[float]) -> torch.Tensor:
-    """fp16 scales [N, K, R]: one candidate per percentile of each row's |W|, interpolated linearly."""
+    """fp16 scales [N, K, R]: a candidate for each percentile of a row's |W|, linear between values."""
     ranks = [(1 - percentile) * (W.shape[2] - 1) for percentile in percentiles]
     depth = min(W.shape[2], int(max(ranks)) + 2)
     largest = W.abs().topk(depth, dim=2).values
@@ -244,6 +244,6 @@ def _weighted_squares(rows: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
 
 
 def _reorder(stack: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
-    """Each matrix of `stack` [N, ·, ·] with its rows (dim 1) or columns (dim 2) in `order` [N, C]."""
+    """Each matrix of `stack` [N, ·, ·] with its rows (dim 1) or columns (dim 2) in `order`."""
     index = order.unsqueeze(3 - dim).expand_as(stack)
     return stack.gather(dim, index)

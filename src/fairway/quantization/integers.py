@@ -1,7 +1,7 @@
 """Symmetric integers with one fp16 scale per row: int6 for matrices, int8 for embeddings.
 
-A weight is code · scale. Codes run from −(2^(bits−1) − 1) to +(2^(bits−1) − 1), so zero is exact and
-the range symmetric: 63 codes for int6, 255 for int8.
+A weight is code · scale. Codes run from −(2^(bits−1) − 1) to +(2^(bits−1) − 1), so zero is exact
+and the range symmetric: 63 codes for int6, 255 for int8.
 """
 
 from dataclasses import dataclass
@@ -102,7 +102,7 @@ def bytes_to_codes(data: bytes, shape: tuple[int, ...], bits: int) -> torch.Tens
     limit = largest_code(bits)
     if codes.size and not -limit <= int(codes.min()) <= int(codes.max()) <= limit:
         raise UserError(
-            f"codes from {codes.min()} to {codes.max()} found, int{bits} allows −{limit} to {limit}: "
-            "the artifact was not written by this program"
+            f"codes from {codes.min()} to {codes.max()} found, int{bits} allows −{limit} to "
+            f"{limit}: the artifact was not written by this program"
         )
     return torch.from_numpy(codes.copy())

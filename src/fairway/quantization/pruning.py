@@ -25,9 +25,10 @@ def fit_to_limit(
 ) -> tuple[dict[str, Stored], int]:
     """Zero as few ±1 codes of the int6 banks as make the artifact at most `limit_bytes` long.
 
-    Codes go in the order of their row's squared scale, least first: that is the squared change of
-    the weight. The number is found by interpolation between one that is too small and one that is
-    large enough. Returns the tensors and the number zeroed; UserError where all of them are too few.
+    Codes go in the order of their row's squared scale, least first: that is the squared change
+    of the weight. The number is found by interpolation between one that is too small and one that
+    is large enough. Returns the tensors and the number zeroed; UserError where even all of them
+    are too few.
     """
     size = len(encode_artifact(config, tensors))
     if size <= limit_bytes:
@@ -39,8 +40,8 @@ def fit_to_limit(
     fitting_size = len(encode_artifact(config, fitted))
     if fitting_size > limit_bytes:
         raise UserError(
-            f"the artifact needs {fitting_size} bytes even with all {enough} codes of ±1 zeroed, but "
-            f"{limit_bytes} are left of budgets.artifact_bytes beside the code: "
+            f"the artifact needs {fitting_size} bytes even with all {enough} codes of ±1 zeroed, "
+            f"but {limit_bytes} are left of budgets.artifact_bytes beside the code: "
             "make the model smaller or raise the budget"
         )
     for _ in range(MAXIMUM_SEARCH_STEPS):

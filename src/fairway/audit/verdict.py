@@ -119,7 +119,9 @@ def audit_evaluator(subject: Subject, settings: AuditSettings, seed: int) -> Fin
     answer = evaluate(subject.evaluator, tokens)
     reference = log_probs_of(answer)
     if len(reference) != num_targets:
-        return _cannot_run(reference, num_targets)
+        return _malformed(wrong_row_count(reference, num_targets))
+    if reference.shape[1] != subject.vocab_size:
+        return _malformed(check_normalisation(reference, subject.vocab_size))
     flips = plan_flips(
         tokens,
         vocab_size=subject.vocab_size,
@@ -188,11 +190,11 @@ def verdict_lines(record: dict[str, Any]) -> list[str]:
     return [*lines, f"{record['verdict']:8} {'overall':15} track: {record['track']}"]
 
 
-def _cannot_run(reference: Tensor, num_targets: int) -> Findings:
-    reason = "It needs one distribution for each target."
-    names = ("flip", "self_influence", "null", "normalisation", "claimed_score")
-    checks = [Check(name, NOT_RUN, reason) for name in names]
-    checks.append(wrong_row_count(reference, num_targets))
+def _malformed(fault: Check) -> Findings:
+    """An answer that is no [targets, vocabulary] fails the one check and leaves the others undone."""
+    names = ("flip", "self_influence", "null", "normalisation", "claimed_score", "coverage")
+    reason = "It needs one distribution over the whole vocabulary for each target."
+    checks = [fault if name == fault.name else Check(name, NOT_RUN, reason) for name in names]
     return Findings(checks, reach_table([], 0.0), "unknown", None)
 
 

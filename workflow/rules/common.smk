@@ -69,3 +69,19 @@ def get_stage_files(stage, names=("provenance.json",)):
         for variant in variants
         for name in names
     ]
+
+
+# `--forcerun train` should mean the stage, though its target rule has no output of its own.
+STAGE_RULES = {
+    "tokenize": "tokenize_text",
+    "train": "train_model",
+    "ema": "average_ema",
+    "ttt": "adapt_ttt",
+    "gptq": "quantise_gptq",
+    "slot_eval": "evaluate_slot",
+    "audit": "audit_score",
+    "report": "write_report",
+}
+workflow.dag_settings.forcerun = {
+    STAGE_RULES.get(str(name), name) for name in workflow.dag_settings.forcerun
+}

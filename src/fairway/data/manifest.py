@@ -1,0 +1,135 @@
+"""Describe shards: cut them into splits, and count each split's tokens, bytes and documents."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fairway.data.dataset import FORMAT, Span
+from fairway.data.settings import DataSettings
+from fairway.data.shards import CHUNK_TOKENS, check_vocabulary, shard_token_count
+from fairway.data.token_bytes import ByteCounts, byte_counts, token_bytes
+from fairway.data.tokenizer import load_tokenizer
+from fairway.errors import UserError
+from fairway.files import sha256_of
+
+TRAINING_SPLITS = ("train", "selection", "adaptation")
+
+
+def describe_dataset(
+    settings: DataSettings,
+    tokenizer_path: Path,
+    train: Sequence[Path],
+    val: Sequence[Path],
+    threads: int,
+) -> dict[str, Any]:
+    """The manifest of a dataset, as JSON values; the same whatever the number of threads.
+
+    Shards beside the tokenizer are named relative to it, others by their absolute path.
+    Raises UserError for a faulty shard, ids outside the vocabulary, and too little training text.
+    """
+    folder = tokenizer_path.parent
+    tokenizer = load_tokenizer(tokenizer_path, settings.vocab_size)
+    whole = {path: Span(path, 0, shard_token_count(path)) for path in (*train, *val)}
+    splits = cut_training_text(
+        [whole[path] for path in train], settings.selection_tokens, settings.adaptation_tokens
+    )
+    splits["val"] = [whole[path] for path in val]
+    with ThreadPoolExecutor(threads) as pool:
+        shards = pool.map(partial(_describe_shard, vocab_size=settings.vocab_size), whole)
+        shards_by_name = {
+            _name(path, folder): shard for path, shard in zip(whole, shards, strict=True)
+        }
+        measure = partial(_measure, counts=byte_counts(tokenizer), bos=tokenizer.bos_id())
+        spans = [span for split in splits.values() for span in split]
+        previous = _predecessors(splits, tokenizer.bos_id())
+        measured = dict(zip(spans, pool.map(measure, spans, previous), strict=True))
+    return {
+        "format": FORMAT,
+        "name": settings.name,
+        "source": settings.source,
+        "vocab_size": settings.vocab_size,
+        "bos_id": tokenizer.bos_id(),
+        "tokenizer": {"path": tokenizer_path.name, "sha256": sha256_of(tokenizer_path)},
+        "shards": shards_by_name,
+        "splits": {
+            split: {
+                "spans": [
+                    {"path": _name(span.path, folder), "start": span.start, "stop": span.stop}
+                    for span in spans
+                ],
+                "tokens": sum(map(len, spans)),
+                "bytes": sum(measured[span][0] for span in spans),
+                "documents": sum(measured[span][1] for span in spans),
+            }
+            for split, spans in splits.items()
+        },
+    }
+
+
+def cut_training_text(
+    shards: Sequence[Span], selection_tokens: int, adaptation_tokens: int
+) -> dict[str, list[Span]]:
+    """Cut whole training shards, laid end to end, into TRAINING_SPLITS in that order.
+
+    Raises UserError where the tails leave nothing to train on.
+    """
+    total = sum(map(len, shards))
+    reserved = selection_tokens + adaptation_tokens
+    if reserved >= total:
+        raise UserError(
+            f"the training text has {total} tokens, expected more than the {reserved} of "
+            "data.selection_tokens and data.adaptation_tokens together: lower them or bring more "
+            "text"
+        )
+    cuts = (0, total - reserved, total - adaptation_tokens, total)
+    return {
+        split: _spans_between(shards, start, stop)
+        for split, start, stop in zip(TRAINING_SPLITS, cuts[:-1], cuts[1:], strict=True)
+    }
+
+
+def _spans_between(shards: Sequence[Span], start: int, stop: int) -> list[Span]:
+    """The parts of whole shards, laid end to end, that fall in [start, stop)."""
+    offsets = accumulate(map(len, shards[:-1]), initial=0)
+    return [
+        Span(shard.path, max(start - offset, 0), min(stop - offset, len(shard)))
+        for shard, offset in zip(shards, offsets, strict=True)
+        if start < offset + len(shard) and offset < stop
+    ]
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.name if path.parent == folder else str(path)
+
+
+def _describe_shard(path: Path, vocab_size: int) -> dict[str, Any]:
+    check_vocabulary(path, vocab_size)
+    return {"tokens": shard_token_count(path), "sha256": sha256_of(path)}
+
+
+def _predecessors(splits: dict[str, list[Span]], bos: int) -> list[int]:
+    """For each span, the token before it in its text; BOS before the first of a text."""
+    training = [span for split in TRAINING_SPLITS for span in splits[split]]
+    return [
+        token
+        for text in (training, splits["val"])
+        for token in (bos, *(int(span.read()[-1]) for span in text[:-1]))
+    ]
+
+
+def _measure(span: Span, previous: int, counts: ByteCounts, bos: int) -> tuple[int, int]:
+    """(bytes, documents) of a span whose predecessor is the token `previous`."""
+    tokens = span.read()
+    total = documents = 0
+    for start in range(0, len(tokens), CHUNK_TOKENS):
+        chunk = tokens[start : start + CHUNK_TOKENS]
+        with_previous = np.concatenate([np.array([previous], chunk.dtype), chunk])
+        total += int(token_bytes(with_previous, counts).sum(dtype=np.int64))
+        documents += int(np.count_nonzero(chunk == bos))
+        previous = int(chunk[-1])
+    return total, documents

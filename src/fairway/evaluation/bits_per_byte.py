@@ -1,0 +1,21 @@
+"""Bits per byte: a loss that does not depend on how the text was cut into tokens."""
+
+import math
+
+from fairway.data.token_bytes import ByteCounts, byte_counts, token_bytes
+from fairway.errors import UserError
+
+__all__ = ["ByteCounts", "bits_per_byte", "byte_counts", "token_bytes"]
+
+
+def bits_per_byte(total_nats: float, total_bytes: int) -> float:
+    """Σ nats / (ln 2 · Σ bytes), over the same targets; sum both in float64 or in integers.
+
+    Raises UserError for zero bytes: no text was scored, so there is no figure.
+    """
+    if total_bytes <= 0:
+        raise UserError(
+            f"the scored tokens stand for {total_bytes} bytes of text, expected more than 0: "
+            "check that the validation shards hold text and that the tokenizer is theirs"
+        )
+    return total_nats / (math.log(2.0) * total_bytes)

@@ -1,0 +1,81 @@
+"""The fit behind SLOT: one logit offset for many positions, in closed form over probabilities.
+
+With q the model's probabilities at a position, logits + delta give its target v the loss
+log(sum_u q_u exp(delta_u)) - delta_v - log q_v. The last term does not depend on delta, so one
+softmax of the context serves a whole fit, and an evaluation of value and gradient is two
+matrix-vector products with q: no logits are exponentiated again.
+"""
+
+import torch
+from torch import Tensor
+
+from fairway.adaptation.lbfgs import Minimum, dot, minimize, rows_times
+
+# On the mean loss in nats: far below what a score can show, and above float32's rounding.
+TOLERANCE_GRADIENT = 1e-5
+TOLERANCE_CHANGE = 1e-7
+MAX_LINE_SEARCH_STEPS = 10
+
+
+def fit_delta(
+    probabilities: Tensor,
+    targets: Tensor,
+    is_context: Tensor,
+    initial: Tensor,
+    *,
+    l2: float,
+    clamp: float,
+    iterations: int,
+    history: int,
+) -> Minimum:
+    """Fit each row's delta to its context; `x` of the result is clamped, zero without context.
+
+    probabilities: float32 [B, P, V]. targets: int64 [B, P]. is_context: bool [B, P], the places
+    that count. initial: float32 [B, V]. Minimizes, row by row and over its counted places,
+    (sum of cross-entropies + l2 / 2 |delta|^2) / places.
+    """
+    places = is_context.sum(dim=1)
+    share = is_context / places.clamp(min=1).unsqueeze(1)
+    wanted = torch.zeros_like(initial).scatter_add_(1, targets, share)
+    ridge = l2 / places.clamp(min=1)
+
+    def objective(delta: Tensor) -> tuple[Tensor, Tensor]:
+        growth = delta.exp()
+        # The floor is out of reach, except for a wild trial step of the line search.
+        total = rows_times(growth, probabilities.mT).clamp(min=torch.finfo(growth.dtype).tiny)
+        value = dot(share, total.log()) - dot(wanted, delta) + ridge / 2 * dot(delta, delta)
+        expected = rows_times(share / total, probabilities) * growth
+        return value, expected - wanted + ridge.unsqueeze(1) * delta
+
+    has_context = (places > 0).unsqueeze(1)
+    result = minimize(
+        objective,
+        torch.where(has_context, initial, 0.0),
+        max_iterations=iterations,
+        history_size=history,
+        tolerance_gradient=TOLERANCE_GRADIENT,
+        tolerance_change=TOLERANCE_CHANGE,
+        max_line_search_steps=MAX_LINE_SEARCH_STEPS,
+    )
+    return result._replace(x=result.x.clamp(-clamp, clamp))
+
+
+class ContextBuffer:
+    """The probabilities with which each row's last targets were scored, as a ring of P places.
+
+    probabilities: float32 [B, P, V]. positions: int64 [B, P], 0 where nothing was written yet.
+    """
+
+    def __init__(self, rows: int, places: int, vocabulary: int, device: torch.device):
+        self.probabilities = torch.zeros(rows, places, vocabulary, device=device)
+        self.positions = torch.zeros(rows, places, dtype=torch.int64, device=device)
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """probabilities and positions."""
+        return self.probabilities, self.positions
+
+    def write(self, rows: Tensor, positions: Tensor, logits: Tensor) -> None:
+        """Store float32 logits [m, V] of targets int64 [m] in the given rows int64 [m]."""
+        places = positions % self.positions.shape[1]
+        self.probabilities[rows, places] = torch.softmax(logits, dim=1)
+        self.positions[rows, places] = positions

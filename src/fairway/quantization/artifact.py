@@ -67,21 +67,6 @@ BITS = {"int6": 6, "int8": 8}
 STREAM_DTYPES = {"int6": "<i1", "int8": "<i1", "scales": "<f2", "float16": "<f2", "float32": "<f4"}
 
 CODEC = "lzma"
-LZMA_FILTERS = [
-    {
-        "id": lzma.FILTER_LZMA2,
-        "preset": 9,
-        # The bytes are all but independent: contexts only dilute the statistics, and a match
-        # finder that tries one candidate, and long matches only, spoils fewer literals than a
-        # thorough one: 0.6759 bytes a code instead of 0.6763, in a third of the time.
-        "lc": 0,
-        "lp": 0,
-        "pb": 0,
-        "mf": lzma.MF_HC3,
-        "nice_len": 273,
-        "depth": 1,
-    }
-]
 
 Stored = QuantizedTensor | torch.Tensor
 
@@ -146,7 +131,7 @@ def encode_artifact(config: Mapping[str, Any], tensors: Mapping[str, Stored]) ->
         else:
             shapes[name] = list(tensor.shape)
             streams[storage] += _float_bytes(tensor, storage)
-    packed = {name: _compress(bytes(stream)) for name, stream in streams.items()}
+    packed = {name: _compress(bytes(stream), name) for name, stream in streams.items()}
     header = {
         "codec": CODEC,
         "config": dict(config),
@@ -229,7 +214,7 @@ def _unpack(header: Mapping[str, Any], payload: bytes) -> dict[str, Stored]:
     streams, start = {}, 0
     for stream, size in unpacked_bytes.items():
         stop = start + header["stream_bytes"][stream]
-        streams[stream] = _Reader(_decompress(payload[start:stop], size))
+        streams[stream] = _Reader(_decompress(payload[start:stop], stream, size))
         start = stop
     tensors: dict[str, Stored] = {}
     for name, shape in shapes.items():
@@ -267,13 +252,36 @@ def _float_bytes(tensor: torch.Tensor, stream: str) -> bytes:
     return tensor.detach().cpu().numpy().astype(STREAM_DTYPES[stream]).tobytes()
 
 
-def _compress(data: bytes) -> bytes:
-    return lzma.compress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+def _filters(stream: str) -> list[dict[str, int]]:
+    """LZMA's settings for a stream of numbers that are all but independent.
+
+    Contexts of earlier bytes would only dilute the statistics, but a byte's place in its number
+    counts. Matches are chance: a small dictionary and one candidate each find few of them, which
+    on Gaussian int6 codes gives 0.6749 bytes a code instead of the preset's 0.6764, 8 times faster.
+    """
+    place_bits = int(math.log2(np.dtype(STREAM_DTYPES[stream]).itemsize))
+    return [
+        {
+            "id": lzma.FILTER_LZMA2,
+            "preset": 9,
+            "dict_size": 1 << 16,
+            "lc": 0,
+            "lp": place_bits,
+            "pb": place_bits,
+            "mf": lzma.MF_HC3,
+            "nice_len": 273,
+            "depth": 1,
+        }
+    ]
 
 
-def _decompress(data: bytes, size: int) -> bytes:
+def _compress(data: bytes, stream: str) -> bytes:
+    return lzma.compress(data, format=lzma.FORMAT_RAW, filters=_filters(stream))
+
+
+def _decompress(data: bytes, stream: str, size: int) -> bytes:
     """Unpack exactly `size` bytes, never more than one beyond."""
-    decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_filters(stream))
     try:
         unpacked = decompressor.decompress(data, max_length=size + 1)
     except lzma.LZMAError as error:

@@ -10,6 +10,7 @@ from fairway.data.dataset import Dataset
 from fairway.errors import UserError
 from fairway.model.gpt import GPT, Cache
 from fairway.progress import progress
+from fairway.quantization.gptq import GptqSettings
 
 GRAPH_WARMUP_STEPS = 3
 """Steps before a CUDA graph is captured, so that libraries have allocated their workspaces."""
@@ -66,6 +67,25 @@ def collect_hessians(
     finally:
         model.observer = None
     return sums.hessians()
+
+
+def calibration_tokens(
+    model: GPT, dataset: Dataset, settings: GptqSettings, seed: int
+) -> torch.Tensor:
+    """int64 [calibration_sequences, calibration_tokens], from where `gptq.calibration` says."""
+    if settings.calibration == "train":
+        return training_tokens(
+            dataset, settings.calibration_sequences, settings.calibration_tokens, seed
+        )
+    return self_generated_tokens(
+        model,
+        settings.calibration_sequences,
+        settings.calibration_tokens,
+        settings.temperature,
+        settings.batch_sequences,
+        seed,
+        dataset.bos_id,
+    )
 
 
 @torch.no_grad()

@@ -164,7 +164,7 @@ def inverse_factor(
 
 
 def clip_scales(W: torch.Tensor, percentiles: Sequence[float]) -> torch.Tensor:
-    """fp16 scales [N, K, R]: a candidate for each percentile of a row's |W|, linear between values."""
+    """fp16 scales [N, K, R]: one candidate per percentile of a row's |W|, linear between values."""
     ranks = [(1 - percentile) * (W.shape[2] - 1) for percentile in percentiles]
     depth = min(W.shape[2], int(max(ranks)) + 2)
     largest = W.abs().topk(depth, dim=2).values

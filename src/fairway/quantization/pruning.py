@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from fairway.errors import UserError
@@ -61,9 +62,13 @@ def fit_to_limit(
     return fitted, enough
 
 
-def zero_codes(tensors: Mapping[str, Stored], bank: str) -> list[int]:
-    """How many codes of each matrix of `bank` are zero."""
-    return (tensors[bank].codes == 0).sum((1, 2)).tolist()
+def count_zeros(layers: pd.DataFrame, tensors: Mapping[str, Stored]) -> pd.DataFrame:
+    """The per-matrix table of GPTQ with a column `zeros`: codes that are zero in `tensors`."""
+    zeros = [
+        int((tensors[bank].codes[matrix] == 0).sum())
+        for bank, matrix in zip(layers["bank"], layers["matrix"], strict=True)
+    ]
+    return layers.assign(zeros=zeros)
 
 
 def _int6_names(tensors: Mapping[str, Stored]) -> list[str]:

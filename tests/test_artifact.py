@@ -1,0 +1,301 @@
+"""The artifact file: round trip to the bit, refusals, and the size limit."""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairway.errors import UserError
+from fairway.model.gpt import BANKS, GPT, GPTConfig, parameter_shapes
+from fairway.quantization import artifact
+from fairway.quantization.artifact import (
+    PREAMBLE,
+    STORAGE,
+    encode_artifact,
+    load_artifact,
+    read_artifact,
+    restored,
+    storable,
+    write_artifact,
+)
+from fairway.quantization.integers import QuantizedTensor, round_to_nearest
+from fairway.quantization.pruning import code_bytes, fit_to_limit
+
+CONFIG = GPTConfig(
+    vocab_size=48,
+    sequence_tokens=16,
+    layers=2,
+    width=16,
+    heads=2,
+    kv_heads=1,
+    mlp_width=24,
+    rotary_dimensions=4,
+    rope_base=10000.0,
+    rope_trained_tokens=16,
+    bigram_buckets=32,
+    bigram_width=8,
+    value_width=8,
+    value_layers=(1,),
+    logit_softcap=30.0,
+    query_gain=5.0,
+)
+
+
+def random_model(seed=0, config=CONFIG):
+    """A model none of whose parameters is zero."""
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def stored_tensors(model):
+    banks = {name: round_to_nearest(getattr(model, name).detach(), 6) for name in BANKS}
+    return storable(model.state_dict(), banks)
+
+
+@pytest.fixture
+def written(tmp_path):
+    model = random_model()
+    tensors = stored_tensors(model)
+    path = tmp_path / "artifact.bin"
+    size = write_artifact(path, asdict(model.config), tensors)
+    assert size == path.stat().st_size
+    return path, tensors
+
+
+def resealed(body):
+    """`body` with a checksum that matches: what a stranger can always make."""
+    return body + hashlib.sha256(body).digest()
+
+
+def with_header(path, change):
+    """The artifact at `path` with its header changed by `change(header)` and a right checksum."""
+    data = path.read_bytes()[: -artifact.CHECKSUM_BYTES]
+    magic, version, length = PREAMBLE.unpack_from(data)
+    header = json.loads(data[PREAMBLE.size : PREAMBLE.size + length])
+    change(header)
+    text = json.dumps(header, sort_keys=True).encode()
+    payload = data[PREAMBLE.size + length :]
+    path.write_bytes(resealed(PREAMBLE.pack(magic, version, len(text)) + text + payload))
+
+
+def test_every_parameter_of_the_model_has_a_storage():
+    assert set(STORAGE) == set(parameter_shapes(CONFIG))
+    assert set(STORAGE.values()) == {"int6", "int8", "float16", "float32"}
+
+
+def test_a_parameter_that_is_unknown_is_refused():
+    with pytest.raises(UserError, match="'new_gate' is unknown"):
+        storable({"new_gate": torch.ones(3)}, {})
+
+
+def test_round_trip_gives_the_same_bits(written):
+    path, tensors = written
+    config, state = read_artifact(path)
+    assert GPTConfig(**config) == CONFIG
+    expected = restored(tensors)
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert state[name].dtype == torch.float32
+        assert torch.equal(state[name], tensor), name
+
+
+def test_loaded_model_gives_bitwise_the_same_losses(written):
+    path, tensors = written
+    in_memory = random_model()
+    in_memory.load_state_dict(restored(tensors))
+    tokens = torch.randint(48, (3, 17), generator=torch.Generator().manual_seed(1))
+    loaded = load_artifact(path)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens[:, :-1]), in_memory(tokens[:, :-1]))
+        assert loaded.loss(tokens[:, :-1], tokens[:, 1:]) == in_memory.loss(
+            tokens[:, :-1], tokens[:, 1:]
+        )
+
+
+def test_bytes_do_not_depend_on_the_order_of_keys():
+    tensors, config = stored_tensors(random_model()), asdict(CONFIG)
+    backwards = dict(reversed(tensors.items())), dict(reversed(config.items()))
+    assert encode_artifact(config, tensors) == encode_artifact(backwards[1], backwards[0])
+
+
+def test_empty_tensors_survive(tmp_path):
+    model = random_model(config=GPTConfig(**{**asdict(CONFIG), "layers": 1, "value_layers": ()}))
+    assert model.skip_weights.numel() == model.value_layer_scales.numel() == 0
+    write_artifact(tmp_path / "a.bin", asdict(model.config), stored_tensors(model))
+    load_artifact(tmp_path / "a.bin")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_changed_byte_is_found_by_the_checksum(tmp_path_factory, data):
+    content = encode_artifact(asdict(CONFIG), stored_tensors(random_model()))
+    position = data.draw(st.integers(0, len(content) - 1))
+    flipped = bytearray(content)
+    flipped[position] ^= data.draw(st.integers(1, 255))
+    path = tmp_path_factory.mktemp("damaged") / "artifact.bin"
+    path.write_bytes(flipped)
+    with pytest.raises(UserError, match="checksum"):
+        read_artifact(path)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 15, 16, 47, 48, 60, 1000, -1])
+def test_a_truncated_file_is_found_by_the_checksum(written, kept):
+    path, _ = written
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match="checksum"):
+        read_artifact(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="missing"):
+        read_artifact(tmp_path / "artifact.bin")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("codec", "zip", "the codec"),
+        ("config", [], "config is not"),
+        ("shapes", {"token_embedding": [1 << 40, 1 << 40]}, "the sum of the shapes"),
+        ("shapes", {"token_embedding": [-1, 4]}, "the shape of token_embedding"),
+        ("shapes", {"token_embedding": [True, 4]}, "the shape of token_embedding"),
+        ("shapes", {"token_embedding": [4]}, "the shape of token_embedding"),
+        ("shapes", {"token_embedding": "ab"}, "the shape of token_embedding"),
+        ("shapes", {"__class__": [1, 2]}, "'__class__' is unknown"),
+        ("stream_bytes", {"int6": 1}, "the list of streams"),
+    ],
+)
+def test_a_strangers_header_is_checked(written, key, value, message):
+    path, _ = written
+    with_header(path, lambda header: header.update({key: value}))
+    with pytest.raises(UserError, match=message):
+        read_artifact(path)
+
+
+@pytest.mark.parametrize("text", [b"[1]", b"{", b"\xff", b"[" * 60000])
+def test_a_header_that_is_no_json_object_is_refused(tmp_path, text):
+    path = tmp_path / "artifact.bin"
+    path.write_bytes(resealed(PREAMBLE.pack(artifact.MAGIC, artifact.VERSION, len(text)) + text))
+    with pytest.raises(UserError, match="header"):
+        read_artifact(path)
+
+
+@pytest.mark.parametrize(
+    ("magic", "version", "length", "message"),
+    [
+        (b"PK\3\4\0\0\0\0", 1, 0, "it is no artifact"),
+        (artifact.MAGIC, 2, 0, "version 2 found"),
+        (artifact.MAGIC, 1, 2**32 - 1, "the header's length"),
+    ],
+)
+def test_a_foreign_preamble_is_refused(tmp_path, magic, version, length, message):
+    path = tmp_path / "artifact.bin"
+    path.write_bytes(resealed(PREAMBLE.pack(magic, version, length)))
+    with pytest.raises(UserError, match=message):
+        read_artifact(path)
+
+
+def test_a_decompression_bomb_is_cut_off():
+    bomb = artifact._compress(bytes(1 << 24), "int6")
+    assert len(bomb) < 10_000
+    assert artifact._decompress(bomb, "int6", 1 << 24) == bytes(1 << 24)
+    with pytest.raises(UserError, match="unpacked length"):
+        artifact._decompress(bomb, "int6", 100)
+
+
+def test_weights_that_are_not_finite_are_refused(written):
+    path, tensors = written
+    tensors["smear_gate"][0] = torch.nan
+    write_artifact(path, asdict(CONFIG), tensors)
+    with pytest.raises(UserError, match="smear_gate holds values that are not finite"):
+        read_artifact(path)
+    state = random_model().state_dict()
+    state["bigram_projection"][0, 0] = 1e6
+    with pytest.raises(UserError, match="bigram_projection .* torch.float16"):
+        storable(state, stored_tensors(random_model()))
+
+
+def test_codes_out_of_range_are_refused(written):
+    path, tensors = written
+    codes = tensors["mlp_up_bank"].codes
+    codes[0, 0, 0] = 32
+    write_artifact(path, asdict(CONFIG), tensors)
+    with pytest.raises(UserError, match="int6 allows"):
+        read_artifact(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 10**9}, "weights for"),
+        ({"layers": "2"}, "model.layers"),
+        ({"heads": 0}, "model.heads"),
+        ({"heads": 3}, "model.heads 3"),
+        ({"width": 16.0}, "model.width"),
+        ({"rope_base": None}, "model.rope_base"),
+        ({"value_layers": [5]}, "model.value_layers"),
+        ({"value_layers": 1}, "model.value_layers"),
+        ({"unknown": 1}, "the list of the model's settings"),
+    ],
+)
+def test_a_strangers_configuration_is_checked(written, change, message):
+    path, _ = written
+    with_header(path, lambda header: header["config"].update(change))
+    with pytest.raises(UserError, match=message):
+        load_artifact(path)
+
+
+def ones(tensor: QuantizedTensor) -> torch.Tensor:
+    return tensor.codes.abs() == 1
+
+
+def limit_model():
+    """Large enough that the header is a small part of the artifact."""
+    bigger = {"width": 64, "mlp_width": 128, "layers": 3, "value_layers": (1, 2)}
+    return random_model(config=GPTConfig(**{**asdict(CONFIG), **bigger}))
+
+
+def test_an_artifact_within_the_limit_is_left_alone():
+    model = limit_model()
+    tensors = stored_tensors(model)
+    size = len(encode_artifact(asdict(model.config), tensors))
+    fitted, zeroed = fit_to_limit(asdict(model.config), tensors, size)
+    assert zeroed == 0 and fitted == tensors
+
+
+@pytest.mark.parametrize("excess_bytes", [1, 100, 500])
+def test_cheapest_ones_are_zeroed_until_the_artifact_fits(excess_bytes):
+    model = limit_model()
+    config, tensors = asdict(model.config), stored_tensors(model)
+    limit = len(encode_artifact(config, tensors)) - excess_bytes
+    fitted, zeroed = fit_to_limit(config, tensors, limit)
+    assert limit * 0.97 <= len(encode_artifact(config, fitted)) <= limit
+    removed_scales, kept_scales = [], []
+    for name in BANKS:
+        removed = fitted[name].codes != tensors[name].codes
+        assert (fitted[name].codes[removed] == 0).all() and ones(tensors[name])[removed].all()
+        scales = tensors[name].scales.unsqueeze(-1).expand(removed.shape)
+        removed_scales.append(scales[removed])
+        kept_scales.append(scales[ones(fitted[name])])
+    assert sum(len(part) for part in removed_scales) == zeroed > 0
+    assert torch.cat(removed_scales).max() <= torch.cat(kept_scales).min()
+
+
+def test_a_limit_out_of_reach_is_an_error():
+    model = limit_model()
+    with pytest.raises(UserError, match="budgets.artifact_bytes"):
+        fit_to_limit(asdict(model.config), stored_tensors(model), 1000)
+
+
+def test_code_bytes_are_the_sizes_of_the_files(tmp_path):
+    (tmp_path / "a.py").write_bytes(b"x" * 10)
+    (tmp_path / "b.py").write_text("é")
+    assert code_bytes([tmp_path / "a.py", tmp_path / "b.py"]) == 12

@@ -1,0 +1,390 @@
+"""SLOT: the scores of its description, every target once, and nothing from the future."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from reference_slot import reference_scores
+from torch.nn.functional import cross_entropy
+
+from fairway.adaptation.logit_delta import fit_delta
+from fairway.adaptation.slot import SlotSettings, make_evaluator, score_stream, target_nll
+from fairway.errors import UserError
+from fairway.evaluation.windows import lane_runs, sliding_windows
+
+BOS = 1
+VOCABULARY = 24
+SETTINGS = SlotSettings(
+    scope="window",
+    window_tokens=32,
+    stride_tokens=6,
+    lanes=5,
+    batch_windows=4,
+    forward_windows=2,
+    focal_tokens="all",
+    l2=3.0,
+    clamp=5.0,
+    iterations=25,
+    history=10,
+    same_document=True,
+    context_logits="current",
+)
+CONTEXTS = pytest.mark.parametrize(
+    ("same_document", "context_logits"),
+    [(True, "current"), (False, "current"), (True, "scored"), (False, "scored")],
+)
+
+
+def toy_model(memory: float = 2.0):
+    """A causal model: the last token's logits plus `memory` times the window's average so far."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(VOCABULARY, 16, generator=generator)
+    head = torch.randn(16, VOCABULARY, generator=generator) / 2
+
+    def model_logits(tokens: torch.Tensor) -> torch.Tensor:
+        states = embedding[tokens]
+        average = states.cumsum(1) / torch.arange(1, tokens.shape[1] + 1).reshape(1, -1, 1)
+        return (states + memory * average) @ head
+
+    return model_logits
+
+
+def toy_stream(length: int, seed: int = 0, document_tokens: int = 40) -> torch.Tensor:
+    """Documents of random length, each with its own favourite tokens; BOS first."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces, total = [], 0
+    while total < length:
+        size = int(torch.randint(2, 2 * document_tokens, (1,), generator=generator))
+        weights = torch.rand(VOCABULARY, generator=generator) ** 4
+        weights[BOS] = 0
+        piece = torch.multinomial(weights, size, replacement=True, generator=generator)
+        piece[0] = BOS
+        pieces.append(piece)
+        total += size
+    return torch.cat(pieces)[:length]
+
+
+def collect(tokens, settings, model=None, rank=0, world_size=1):
+    """Records of a whole stream as one dict of tensors, sorted by position."""
+    records = list(score_stream(model or toy_model(), tokens, settings, BOS, rank, world_size))
+    names = ("positions", "windows", "lanes", "targets", "logits_before", "logits_after")
+    columns = {
+        name: torch.cat([getattr(record, name) for record in records])
+        for name in (*names, "in_own_loss")
+    }
+    order = columns["positions"].argsort(stable=True)
+    return {name: column[order] for name, column in columns.items()}
+
+
+# --- agreement with the description -------------------------------------------------------------
+
+
+@CONTEXTS
+@pytest.mark.parametrize("focal_tokens", ["all", 17])
+def test_one_lane_agrees_with_the_slow_float64_reference(
+    same_document, context_logits, focal_tokens
+):
+    settings = replace(
+        SETTINGS,
+        lanes=1,
+        focal_tokens=focal_tokens,
+        same_document=same_document,
+        context_logits=context_logits,
+    )
+    tokens = toy_stream(120)
+    check_against_reference(tokens, settings, collect(tokens, settings), windows=(0, None))
+
+
+@CONTEXTS
+def test_every_lane_is_the_reference_run_on_its_own_windows(same_document, context_logits):
+    settings = replace(SETTINGS, same_document=same_document, context_logits=context_logits)
+    tokens = toy_stream(201, seed=3)
+    columns = collect(tokens, settings)
+    num_windows = len(sliding_windows(200, settings.window_tokens, settings.stride_tokens))
+    for lane, run in enumerate(lane_runs(num_windows, settings.lanes)):
+        own = {name: column[columns["lanes"] == lane] for name, column in columns.items()}
+        check_against_reference(tokens, settings, own, windows=(run.start, run.stop))
+
+
+def check_against_reference(tokens, settings, columns, windows):
+    reference = reference_scores(toy_model(), tokens, settings, BOS, *windows)
+    positions = columns["positions"].tolist()
+    assert positions == sorted(reference)
+    for index, name in enumerate(("logits_before", "logits_after")):
+        expected = torch.stack([reference[position][index] for position in positions])
+        found = columns[name].double().log_softmax(1)
+        # The fit stops at 1e-7 nats of its mean loss, the reference far below that.
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 if index else 1e-5)
+
+
+def test_the_fit_minimizes_the_penalised_cross_entropy():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(3, 40, VOCABULARY, generator=generator)
+    targets = torch.randint(0, VOCABULARY, (3, 40), generator=generator)
+    is_context = torch.rand(3, 40, generator=generator) < 0.6
+    result = fit_delta(
+        torch.softmax(logits, 2),
+        targets,
+        is_context,
+        torch.zeros(3, VOCABULARY),
+        l2=2.0,
+        clamp=5.0,
+        iterations=50,
+        history=10,
+    )
+    for row in range(3):
+        delta = result.x[row].double().requires_grad_()
+        kept = is_context[row]
+        total = cross_entropy(
+            logits[row, kept].double() + delta, targets[row, kept], reduction="sum"
+        )
+        loss = (total + delta.square().sum()) / kept.sum()  # l2 / 2 is 1
+        (gradient,) = torch.autograd.grad(loss, delta)
+        assert gradient.abs().max() < 1e-3
+
+
+def test_without_context_the_delta_is_zero():
+    nothing = torch.zeros(2, 4, dtype=torch.bool)
+    options = dict(l2=0.0, clamp=5.0, iterations=5, history=3)
+    probabilities = torch.full((2, 4, 8), 1 / 8)
+    targets = torch.zeros(2, 4, dtype=torch.int64)
+    fit = fit_delta(probabilities, targets, nothing, torch.ones(2, 8), **options)
+    assert torch.equal(fit.x, torch.zeros(2, 8))
+
+
+def test_the_delta_is_clamped():
+    settings = replace(SETTINGS, l2=0.0, clamp=0.25, same_document=False)
+    columns = collect(toy_stream(150), settings)
+    delta = columns["logits_after"] - columns["logits_before"]
+    assert 0.24 < delta.abs().max() < 0.25 + 1e-5
+
+
+def test_the_delta_is_dropped_from_the_first_bos_of_the_slice_on():
+    tokens = toy_stream(400, document_tokens=25)
+    columns = collect(tokens, SETTINGS)
+    changed = (columns["logits_after"] != columns["logits_before"]).any(1)
+    documents = (tokens == BOS).cumsum(0)
+    seen = 0
+    for window in columns["windows"].unique():
+        inside = columns["windows"] == window
+        inputs = columns["positions"][inside] - 1
+        beyond = documents[inputs] != documents[inputs[0]]
+        assert not changed[inside][beyond].any()
+        seen += int(beyond.sum())
+    assert seen > 20 and changed.any()
+
+
+# --- coverage -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["window", "batch", "none"])
+@pytest.mark.parametrize("length", [2, 3, 20, 32, 33, 34, 39, 63, 100])
+@pytest.mark.parametrize("lanes", [1, 3, 40])
+def test_every_target_is_scored_once_whatever_the_length(scope, length, lanes):
+    tokens = toy_stream(length)
+    columns = collect(tokens, replace(SETTINGS, scope=scope, lanes=lanes))
+    assert columns["positions"].tolist() == list(range(1, length))
+    assert torch.equal(columns["targets"], tokens[1:])
+    for name in ("logits_before", "logits_after"):
+        assert torch.isfinite(columns[name]).all()
+
+
+def test_the_scored_buffer_covers_short_streams_too():
+    for length in (2, 20, 33, 70):
+        columns = collect(toy_stream(length), replace(SETTINGS, context_logits="scored"))
+        assert columns["positions"].tolist() == list(range(1, length))
+
+
+def test_without_a_delta_the_scores_are_those_of_plain_sliding_windows():
+    tokens = toy_stream(150)
+    plain = collect(tokens, replace(SETTINGS, scope="none"))
+    fitted = collect(tokens, SETTINGS)
+    assert torch.equal(plain["logits_before"], plain["logits_after"])
+    assert torch.equal(plain["logits_before"], fitted["logits_before"])
+    assert not plain["in_own_loss"].any()
+
+
+def test_windows_and_lanes_are_recorded():
+    columns = collect(toy_stream(200), SETTINGS)
+    windows = sliding_windows(199, SETTINGS.window_tokens, SETTINGS.stride_tokens)
+    counts = Counter(columns["windows"].tolist())
+    assert [counts[window] for window in range(len(windows))] == windows.scored.tolist()
+    for lane, run in enumerate(lane_runs(len(windows), SETTINGS.lanes)):
+        assert set(columns["windows"][columns["lanes"] == lane].tolist()) == set(run)
+
+
+# --- ranks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["window", "batch"])
+def test_the_scores_are_bitwise_the_same_for_any_number_of_ranks(scope):
+    tokens, settings = toy_stream(260), replace(SETTINGS, scope=scope)
+    alone = collect(tokens, settings)
+    for world_size in (2, 3):
+        shares = [
+            collect(tokens, settings, rank=r, world_size=world_size) for r in range(world_size)
+        ]
+        merged = {name: torch.cat([share[name] for share in shares]) for name in alone}
+        order = merged["positions"].argsort(stable=True)
+        for name, column in alone.items():
+            assert torch.equal(merged[name][order], column)
+
+
+# --- causality ----------------------------------------------------------------------------------
+
+
+def leaks(settings, tokens, flips, world_size=1) -> list[int]:
+    """For each target up to a flipped token whose distribution changes with it: how far before.
+
+    Flips over the stream: another token, a BOS where there was none, a BOS taken away.
+    """
+    evaluate = make_evaluator(toy_model(), settings, BOS, world_size)
+    unflipped = evaluate(tokens)
+    positions = np.linspace(1, len(tokens) - 1, flips).astype(int).tolist()
+    positions += torch.nonzero(tokens == BOS).squeeze(1)[1:3].tolist()
+    reaches = []
+    for index, position in enumerate(positions):
+        flipped = tokens.clone()
+        flipped[position] = BOS if index % 3 == 0 else (tokens[position] + 7) % VOCABULARY
+        differs = (evaluate(flipped) != unflipped).any(1)
+        changed = torch.nonzero(differs).squeeze(1) + 1
+        assert position == len(tokens) - 1 or len(changed) or flipped[position] == tokens[position]
+        reaches += (position - changed[changed <= position]).tolist()
+    return reaches
+
+
+@CONTEXTS
+def test_no_distribution_depends_on_its_target_or_on_what_follows(same_document, context_logits):
+    settings = replace(SETTINGS, same_document=same_document, context_logits=context_logits, l2=1.0)
+    assert leaks(settings, toy_stream(150, seed=5), flips=9) == []
+
+
+def test_it_stays_causal_without_a_prior_and_over_ranks():
+    settings = replace(SETTINGS, l2=0.0, focal_tokens=16, same_document=False, iterations=12)
+    assert leaks(settings, toy_stream(110, seed=6), flips=4, world_size=2) == []
+
+
+def test_scope_batch_leaks_over_its_batch_and_no_further():
+    settings = replace(SETTINGS, scope="batch", lanes=1, l2=1.0, same_document=False)
+    reaches = leaks(settings, toy_stream(150, seed=7), flips=9)
+    assert max(reaches) > settings.stride_tokens
+    assert max(reaches) < settings.window_tokens + settings.batch_windows * settings.stride_tokens
+
+
+# --- the leak, measured -------------------------------------------------------------------------
+
+
+def null_stream(model, length):
+    """Draws from the model itself, each from the last token alone: nothing can be gained."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = [BOS]
+    while len(tokens) < length:
+        probabilities = model(torch.tensor([tokens[-1:]]))[0, -1].softmax(0)
+        tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    return torch.tensor(tokens)
+
+
+def gain(columns) -> float:
+    before = target_nll(columns["logits_before"], columns["targets"])
+    after = target_nll(columns["logits_after"], columns["targets"])
+    return (before - after).mean().item()
+
+
+def test_only_the_leaking_scope_gains_on_draws_from_the_model_itself():
+    model = toy_model(memory=0.0)
+    tokens = null_stream(model, 1200)
+    honest = gain(collect(tokens, replace(SETTINGS, l2=14.0), model))
+    leaking = gain(
+        collect(tokens, replace(SETTINGS, scope="batch", l2=1.0, same_document=False), model)
+    )
+    assert honest < 0.002
+    assert leaking > 0.05
+
+
+def test_in_own_loss_is_exact():
+    settings = replace(SETTINGS, scope="batch", same_document=True, focal_tokens=14)
+    tokens = toy_stream(260, document_tokens=60)
+    columns = collect(tokens, settings)
+    windows = sliding_windows(259, settings.window_tokens, settings.stride_tokens)
+    documents = (tokens == BOS).cumsum(0).tolist()
+    expected = {}
+    for run in lane_runs(len(windows), settings.lanes):
+        for first in range(0, len(run), settings.batch_windows):
+            batch = run[first : first + settings.batch_windows]
+            fitted = set()
+            for window in batch:
+                begin = windows.first_scored[window]
+                end = windows.starts[window] + windows.length
+                fitted |= {
+                    p
+                    for p in range(max(1, end - 14 + 1), begin)
+                    if documents[p - 1] == documents[begin - 1]
+                }
+            for window in batch:
+                begin = windows.first_scored[window]
+                for p in range(begin, begin + windows.scored[window]):
+                    applies = documents[p - 1] == documents[begin - 1]
+                    expected[p] = p in fitted and applies
+    found = dict(zip(columns["positions"].tolist(), columns["in_own_loss"].tolist(), strict=True))
+    assert found == expected
+    assert 0 < sum(expected.values()) < len(expected)
+    assert not collect(tokens, replace(settings, scope="window"))["in_own_loss"].any()
+
+
+# --- the evaluator of the audit, and settings ----------------------------------------------------
+
+
+def test_the_evaluator_gives_the_distributions_of_the_very_scores():
+    tokens = toy_stream(100)
+    log_probs = make_evaluator(toy_model(), SETTINGS, BOS)(tokens)
+    columns = collect(tokens, SETTINGS)
+    assert log_probs.shape == (99, VOCABULARY) and log_probs.dtype == torch.float32
+    nll = -log_probs.gather(1, tokens[1:].unsqueeze(1)).squeeze(1).double()
+    assert torch.equal(nll, target_nll(columns["logits_after"], columns["targets"]))
+    torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(99))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"stride_tokens": 33}, "slot.stride_tokens"),
+        ({"stride_tokens": 0}, "slot.stride_tokens"),
+        ({"lanes": 0}, "slot.lanes"),
+        ({"lanes": 40_000}, "slot.lanes"),
+        ({"forward_windows": 0}, "slot.forward_windows"),
+        ({"batch_windows": 0}, "slot.batch_windows"),
+        ({"focal_tokens": 6}, "slot.focal_tokens"),
+        ({"focal_tokens": 33}, "slot.focal_tokens"),
+        ({"focal_tokens": "most"}, "slot.focal_tokens"),
+        ({"scope": "lane"}, "slot.scope"),
+        ({"context_logits": "old"}, "slot.context_logits"),
+        ({"scope": "batch", "context_logits": "scored"}, "slot.context_logits"),
+        ({"clamp": 0.0}, "slot.clamp"),
+        ({"l2": -1.0}, "slot.l2"),
+        ({"iterations": 0}, "slot.iterations"),
+        ({"history": 0}, "slot.history"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(change, key):
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        replace(SETTINGS, **change)
+
+
+def test_a_stream_without_targets_is_refused():
+    with pytest.raises(UserError, match="0 targets"):
+        list(score_stream(toy_model(), torch.tensor([BOS]), SETTINGS, BOS))
+
+
+def test_padding_rows_never_reach_the_scores():
+    """Seven lanes in groups of four: the last group has an empty row, and runs end unevenly."""
+    calls = []
+
+    def model(tokens):
+        calls.append(tuple(tokens.shape))
+        return toy_model()(tokens)
+
+    settings = replace(SETTINGS, lanes=7, forward_windows=4)
+    list(score_stream(model, toy_stream(300), settings, BOS))
+    assert set(calls) == {(4, 32)}

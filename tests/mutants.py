@@ -39,7 +39,9 @@ class Toy:
     def logits(self, inputs: Tensor) -> Tensor:
         """int64 [rows, T] → float32 [rows, T, V]: the last token and the mean of all so far."""
         generator = torch.Generator().manual_seed(self.seed)
-        bigram, embedding, output = torch.randn(3, self.vocab_size, self.vocab_size, generator=generator)
+        bigram, embedding, output = torch.randn(
+            3, self.vocab_size, self.vocab_size, generator=generator
+        )
         counts = torch.arange(1, inputs.shape[1] + 1)[None, :, None]
         return bigram[inputs] + (embedding[inputs].cumsum(1) / counts) @ output
 
@@ -59,7 +61,7 @@ class Toy:
 
 @dataclass(frozen=True)
 class Windows:
-    """inputs, targets: int64 [windows, T]; first: [windows], first scored target; logits: [.., V]."""
+    """inputs, targets: int64 [windows, T]; first: each one's first scored target; logits [.., V]."""
 
     starts: list[int]
     first: list[int]
@@ -130,7 +132,10 @@ def fit_deltas(
         squares = (step * step).sum(1, keepdim=True)
         curvature = (step * (new_slope - slope)).sum(1, keepdim=True)
         if shared_history:
-            squares, curvature = squares.sum(0).expand_as(squares), curvature.sum(0).expand_as(squares)
+            squares, curvature = (
+                squares.sum(0).expand_as(squares),
+                curvature.sum(0).expand_as(squares),
+            )
         length = torch.where(curvature > 0, squares / curvature.clamp(min=1e-12), 0.0)
         delta, slope = delta + step, new_slope
     return delta
@@ -164,7 +169,12 @@ def deltas_by_lane(toy: Toy, windows: Windows, mask: Tensor, **faults: bool) -> 
             for row in rows
         ]
         deltas[rows] = fit_deltas(
-            toy, windows.logits[rows], windows.targets[rows], mask[rows], torch.stack(before), **faults
+            toy,
+            windows.logits[rows],
+            windows.targets[rows],
+            mask[rows],
+            torch.stack(before),
+            **faults,
         )
     return deltas
 
@@ -205,7 +215,9 @@ def slot(toy: Toy, *, shift: int = 0, **faults: bool) -> Evaluator:
     def evaluator(tokens: Tensor) -> Scores:
         windows = cut(toy, tokens)
         mask = fit_mask(toy, tokens, windows, shift=shift)
-        return with_account(tokens, scored_rows(windows, deltas_by_lane(toy, windows, mask, **faults)))
+        return with_account(
+            tokens, scored_rows(windows, deltas_by_lane(toy, windows, mask, **faults))
+        )
 
     return evaluator
 

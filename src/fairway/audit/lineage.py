@@ -24,6 +24,7 @@ class _Walk:
 
     hashes: dict[Path, str] = field(default_factory=dict)
     splits: dict[Path, set[str]] = field(default_factory=dict)
+    ancestors: dict[Path, set[Path]] = field(default_factory=dict)
     stages: dict[str, list[str]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
@@ -82,8 +83,10 @@ def _visit(record_path: Path, walk: _Walk) -> set[str]:
     read = set(record["splits_read"])
     walk.stages.setdefault(record["stage"], []).extend(sorted(read))
     ancestry = set(read)
-    for parent in record["parents"]:
-        ancestry |= _visit(Path(parent), walk)
+    ancestors = walk.ancestors[key] = set()
+    for parent in map(Path, record["parents"]):
+        ancestry |= _visit(parent, walk)
+        ancestors |= {parent.resolve()} | walk.ancestors.get(parent.resolve(), set())
     if set(record["splits"]) != ancestry:
         walk.faults.append(
             f"{record_path} says splits {sorted(record['splits'])}, "
@@ -125,24 +128,23 @@ def _verify_files(record_path: Path, record: dict[str, Any], walk: _Walk) -> Non
 
 
 def _verify_parents(record_path: Path, record: dict[str, Any], walk: _Walk) -> None:
-    """Every stage folder that an input comes from must be named as a parent, and hashed."""
+    """The stage that made an input must be an ancestor, and every parent's record be hashed."""
     named = {Path(parent).resolve() for parent in record["parents"]}
+    known = walk.ancestors[record_path.resolve()] | {record_path.resolve()}
     hashed = {Path(name).resolve() for name in record["inputs"]}
     for name in record["inputs"]:
         maker = Path(name).parent / RECORD_NAME
-        if maker.is_file() and maker.resolve() not in named | {record_path.resolve()}:
-            walk.faults.append(f"{record_path} uses {name} but does not name {maker} as a parent")
+        if maker.is_file() and maker.resolve() not in known:
+            walk.faults.append(f"{record_path} uses {name}, but {maker} is not in its ancestry")
     for parent in sorted(named - hashed):
         walk.faults.append(f"{record_path} does not record the SHA-256 of its parent {parent}")
 
 
 def _verify_settings(record_path: Path, record: dict[str, Any], walk: _Walk) -> None:
-    """A stage whose settings say which split it reads (`data: val`) must record that it did."""
-    said = record["settings"].get("data")
+    """A stage whose settings say that it reads the validation text must record that it did."""
     section = record["settings"].get(record["stage"])
-    if isinstance(section, dict):
-        said = section.get("data", said)
-    if said in ("train", TAINTED_SPLIT) and said not in record["splits_read"]:
+    said = section.get("data") if isinstance(section, dict) else None
+    if said == TAINTED_SPLIT and said not in record["splits_read"]:
         walk.faults.append(
             f"{record_path} has the setting data: {said} but splits_read {record['splits_read']}"
         )

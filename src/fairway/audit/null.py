@@ -10,6 +10,7 @@ one enters the confidence interval, which comes from blocks of consecutive token
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from fairway.audit.contract import (
     evaluate,
     log_probs_of,
 )
+from fairway.audit.positions import Geometry
 from fairway.progress import progress
 
 BLOCK_TOKENS = 64
@@ -33,17 +35,18 @@ BLOCK_TOKENS = 64
 
 
 def draw_stream(
-    next_token: Predictor, first_token: int, num_targets: int, seed: int
+    next_token: Predictor, first_token: Tensor, num_targets: int, seed: int
 ) -> tuple[Tensor, np.ndarray]:
     """Sample a stream from a model, one token at a time.
 
-    next_token: prefix int64 [k] → log-probabilities [V] of token k.
+    next_token: prefix int64 [k] → log-probabilities [V] of token k. first_token: int64 [1], on the
+    device that the model expects.
     Returns the tokens, int64 [num_targets + 1], and float64 [num_targets]: the log-probability,
     nats, of each target under the very distribution it was drawn from.
     """
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.empty(num_targets + 1, dtype=torch.int64)
-    tokens[0] = first_token
+    tokens = first_token.new_empty(num_targets + 1)
+    tokens[0] = first_token[0]
     log_probs = np.empty(num_targets)
     with progress(num_targets, "null stream", "token") as bar:
         for index in range(num_targets):
@@ -58,9 +61,23 @@ def draw_stream(
 
 def null_gains(evaluator: Evaluator, tokens: Tensor, drawn_log_probs: np.ndarray) -> np.ndarray:
     """log q(x_t) - log p(x_t), nats, float64 [n]: the evaluator's gain over the true source."""
-    log_probs = log_probs_of(evaluate(evaluator, tokens)).double().cpu()
-    scored = log_probs.gather(1, tokens[1:, None]).squeeze(1).numpy()
-    return scored - drawn_log_probs
+    log_probs = log_probs_of(evaluate(evaluator, tokens))
+    scored = log_probs.gather(1, tokens[1:, None]).squeeze(1)
+    return scored.double().cpu().numpy() - drawn_log_probs
+
+
+def windowed_predictor(model_logits: Callable[[Tensor], Tensor], geometry: Geometry) -> Predictor:
+    """The plain model as a `Predictor` that sees what the evaluator's windows see.
+
+    model_logits: tokens int64 [1, T] → logits float32 [1, T, V].
+    """
+
+    @torch.no_grad()
+    def next_token(prefix: Tensor) -> Tensor:
+        window = prefix[geometry.context_start(len(prefix)) :]
+        return torch.log_softmax(model_logits(window[None])[0, -1].float(), dim=-1)
+
+    return next_token
 
 
 def block_interval(gains: np.ndarray, confidence: float) -> tuple[float, float, float]:

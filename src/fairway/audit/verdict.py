@@ -10,12 +10,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fairway.audit.checks import (
+from fairway.audit.account import (
+    Evaluation,
     check_claimed_score,
     check_coverage,
-    check_normalisation,
     wrong_row_count,
 )
+from fairway.audit.checks import check_attribution, check_normalisation
 from fairway.audit.contract import (
     FAIL,
     NOT_RUN,
@@ -83,8 +84,7 @@ class Subject:
     geometry: aims the flips.
     next_token: the plain model, from which text is drawn for the null test.
     base: the same evaluator without adaptation, which decides the track.
-    reported_gain_nats: adaptation's gain on real text, nats a token.
-    table, table_targets: tokens.parquet of the whole evaluation, and the targets it should hold.
+    evaluation: the account of the whole evaluation that the reported score comes from.
     """
 
     evaluator: Evaluator
@@ -94,9 +94,7 @@ class Subject:
     geometry: Geometry | None = None
     next_token: Predictor | None = None
     base: Evaluator | None = None
-    reported_gain_nats: float | None = None
-    table: pd.DataFrame | None = None
-    table_targets: int | None = None
+    evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Findings:
 
 
 def audit_evaluator(subject: Subject, settings: AuditSettings, seed: int) -> Findings:
-    """Run the flip, self-influence, null, normalisation, claimed-score and coverage checks.
+    """Run every check but lineage and budgets.
 
     The evaluator runs 1 + noise_repeats + flips times on the excerpt and once on a null stream.
     Raises UserError where its answer has not the form of `fairway.audit.contract`.
@@ -136,10 +134,11 @@ def audit_evaluator(subject: Subject, settings: AuditSettings, seed: int) -> Fin
     checks = [
         check_flips(results, noise),
         check_self_influence(results, noise),
-        check_null(gains, settings.significance, subject.reported_gain_nats),
+        check_null(gains, settings.significance, _reported_gain(subject)),
+        check_attribution(subject.evaluation),
         check_normalisation(reference, subject.vocab_size),
-        check_claimed_score(answer, tokens),
-        check_coverage(answer, num_targets, subject.table, subject.table_targets),
+        check_claimed_score(answer, tokens, subject.evaluation),
+        check_coverage(answer, num_targets, subject.evaluation),
     ]
     random_flips = sum(flip.place == "random" for flip in flips)
     return Findings(
@@ -151,8 +150,9 @@ def audit_evaluator(subject: Subject, settings: AuditSettings, seed: int) -> Fin
 
 
 def overall_verdict(checks: Sequence[Check]) -> str:
-    """FAIL where any check fails, else PASS; checks that were not run stay listed as such."""
-    return FAIL if any(check.verdict == FAIL for check in checks) else PASS
+    """The gravest: FAIL where any check fails, NOT RUN where any was not run, else PASS."""
+    found = {check.verdict for check in checks}
+    return next(verdict for verdict in (FAIL, NOT_RUN, PASS) if verdict in found)
 
 
 def audit_record(
@@ -191,18 +191,22 @@ def verdict_lines(record: dict[str, Any]) -> list[str]:
 
 
 def _malformed(fault: Check) -> Findings:
-    """An answer that is no [targets, vocabulary] fails the one check and leaves the others undone."""
-    names = ("flip", "self_influence", "null", "normalisation", "claimed_score", "coverage")
+    """An answer of another shape than [targets, vocabulary] fails one check; the others wait."""
+    names = ("flip", "self_influence", "null", "attribution", "normalisation")
+    names += ("claimed_score", "coverage")
     reason = "It needs one distribution over the whole vocabulary for each target."
     checks = [fault if name == fault.name else Check(name, NOT_RUN, reason) for name in names]
     return Findings(checks, reach_table([], 0.0), "unknown", None)
 
 
+def _reported_gain(subject: Subject) -> float | None:
+    return None if subject.evaluation is None else subject.evaluation.gain_nats_per_token
+
+
 def _null_gains(subject: Subject, null_tokens: int, seed: int) -> np.ndarray | None:
     if subject.next_token is None or null_tokens == 0:
         return None
-    first = int(subject.tokens[0])
-    tokens, drawn = draw_stream(subject.next_token, first, null_tokens, seed)
+    tokens, drawn = draw_stream(subject.next_token, subject.tokens[:1], null_tokens, seed)
     return null_gains(subject.evaluator, tokens, drawn)
 
 

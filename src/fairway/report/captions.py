@@ -33,22 +33,22 @@ def figure_captions(results: Results) -> dict[str, Caption]:
         "training_curves": Caption(
             "Training curves",
             "Training loss in nats per token against tokens seen, one line per seed, over the "
-            "learning-rate scale: seeds that part early point to unstable training.",
+            "learning-rate scale: how far the lines lie apart is how much a run depends on chance.",
             "Line chart of training loss over tokens seen, one line per seed.",
         ),
         "gain_by_position": Caption(
             "Where SLOT gains",
-            f"Mean loss before minus after adaptation, in nats per token, points are {seeds}: an "
-            "honest gain needs context, so it grows with the distance from the document's start; "
-            "along the stream it should be level.",
+            f"Mean loss before minus after adaptation, in nats per token; points are {seeds}, each "
+            "variant has its own scale. An honest gain needs text to learn from, so it should be "
+            "small where a document begins, and level along the stream.",
             "Line charts of SLOT's gain by position in the document and in the stream.",
         ),
         "leak": Caption(
             "Where the leak sits",
             "Left, the mean gain of targets that were in the loss of the very delta that scored "
             "them, against the rest: a causal method has none of the former. Right, the share of "
-            "distributions that changed when a token so far behind them was replaced: a causal "
-            "method shows none at any distance.",
+            "distributions that changed when a token so many positions after them was replaced: "
+            "a causal method shows none at any distance.",
             "Bar chart of SLOT's gain by membership in the delta's loss, and histogram of how far "
             "back a replaced token changed distributions.",
         ),
@@ -59,7 +59,7 @@ def figure_captions(results: Results) -> dict[str, Caption]:
         ),
         "stage_times": Caption(
             "Stage times",
-            f"Wall-clock seconds of each stage, start-up included: the bar is the mean over "
+            f"Wall-clock seconds of each stage: the bar is the mean over "
             f"{seeds}, each point one seed.",
             "Bar chart of wall-clock seconds per stage and variant.",
         ),

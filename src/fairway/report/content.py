@@ -35,9 +35,13 @@ STAGE_NAMES = {
     "sliding": "Sliding window, unadapted",
     "slot": "Sliding window with SLOT",
 }
+TRACKS = {
+    "adaptive": "adaptive, the evaluator changes its predictions as it reads",
+    "fixed": "fixed, the plain model's predictions",
+}
 BUDGET_NAMES = {
     "artifact_bytes": "Artifact, code and weights",
-    "training_seconds": "Training, all that reads training data",
+    "training_seconds": "Reading training data",
     "evaluation_seconds": "Evaluation",
 }
 
@@ -99,14 +103,19 @@ def _summary_row(summary: pd.DataFrame, variant: str, metric: str) -> pd.Series:
 
 def _lede(results: Results, summary: pd.DataFrame, variant: str) -> dict[str, str]:
     score = _summary_row(summary, variant, "val_bpb")
-    text = f"{mean_and_std(score['mean'], score['std'])} bits per byte"
+    seeds = f"{len(results.seeds)} seed" + ("s" if len(results.seeds) > 1 else "")
+    text = f"{mean_and_std(score['mean'], score['std'])} bits per byte over {seeds}"
     verdict = results.verdict(variant)
     if verdict == FAIL:
         names = joined([check_title(name).lower() for name in results.checks_with(variant, FAIL)])
         meaning = f"failed its audit ({names}): its number is not a valid score."
         return {"variant": variant, "verdict": verdict, "score": "", "meaning": meaning}
-    if verdict == PASS:
+    not_run = results.checks_with(variant, NOT_RUN)
+    if verdict == PASS and not not_run:
         meaning = "and passed every check of its audit."
+    elif verdict == PASS:
+        names = joined([check_title(name).lower() for name in not_run])
+        meaning = f"and passed every check of its audit that ran (not run: {names})."
     else:
         meaning = "but its audit is incomplete, so the score is not yet shown to be valid."
     return {"variant": variant, "verdict": verdict, "score": f"scored {text}", "meaning": meaning}
@@ -198,7 +207,7 @@ def _outcome(results: Results, variant: str, name: str) -> dict[str, Any]:
         ],
         "sentence": by_seed[seed].sentence,
         "where": "every seed" if len(same) == len(results.seeds) else f"{plural} {joined(same)}",
-        "quoted_seed": str(seed),
+        "quoted_seed": seed,
     }
 
 
@@ -209,7 +218,7 @@ def _audit(results: Results, variant: str) -> dict[str, Any]:
         "variant": variant,
         "badge": badge(results.verdict(variant)),
         "rows": [_outcome(results, variant, name) for name in results.checks(variant)],
-        "track": joined(sorted({audit.track for audit in audits})),
+        "track": joined(sorted({TRACKS.get(audit.track, audit.track) for audit in audits})),
         "leak_rate": None if None in rates else f"{max(rates):.1%}",
     }
 

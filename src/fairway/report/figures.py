@@ -19,6 +19,7 @@ from fairway.files import atomic_path
 from fairway.report.results import FAIL, SHARED, SHARED_STAGES, VARIANT_STAGES, Results
 from fairway.report.tables import STAGES, furthest_change, reach_counts, stage_bpb
 from fairway.report.token_sums import STREAM_PARTS, gain_nats
+from fairway.report.wording import signed
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, MUTED, FAINT = "#1f2933", "#5f6b7a", "#d9dee5"
@@ -97,7 +98,10 @@ def bpb_by_stage(results: Results) -> Figure:
         style = _style(results, variant)
         _line_with_points(axes, range(last_shared, len(STAGES)), path, skip=1, **style)
         ends.append(values[-1].mean())
-    labels = [_final_label(results, variant, end) for variant, end in zip(results.variants, ends)]
+    labels = [
+        _final_label(results, variant, end)
+        for variant, end in zip(results.variants, ends, strict=True)
+    ]
     axes.set_xticks(range(len(STAGES)), [STAGE_LABELS[stage] for stage in STAGES])
     axes.set_xlim(-0.3, len(STAGES) + 0.55)
     axes.set_ylabel("val_bpb (bits per byte), lower is better")
@@ -127,9 +131,15 @@ def training_curves(results: Results) -> Figure:
 
 
 def gain_by_position(results: Results) -> Figure:
-    """Nats per token that SLOT saves, by position in the document and in the stream."""
-    figure, (document, stream) = _figure(2, height=3.5, sharey=True)
-    for variant in results.variants:
+    """Nats per token that SLOT saves, by position in the document and in the stream.
+
+    One row of panels per variant, each on its own scale: an honest gain is a hundred times smaller
+    than a leak, and would be invisible beside it.
+    """
+    rows = len(results.variants)
+    figure = Figure(figsize=(WIDTH_INCHES, 0.6 + 2.3 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, sharex="col", sharey="row", squeeze=False)
+    for (document, stream), variant in zip(grid, results.variants, strict=True):
         sums = [results.tokens[variant, seed] for seed in results.seeds]
         style = _style(results, variant)
         by_document = _aligned([gain_nats(one.by_document_position) for one in sums])
@@ -137,38 +147,34 @@ def gain_by_position(results: Results) -> Figure:
         _line_with_points(document, starts, by_document.to_numpy(), **style)
         by_part = _aligned([gain_nats(one.by_stream_part) for one in sums])
         percent = (by_part.index.to_numpy() + 0.5) * 100 / STREAM_PARTS
-        _line_with_points(stream, percent, by_part.to_numpy(), label=variant, **style)
+        _line_with_points(stream, percent, by_part.to_numpy(), **style)
+        document.set_title(_name(results, variant))
+        document.set_ylabel("gain (nats per token)")
+        _zero_line(document)
+        _zero_line(stream)
     document.set_xscale("log", base=2)
     document.xaxis.set_major_formatter(lambda value, _: "<16" if value < 16 else f"{value:,.0f}")
-    document.set_title("Within the document")
     document.set_xlabel("tokens since the document began")
-    document.set_ylabel("gain of SLOT (nats per token)")
-    stream.set_title("Within the stream")
     stream.set_xlabel("position in the validation stream (%)")
-    stream.legend(
-        labels=[_name(results, variant) for variant in results.variants],
-        handles=[line for line in stream.lines if not line.get_label().startswith("_")],
-    )
-    for axes in (document, stream):
-        _zero_line(axes)
     return figure
 
 
 def leak(results: Results) -> Figure:
     """Gain of targets in their own delta's loss and of the others; reach of the flips."""
     figure, (gain, reach) = _figure(2, height=3.6)
-    groups = ((False, "not in the loss\nof their delta"), (True, "in the loss\nof their own delta"))
+    groups = {True: "in the loss of\ntheir own delta", False: "not in\nthat loss"}
     width = 0.8 / len(results.variants)
     for index, variant in enumerate(results.variants):
         offset = (index - (len(results.variants) - 1) / 2) * width
         gains = _aligned(
             [gain_nats(results.tokens[variant, seed].by_own_loss) for seed in results.seeds]
-        ).reindex([False, True])
+        ).reindex(list(groups))
         _bars_with_points(
             gain, np.arange(2) + offset, gains.to_numpy(), width * 0.9, results, variant
         )
-    gain.set_xticks(range(2), [label for _, label in groups])
+    gain.set_xticks(range(2), groups.values())
     gain.set_xlim(-0.6, 1.6)
+    gain.margins(y=0.16)
     gain.set_title("Who gains")
     gain.set_ylabel("gain of SLOT (nats per token)")
     _zero_line(gain)
@@ -178,7 +184,7 @@ def leak(results: Results) -> Figure:
 
 def budgets_used(results: Results, budgets: pd.DataFrame) -> Figure:
     """Bytes and seconds of every variant against the limits."""
-    figure, panels = _figure(3, height=1.3 + 0.42 * len(results.variants), sharey=True)
+    figure, panels = _figure(3, height=0.9 + 0.4 * len(results.variants), sharey=True)
     for axes, (budget, (title, unit, scale)) in zip(panels, BUDGET_PANELS.items(), strict=True):
         rows = budgets[budgets["budget"] == budget]
         limit = rows["limit"].iloc[0] / scale
@@ -190,7 +196,7 @@ def budgets_used(results: Results, budgets: pd.DataFrame) -> Figure:
             axes.text(used.max() + most * 0.03, index, share, va="center", fontsize=8.5)
         axes.axvline(limit, color=INK, linewidth=1.4)
         axes.set_xlim(0, most * 1.12)
-        axes.set_xticks([0, limit], ["0", f"limit {limit:,.4g} {unit}"])
+        axes.set_xticks([limit], [f"limit {limit:,.4g} {unit}"])
         axes.set_title(title)
         axes.grid(False)
     panels[0].set_yticks(range(len(results.variants)), results.variants)
@@ -239,8 +245,9 @@ def _style(results: Results, variant: str) -> dict:
 
 def _final_label(results: Results, variant: str, bpb: float) -> str:
     verdict = results.verdict(variant)
-    meaning = "not a valid score" if verdict == FAIL else f"audit {verdict}"
-    return f"{variant} {bpb:.4f}\n{meaning}"
+    if verdict == FAIL:
+        return f"{variant}\nnot a valid score"
+    return f"{variant} {bpb:.4f}\naudit {verdict}"
 
 
 def _bpb(results: Results, holder: str, stages: Sequence[str]) -> np.ndarray:
@@ -293,17 +300,17 @@ def _bars_with_points(
     for column in values.T:
         axes.plot(x, column, "o", color=INK, markersize=2.5)
     for where, mean in zip(x, means, strict=True):
-        if np.isfinite(mean):
-            above = mean >= 0
-            axes.annotate(
-                f"{mean:+.4f}",
-                (where, mean),
-                xytext=(0, 5 if above else -5),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if above else "top",
-                fontsize=8.5,
-            )
+        text, tip = ("none", 0.0) if np.isnan(mean) else (signed(mean), mean)
+        axes.annotate(
+            text,
+            (where, tip),
+            xytext=(0, 5 if tip >= 0 else -5),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if tip >= 0 else "top",
+            color=colour,
+            fontsize=8.5,
+        )
 
 
 def _draw_reach(axes: Axes, results: Results) -> None:
@@ -334,6 +341,7 @@ def _draw_reach(axes: Axes, results: Results) -> None:
     )
     axes.set_xlim(edges[0] - 0.5, edges[-1])
     axes.set_ylim(0, max(axes.get_ylim()[1] * 1.3, 1))
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
 
 
 def _reach_label(results: Results, variant: str, table: pd.DataFrame) -> str:

@@ -17,6 +17,7 @@ COLUMNS = ("position", "document", "nll_before", "nll_after", "bytes", "in_own_l
 # Tokens since the document's BOS: the first 16 together, then doubling.
 DOCUMENT_POSITION_EDGES = np.array([0, *(16 << power for power in range(20))])
 STREAM_PARTS = 20
+BATCH_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def read_token_sums(path: Path) -> TokenSums:
         raise UserError(f"{path} {found}: rerun the slot_eval stage")
     partial: dict[str, list[pd.DataFrame]] = {}
     document, begin = -1, 0
-    for batch in file.iter_batches(batch_size=1 << 20, columns=list(COLUMNS)):
+    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(COLUMNS)):
         table = batch.to_pandas()
         begins = _document_begins(table, document, begin)
         document, begin = int(table["document"].iloc[-1]), int(begins[-1])

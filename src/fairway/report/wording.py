@@ -28,8 +28,8 @@ def mean_and_std(mean: float, std: float) -> str:
 
 
 def interval(low: float, high: float, form: Callable[[float], str] = bits) -> str:
-    """`low to high`."""
-    return NONE if math.isnan(low) else f"{form(low)} to {form(high)}"
+    """`low to high`, in spaces that do not break."""
+    return NONE if math.isnan(low) else f"{form(low)}\u00a0to\u00a0{form(high)}"
 
 
 def probability(p: float) -> str:
@@ -39,7 +39,7 @@ def probability(p: float) -> str:
     if p < 1e-4:
         mantissa, exponent = f"{p:.1e}".split("e")
         return f"{mantissa} × 10^{int(exponent)}".replace("-", "−")
-    return f"{p:.2g}"
+    return "> 0.99" if p > 0.99 else f"{p:.2g}"
 
 
 def count(value: float) -> str:
@@ -48,10 +48,10 @@ def count(value: float) -> str:
 
 
 def quantity(value: float, unit: str) -> str:
-    """Bytes in full, seconds to three digits."""
+    """Bytes in full, seconds to a tenth."""
     if unit == "bytes":
         return f"{count(value)} bytes"
-    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{value:,.0f} {unit}" if value.is_integer() else f"{value:,.1f} {unit}"
 
 
 def joined(words: Iterable[str]) -> str:

@@ -1,0 +1,134 @@
+"""Seed statistics and the bootstrap, against SciPy and against the record's published figures."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fairway.report.statistics import bootstrap_bpb_difference, describe, welch_gain
+
+# val_bpb of the record that Fairway follows, seeds 1337, 42 and 2025, as published.
+RECORD_SLOT_BPB = (1.00430, 1.00478, 1.00470)
+RECORD_SLIDING_BPB = (1.09169, 1.09172, 1.09176)
+
+
+def test_the_records_seeds_give_its_published_mean_and_std():
+    found = describe(RECORD_SLOT_BPB)
+    assert (round(found.mean, 4), round(found.std, 4), found.n) == (1.0046, 0.0003, 3)
+
+
+@pytest.mark.parametrize("size", [2, 3, 10])
+def test_describe_agrees_with_scipy(size):
+    values = np.random.default_rng(size).normal(1.1, 0.01, size)
+    found = describe(values)
+    low, high = stats.t.interval(0.95, size - 1, loc=values.mean(), scale=stats.sem(values))
+    assert found.standard_error == pytest.approx(stats.sem(values))
+    assert (found.ci_low, found.ci_high) == pytest.approx((low, high))
+
+
+def test_one_seed_has_a_mean_and_no_spread():
+    found = describe([1.25])
+    assert (found.n, found.mean) == (1, 1.25)
+    spread = (found.std, found.standard_error, found.ci_low, found.ci_high)
+    assert all(math.isnan(value) for value in spread)
+
+
+def test_welch_agrees_with_scipy_and_with_its_formula():
+    ours, theirs, margin = np.array([1.840, 1.842, 1.841]), np.array([1.853, 1.851, 1.855]), 0.005
+    found = welch_gain(ours, theirs, margin)
+    reference = stats.ttest_ind(ours + margin, theirs, equal_var=False, alternative="less")
+    assert found.p == pytest.approx(reference.pvalue)
+    variances = np.array([ours.var(ddof=1), theirs.var(ddof=1)]) / 3
+    t = (ours.mean() + margin - theirs.mean()) / math.sqrt(variances.sum())
+    degrees = variances.sum() ** 2 / (variances**2 / 2).sum()
+    assert found.t == pytest.approx(t)
+    assert found.degrees_of_freedom == pytest.approx(degrees)
+    assert found.p == pytest.approx(stats.t.cdf(t, degrees))
+    assert found.difference == pytest.approx(-0.012)
+
+
+def test_a_gain_of_exactly_the_margin_is_a_coin_toss():
+    theirs = [1.853, 1.851, 1.855]
+    assert welch_gain([loss - 0.005 for loss in theirs], theirs, 0.005).p == pytest.approx(0.5)
+
+
+def test_a_loss_is_never_a_significant_gain():
+    assert welch_gain([1.90, 1.91, 1.92], [1.853, 1.851, 1.855], 0.005).p > 0.99
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [([1.84], [1.85, 1.86]), ([1.84, 1.85], [1.86]), ([1.84, 1.84], [1.86, 1.86])],
+)
+def test_welch_is_null_where_nothing_varies_or_one_value_stands_alone(ours, theirs):
+    found = welch_gain(ours, theirs, 0.005)
+    assert math.isnan(found.p) and math.isnan(found.t)
+    assert found.difference == pytest.approx(np.mean(ours) - np.mean(theirs))
+
+
+def make_documents(generator, documents, gain_nats):
+    """Summed nats of two methods on documents of uneven length, and the documents' bytes."""
+    tokens = generator.integers(20, 400, documents)
+    before = tokens * generator.normal(2.0, 0.3, documents)
+    after = before - tokens * generator.normal(gain_nats, 0.02, documents)
+    return after, before, tokens * 3
+
+
+def test_the_bootstraps_estimate_is_the_ratio_of_sums():
+    after, before, byte_counts = make_documents(np.random.default_rng(0), 50, 0.01)
+    found = bootstrap_bpb_difference(after, before, byte_counts, seed=1)
+    bpb = [nats.sum() / math.log(2) / byte_counts.sum() for nats in (after, before)]
+    assert found.estimate == pytest.approx(bpb[0] - bpb[1])
+    assert found.ci_low < found.estimate < found.ci_high
+    assert found == bootstrap_bpb_difference(after, before, byte_counts, seed=1)
+
+
+def test_the_bootstraps_interval_agrees_with_scipy():
+    after, before, byte_counts = make_documents(np.random.default_rng(3), 80, 0.004)
+    found = bootstrap_bpb_difference(after, before, byte_counts, seed=1)
+    gap = (after - before) / math.log(2)
+    reference = stats.bootstrap(
+        (gap, byte_counts),
+        lambda top, bottom, axis: top.sum(axis) / bottom.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=9_999,
+        method="percentile",
+        rng=np.random.default_rng(2),
+    ).confidence_interval
+    width = reference.high - reference.low
+    assert found.ci_low == pytest.approx(reference.low, abs=0.05 * width)
+    assert found.ci_high == pytest.approx(reference.high, abs=0.05 * width)
+
+
+def test_pairing_cancels_the_documents_difficulty():
+    after, before, byte_counts = make_documents(np.random.default_rng(4), 60, 0.01)
+    paired = bootstrap_bpb_difference(after, before, byte_counts, seed=1)
+    alone = bootstrap_bpb_difference(after, np.zeros_like(after), byte_counts, seed=1)
+    assert paired.ci_high - paired.ci_low < 0.2 * (alone.ci_high - alone.ci_low)
+    assert paired.p == pytest.approx(1 / (paired.resamples + 1))
+
+
+def test_the_bootstraps_p_is_calibrated_without_a_difference():
+    generator = np.random.default_rng(5)
+    found = [
+        bootstrap_bpb_difference(*make_documents(generator, 40, 0.0), seed=trial)
+        for trial in range(200)
+    ]
+    rejected = sum(one.p < 0.05 for one in found)
+    covered = sum(one.ci_low <= 0 <= one.ci_high for one in found)
+    assert 3 <= rejected <= 24
+    assert covered >= 176
+
+
+def test_one_document_cannot_be_resampled():
+    found = bootstrap_bpb_difference(np.array([10.0]), np.array([11.0]), np.array([30]), seed=1)
+    assert found.estimate == pytest.approx(-1 / math.log(2) / 30)
+    assert math.isnan(found.p) and math.isnan(found.ci_low)
+
+
+def test_a_draw_of_nothing_but_empty_documents_is_dropped():
+    found = bootstrap_bpb_difference(np.array([1.0, 0.0]), np.zeros(2), np.array([3, 0]), seed=1)
+    assert 0 < found.resamples < 9_999
+    assert math.isfinite(found.ci_low)

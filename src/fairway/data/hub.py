@@ -23,7 +23,12 @@ TRAIN_SHARDS = 80
 
 def fetch_documents(repository: str, revision: str | None) -> Path:
     """Fetch the selected documents; returns the local path of the .jsonl file."""
-    return _fetch(repository, revision, [DOCUMENTS]) / DOCUMENTS
+    path = _fetch(repository, revision, [DOCUMENTS]) / DOCUMENTS
+    if not path.is_file():
+        raise UserError(
+            f"{repository} holds no {DOCUMENTS}: check data.repository and its revision"
+        )
+    return path
 
 
 def fetch_shards(repository: str, revision: str | None, vocab_size: int) -> tuple[Path, Path]:
@@ -42,9 +47,8 @@ def fetch_shards(repository: str, revision: str | None, vocab_size: int) -> tupl
 
 def _fetch(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
     # Imported here: the client takes a third of a second that no other source should pay.
-    import httpx
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: any transport's
 
     try:
         return Path(
@@ -52,7 +56,7 @@ def _fetch(repository: str, revision: str | None, patterns: Sequence[str]) -> Pa
                 repository, repo_type="dataset", revision=revision, allow_patterns=list(patterns)
             )
         )
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{repository} could not be fetched from the Hugging Face hub ({reason}): check the "

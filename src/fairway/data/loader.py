@@ -55,6 +55,11 @@ class CoprimeLoader:
         self._batch = 0
         self._start_epoch(0)
 
+    @property
+    def epoch_blocks(self) -> int:
+        """Blocks of the current epoch; phases differ, so another epoch may have one more a span."""
+        return int(self._blocks.sum())
+
     def next_batch(self) -> tuple[np.ndarray, np.ndarray]:
         """The next inputs and targets, int64 [batch_sequences / world_size, sequence_length].
 

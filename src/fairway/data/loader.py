@@ -17,6 +17,9 @@ import numpy as np
 from fairway.data.dataset import Span
 from fairway.errors import UserError
 
+# What a random stream is for; with it in the seed, no two streams are the same.
+BLOCK_ORDER, BATCH_MIX = 1, 2
+
 
 class CoprimeLoader:
     """Draws global batches of `batch_sequences` blocks and returns this rank's rows of them."""
@@ -40,7 +43,7 @@ class CoprimeLoader:
                 "processes: change the batch size or the number of processes so that it divides"
             )
         # A block's last target is the token after it.
-        self._tokens = [span.read() for span in spans if len(span) > sequence_length]
+        self._tokens = [np.asarray(span.read()) for span in spans if len(span) > sequence_length]
         if not self._tokens:
             raise UserError(
                 f"no span of the training text is longer than a sequence of {sequence_length} "
@@ -66,13 +69,14 @@ class CoprimeLoader:
         targets are the tokens that follow the inputs.
         """
         positions = self._draw()[self._rank_rows]
-        rows = np.stack(
-            [
-                self._tokens[span][start : start + self._sequence_length + 1]
-                for span, start in positions
-            ]
-        ).astype(np.int64)
-        return rows[:, :-1].copy(), rows[:, 1:].copy()
+        length = self._sequence_length
+        inputs = np.empty((len(positions), length), np.int64)
+        targets = np.empty_like(inputs)
+        for row, (span, start) in enumerate(positions):
+            tokens = self._tokens[span]
+            inputs[row] = tokens[start : start + length]
+            targets[row] = tokens[start + 1 : start + length + 1]
+        return inputs, targets
 
     def state(self) -> dict[str, Any]:
         """Where the loader stands, as JSON values: batch, epoch, and blocks drawn of each span."""
@@ -89,7 +93,9 @@ class CoprimeLoader:
         self._epoch = epoch
         orders = [
             _block_order(
-                len(tokens), self._sequence_length, np.random.default_rng((self._seed, epoch, span))
+                len(tokens),
+                self._sequence_length,
+                np.random.default_rng((self._seed, BLOCK_ORDER, epoch, span)),
             )
             for span, tokens in enumerate(self._tokens)
         ]
@@ -98,7 +104,7 @@ class CoprimeLoader:
 
     def _draw(self) -> list[tuple[int, int]]:
         """The next global batch: (span, first token) of each of its blocks."""
-        generator = np.random.default_rng((self._seed, self._batch))
+        generator = np.random.default_rng((self._seed, BATCH_MIX, self._batch))
         self._batch += 1
         positions: list[tuple[int, int]] = []
         while len(positions) < self._batch_sequences:

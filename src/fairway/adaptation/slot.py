@@ -259,14 +259,19 @@ def score_stream(
     """
     windows = sliding_windows(len(tokens) - 1, settings.window_tokens, settings.stride_tokens)
     stream = _Stream(tokens, (tokens == bos_id).cumsum(0), windows, bos_id, settings)
-    runs = list(enumerate(lane_runs(len(windows), settings.lanes)))
-    size = 1 if settings.scope == "batch" else min(settings.forward_windows, len(runs))
-    groups = [runs[first : first + size] for first in range(0, len(runs), size)]
+    groups = lane_groups(len(windows), settings)
     for group in groups[rank::world_size]:
         if settings.scope == "batch":
             yield from _score_batches(model_logits, stream, *group[0])
         else:
-            yield from _score_lanes(model_logits, stream, group, size)
+            yield from _score_lanes(model_logits, stream, group, size=len(groups[0]))
+
+
+def lane_groups(num_windows: int, settings: SlotSettings) -> list[list[tuple[int, range]]]:
+    """(lane, its windows) of the lanes that share forward passes; the last group may be smaller."""
+    runs = list(enumerate(lane_runs(num_windows, settings.lanes)))
+    size = 1 if settings.scope == "batch" else settings.forward_windows
+    return [runs[first : first + size] for first in range(0, len(runs), size)]
 
 
 def _score_lanes(

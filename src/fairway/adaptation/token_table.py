@@ -1,0 +1,152 @@
+"""The table of scored targets that every figure of slot_eval is a sum of."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fairway.adaptation.slot import (
+    ModelLogits,
+    SlotSettings,
+    lane_groups,
+    score_stream,
+    target_nll,
+)
+from fairway.errors import UserError
+from fairway.evaluation.bits_per_byte import ByteCounts, bits_per_byte, token_bytes
+from fairway.evaluation.windows import sliding_windows
+
+COLUMNS = {
+    "position": "int64",
+    "token": "int32",
+    "window": "int32",
+    "lane": "int16",
+    "nll_before": "float64",
+    "nll_after": "float64",
+    "in_own_loss": "bool",
+}
+
+
+@dataclass(frozen=True)
+class RankScores:
+    """One rank's part. columns: name -> array [m]. iterations: int64 [fits] of L-BFGS."""
+
+    columns: dict[str, np.ndarray]
+    iterations: np.ndarray
+
+
+def score_rank(
+    model_logits: ModelLogits,
+    tokens: Tensor,
+    settings: SlotSettings,
+    bos_id: int,
+    rank: int,
+    world_size: int,
+    advance: Callable[[int], object],
+) -> RankScores:
+    """Score this rank's share of tokens int64 [n + 1]; `advance` is told how many windows are done.
+
+    Results stay on the device until the end, so that no step waits for a copy.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in (*COLUMNS, "iterations")}
+    for scored in score_stream(model_logits, tokens, settings, bos_id, rank, world_size):
+        row = {
+            "position": scored.positions,
+            "token": scored.targets,
+            "window": scored.windows,
+            "lane": scored.lanes,
+            "nll_before": target_nll(scored.logits_before, scored.targets),
+            "nll_after": target_nll(scored.logits_after, scored.targets),
+            "in_own_loss": scored.in_own_loss,
+            "iterations": scored.iterations,
+        }
+        for name, values in row.items():
+            parts[name].append(values)
+        advance(scored.num_windows)
+    joined = {
+        name: torch.cat(values).cpu().numpy() if values else np.zeros(0)
+        for name, values in parts.items()
+    }
+    iterations = joined.pop("iterations")
+    columns = {name: joined[name].astype(dtype) for name, dtype in COLUMNS.items()}
+    return RankScores(columns, iterations)
+
+
+def windows_of_rank(
+    num_targets: int, settings: SlotSettings, rank: int, world_size: int
+) -> tuple[int, int]:
+    """How many windows this rank scores, and how many there are."""
+    windows = sliding_windows(num_targets, settings.window_tokens, settings.stride_tokens)
+    groups = lane_groups(len(windows), settings)[rank::world_size]
+    return sum(len(run) for group in groups for _, run in group), len(windows)
+
+
+def token_table(
+    parts: Sequence[RankScores], tokens: np.ndarray, counts: ByteCounts, bos_id: int
+) -> pd.DataFrame:
+    """All ranks' rows in the order of the stream, with each target's document and bytes.
+
+    tokens: integers [n + 1]. Raises UserError where a loss is not finite.
+    """
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in COLUMNS}
+    order = np.argsort(columns["position"], kind="stable")
+    table = pd.DataFrame({name: column[order] for name, column in columns.items()})
+    assert np.array_equal(table["position"], np.arange(1, len(tokens))), "a target was missed"
+    finite = np.isfinite(table["nll_before"]) & np.isfinite(table["nll_after"])
+    if not finite.all():
+        raise UserError(
+            f"the loss of validation token {table['position'][finite.argmin()]} is not finite: "
+            "check the artifact, or raise slot.l2"
+        )
+    begun = np.cumsum(tokens == bos_id)
+    table.insert(1, "document", (begun - begun[0])[1:].astype(np.int32))
+    table.insert(len(table.columns) - 1, "bytes", token_bytes(tokens, counts).astype(np.int16))
+    return table
+
+
+def table_metrics(table: pd.DataFrame) -> dict[str, float | int]:
+    """Sums over the table: loss and bits per byte with the delta and before it, and the gain."""
+    tokens, total_bytes = len(table), int(table["bytes"].sum())
+    before, after = float(table["nll_before"].sum()), float(table["nll_after"].sum())
+    return {
+        "val_loss": after / tokens,
+        "val_bpb": bits_per_byte(after, total_bytes),
+        "val_loss_before": before / tokens,
+        "val_bpb_before": bits_per_byte(before, total_bytes),
+        "gain_nats": (before - after) / tokens,
+        "tokens": tokens,
+        "bytes": total_bytes,
+    }
+
+
+class TimedLogits:
+    """A model's logits, with the time that they took added up without waiting for the GPU."""
+
+    def __init__(self, model_logits: ModelLogits, device: torch.device):
+        self._model_logits = model_logits
+        self._is_cuda = device.type == "cuda"
+        self._marks: list[tuple] = []
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        begin = self._mark()
+        logits = self._model_logits(tokens)
+        self._marks.append((begin, self._mark()))
+        return logits
+
+    def _mark(self):
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """Time of all calls so far; waits for the GPU."""
+        if not self._is_cuda:
+            return sum(end - begin for begin, end in self._marks)
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in self._marks) / 1000

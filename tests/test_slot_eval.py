@@ -1,0 +1,134 @@
+"""The slot_eval stage as a program: its table, its figures, its ranks and its complaints."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import run_script
+
+from fairway.data.dataset import load_dataset, read_split
+from fairway.model.gpt import BANKS, GPT, GPTConfig
+from fairway.quantization.artifact import storable, write_artifact
+from fairway.quantization.integers import round_to_nearest
+
+
+def write_random_artifact(folder, config: dict, vocab_size: int) -> None:
+    """A gptq folder whose model has random weights everywhere."""
+    model_config = GPTConfig(vocab_size=vocab_size, sequence_tokens=32, **config)
+    state = GPT(model_config).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in state.values():
+        tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+    banks = {name: round_to_nearest(state[name], bits=6) for name in BANKS}
+    write_artifact(folder / "artifact.bin", vars(model_config), storable(state, banks))
+    (folder / "provenance.json").write_text(json.dumps({"splits": ["train"]}))
+
+
+@pytest.fixture(scope="module")
+def model_settings(tiny_config):
+    defaults = {"rope_base": 10000.0, "logit_softcap": 30.0, "query_gain": 5.0}
+    return {**defaults, **tiny_config["model"]}
+
+
+@pytest.fixture(scope="module")
+def artifact(model_settings, tiny_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gptq")
+    write_random_artifact(folder, model_settings, load_dataset(tiny_dataset).vocab_size)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluate(tiny_config_file, tiny_dataset, artifact, tmp_path_factory):
+    def run(variant="causal", processes=1, artifact=artifact, check=True):
+        output = tmp_path_factory.mktemp("slot")
+        done = run_script(
+            "slot_eval.py",
+            *("--config", tiny_config_file, "--variant", variant, "--seed", 7),
+            *("--dataset", tiny_dataset, "--artifact", artifact, "--output", output),
+            processes=processes,
+            check=check,
+        )
+        return done, output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def causal(evaluate):
+    return evaluate("causal")[1]
+
+
+@pytest.fixture(scope="module")
+def published(evaluate):
+    return evaluate("published")[1]
+
+
+def test_each_target_has_one_row(causal, tiny_dataset):
+    tokens = read_split(load_dataset(tiny_dataset), "val")
+    table = pd.read_parquet(causal / "tokens.parquet")
+    assert table["position"].tolist() == list(range(1, len(tokens)))
+    assert np.array_equal(table["token"], tokens[1:])
+    assert table["document"].iloc[0] == 0 and table["document"].iloc[-1] == 3
+    starts = table["position"][table["document"].diff() > 0]
+    assert (tokens[starts] == load_dataset(tiny_dataset).bos_id).all()
+    assert table.dtypes.astype(str).to_dict() == {
+        "position": "int64",
+        "document": "int32",
+        "token": "int32",
+        "window": "int32",
+        "lane": "int16",
+        "nll_before": "float64",
+        "nll_after": "float64",
+        "bytes": "int16",
+        "in_own_loss": "bool",
+    }
+
+
+def test_the_metrics_are_sums_over_the_table(causal):
+    table = pd.read_parquet(causal / "tokens.parquet")
+    metrics = json.loads((causal / "metrics.json").read_text())
+    assert metrics["val_loss"] == pytest.approx(table["nll_after"].mean(), rel=1e-12)
+    bits = table["nll_after"].sum() / math.log(2) / table["bytes"].sum()
+    assert metrics["val_bpb"] == pytest.approx(bits, rel=1e-12)
+    assert metrics["gain_nats"] == pytest.approx(
+        metrics["val_loss_before"] - metrics["val_loss"], abs=1e-12
+    )
+    assert metrics["scope"] == "window" and metrics["windows"] == table["window"].nunique()
+    assert metrics["mean_iterations"] > 0
+    assert not table["in_own_loss"].any()
+    provenance = json.loads((causal / "provenance.json").read_text())
+    assert provenance["splits"] == ["train"] and provenance["splits_read"] == []
+
+
+@pytest.mark.parametrize("variant", ["causal", "published"])
+def test_two_processes_write_the_same_table_as_one(evaluate, variant, request):
+    alone = request.getfixturevalue(variant)
+    done, together = evaluate(variant, processes=2)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(alone / "tokens.parquet"),
+        pd.read_parquet(together / "tokens.parquet"),
+        check_exact=True,
+    )
+    assert json.loads((together / "metrics.json").read_text())["processes"] == 2
+    assert "window" in done.stderr  # the progress bar
+
+
+def test_the_published_variant_is_marked_where_it_leaks(published):
+    table = pd.read_parquet(published / "tokens.parquet")
+    assert table["in_own_loss"].mean() > 0.3
+
+
+def test_an_artifact_of_another_vocabulary_is_refused(evaluate, model_settings, tmp_path):
+    write_random_artifact(tmp_path, model_settings, vocab_size=300)
+    done, _ = evaluate(artifact=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "vocabulary of 300" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_missing_artifact_is_refused(evaluate, tmp_path):
+    done, _ = evaluate(artifact=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "gptq" in done.stderr and "Traceback" not in done.stderr

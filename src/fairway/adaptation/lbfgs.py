@@ -42,6 +42,11 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(dim=1)
 
 
+def largest(vectors: Tensor) -> Tensor:
+    """Row-wise largest magnitudes, [B, n] -> [B]."""
+    return vectors.abs().amax(dim=1)
+
+
 def rows_times(vectors: Tensor, matrices: Tensor) -> Tensor:
     """Each row's vector times its matrix, [B, p] x [B, p, q] -> [B, q].
 
@@ -220,20 +225,19 @@ def minimize(
 ) -> Minimum:
     """Minimize each row of `initial` [B, n] under `objective`: [B, n] -> values [B], gradients.
 
-    The objective must treat rows independently. A row stops when its largest gradient entry is
-    at most `tolerance_gradient`; when an iteration moves no entry by more than `tolerance_change`
-    or changes the value by less, or promises to; or after `max_iterations`. Later calls leave it
-    where it is. No row costs more than 1 + max_iterations * max_line_search_steps evaluations.
+    The objective must treat rows independently. A row stops, and stays put, when its largest
+    gradient entry is at most `tolerance_gradient`; when an iteration moves no entry by more than
+    `tolerance_change`, or changes the value by less or promises to; or after `max_iterations`.
+    It costs at most 1 + max_iterations * max_line_search_steps evaluations.
     """
-    assert initial.ndim == 2 and initial.is_floating_point()
     x = initial.clone()
     value, gradient = objective(x)
     iterations = torch.zeros_like(value, dtype=torch.int64)
     evaluations = torch.ones_like(iterations)
     history = History(x, history_size)
     direction = -gradient
-    active = gradient.abs().amax(dim=1) > tolerance_gradient
-    # The gradient's size says nothing about distance, so the very first step is a short one.
+    active = largest(gradient) > tolerance_gradient
+    # A gradient says nothing about distance, so the very first step is a short one.
     first_step = (1 / gradient.abs().sum(dim=1)).clamp(max=1.0)
     search = LineSearch.begin(value, dot(gradient, direction), gradient, first_step)
 
@@ -243,9 +247,8 @@ def minimize(
         evaluations = evaluations + active
         trial = Trial(step, trial_value, dot(trial_gradient, direction))
         accepted = search.update(trial, trial_gradient, tolerance_change)
-        spread = search.bracket_width() * direction.abs().amax(dim=1)
-        given_up = (search.trials >= max_line_search_steps) | (spread < tolerance_change)
-        moved = active & (accepted | given_up)
+        is_narrow = search.bracket_width() * largest(direction) < tolerance_change
+        moved = active & (accepted | is_narrow | (search.trials >= max_line_search_steps))
         if not bool(moved.any()):
             continue
 
@@ -259,8 +262,8 @@ def minimize(
         direction = choose(moved, history.descent_direction(gradient), direction)
         slope = dot(gradient, direction)
         finished = (
-            (gradient.abs().amax(dim=1) <= tolerance_gradient)
-            | (change.abs().amax(dim=1) <= tolerance_change)
+            (largest(gradient) <= tolerance_gradient)
+            | (largest(change) <= tolerance_change)
             | (decrease.abs() < tolerance_change)
             | ~(slope < -tolerance_change)
             | (iterations >= max_iterations)

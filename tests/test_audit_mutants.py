@@ -10,7 +10,7 @@ from fairway.audit.contract import FAIL, PASS
 from fairway.audit.verdict import AuditSettings, Findings, Subject, audit_evaluator, overall_verdict
 
 SETTINGS = AuditSettings(
-    flips=40, stream_tokens=150, null_tokens=150, noise_repeats=1, significance=0.001
+    flips=40, stream_tokens=150, null_tokens=400, noise_repeats=1, significance=0.001
 )
 
 

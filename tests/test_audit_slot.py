@@ -1,0 +1,98 @@
+"""The audit over the project's own evaluator: lanes and ranks pass, the record's batches fail."""
+
+import pytest
+import torch
+from mutants import Toy
+
+from fairway.adaptation.slot import SlotSettings, make_evaluator
+from fairway.audit.contract import FAIL
+from fairway.audit.null import windowed_predictor
+from fairway.audit.positions import Geometry
+from fairway.audit.verdict import AuditSettings, Subject, audit_evaluator
+
+TOY = Toy(vocab_size=32, seed=5)
+AUDIT = AuditSettings(
+    flips=16, stream_tokens=200, null_tokens=400, noise_repeats=1, significance=0.001
+)
+
+
+def slot_settings(**changes) -> SlotSettings:
+    values = {
+        "scope": "window",
+        "window_tokens": 48,
+        "stride_tokens": 8,
+        "lanes": 4,
+        "batch_windows": 6,
+        "forward_windows": 3,
+        "focal_tokens": "all",
+        "l2": 2.0,
+        "clamp": 5.0,
+        "iterations": 6,
+        "history": 5,
+        "same_document": True,
+        "context_logits": "current",
+    }
+    return SlotSettings(**(values | changes))
+
+
+def audit(settings: SlotSettings, world_size: int = 1, num_targets: int = 200):
+    geometry = Geometry(
+        settings.window_tokens,
+        settings.stride_tokens,
+        settings.lanes,
+        settings.batch_windows if settings.scope == "batch" else 1,
+    )
+    subject = Subject(
+        evaluator=make_evaluator(TOY.logits, settings, TOY.bos_id, world_size),
+        tokens=TOY.stream(num_targets),
+        vocab_size=TOY.vocab_size,
+        bos_id=TOY.bos_id,
+        geometry=geometry,
+        next_token=windowed_predictor(TOY.logits, geometry),
+        base=make_evaluator(TOY.logits, slot_settings(scope="none"), TOY.bos_id),
+    )
+    findings = audit_evaluator(subject, AUDIT, seed=1)
+    return findings, {check.name for check in findings.checks if check.verdict == FAIL}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scope": "none"},
+        {"context_logits": "scored"},
+        {"same_document": False, "focal_tokens": 20, "lanes": 1},
+        {"forward_windows": 1, "lanes": 7},
+    ],
+)
+def test_the_causal_evaluator_passes(changes):
+    findings, failed = audit(slot_settings(**changes))
+    assert failed == set()
+    assert findings.track == ("fixed" if changes.get("scope") == "none" else "adaptive")
+    assert (findings.reach["changed"] == 0).all()
+
+
+def test_two_ranks_pass_and_score_the_same_bits():
+    settings = slot_settings(forward_windows=2)
+    _, failed = audit(settings, world_size=2)
+    assert failed == set()
+    tokens = TOY.stream(200)
+    one, two = (make_evaluator(TOY.logits, settings, TOY.bos_id, size)(tokens) for size in (1, 2))
+    one, two = (getattr(answer, "log_probs", answer) for answer in (one, two))
+    assert torch.equal(one, two)
+
+
+def test_the_batch_shared_delta_fails_and_its_reach_is_the_batch():
+    settings = slot_settings(
+        scope="batch", lanes=1, focal_tokens=16, l2=0.0, same_document=False, batch_windows=12
+    )
+    findings, failed = audit(settings)
+    assert {"flip", "self_influence", "null"} <= failed
+    changed = findings.reach[findings.reach["changed"] > 0]["distance_tokens"]
+    # The first batch scores one whole window and eleven slices; no later batch reaches as far.
+    assert 8 * 8 < changed.max() < 48 + 11 * 8
+
+
+def test_a_stream_shorter_than_a_window_passes():
+    _, failed = audit(slot_settings(), num_targets=30)
+    assert failed == set()

@@ -219,7 +219,7 @@ def test_weights_that_are_not_finite_are_refused(written):
         read_artifact(path)
     state = random_model().state_dict()
     state["bigram_projection"][0, 0] = 1e6
-    with pytest.raises(UserError, match="bigram_projection .* torch.float16"):
+    with pytest.raises(UserError, match=r"bigram_projection .* torch\.float16"):
         storable(state, stored_tensors(random_model()))
 
 
@@ -291,7 +291,7 @@ def test_cheapest_ones_are_zeroed_until_the_artifact_fits(excess_bytes):
 
 def test_a_limit_out_of_reach_is_an_error():
     model = limit_model()
-    with pytest.raises(UserError, match="budgets.artifact_bytes"):
+    with pytest.raises(UserError, match=r"budgets\.artifact_bytes"):
         fit_to_limit(asdict(model.config), stored_tensors(model), 1000)
 
 

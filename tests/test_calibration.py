@@ -200,7 +200,7 @@ def test_training_rows_are_a_seeded_draw(dataset):
 
 
 def test_too_few_training_rows_are_an_error(dataset):
-    with pytest.raises(UserError, match="holds 7 rows of gptq.calibration_tokens = 10"):
+    with pytest.raises(UserError, match=r"holds 7 rows of gptq\.calibration_tokens = 10"):
         training_tokens(dataset, sequences=8, tokens=10, seed=0)
 
 

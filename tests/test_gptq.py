@@ -201,7 +201,7 @@ def test_dampening_escalates_only_where_needed_and_says_so():
 def test_a_hopeless_hessian_is_an_error_that_names_the_matrix():
     weights, hessians = random_problem(seed=11)
     hessians[2, 0, 1] = hessians[2, 1, 0] = 1e6 * hessians[2].diagonal().max()
-    with pytest.raises(UserError, match="mlp_up_bank, matrices 2: .*not positive definite"):
+    with pytest.raises(UserError, match=r"mlp_up_bank, matrices 2: .*not positive definite"):
         quantize_bank("mlp_up_bank", weights, hessians, gptq_settings())
 
 

@@ -91,7 +91,7 @@ def codes_to_bytes(codes: torch.Tensor) -> bytes:
     """Codes (int8, any shape) as one two's-complement byte each, row-major.
 
     Why int6 codes are not packed in 6 bits: an entropy coder follows. On Gaussian rows of 512 under
-    LZMA, whole bytes come to 0.676 bytes a code (their entropy is 0.661), packed ones to 0.722.
+    LZMA, whole bytes come to 0.675 bytes a code (their entropy is 0.661), packed ones to 0.722.
     """
     return codes.contiguous().cpu().numpy().astype(np.int8).tobytes()
 

@@ -1,0 +1,121 @@
+"""The gptq stage as a user runs it."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SCRIPTS, run_script
+
+from fairway.config import load_config
+from fairway.data.dataset import load_dataset
+from fairway.evaluation.evaluator import evaluate_split
+from fairway.files import sha256_of, write_json
+from fairway.model.gpt import BANKS, GPT, config_from_settings
+from fairway.model.weights import save_model
+from fairway.quantization.artifact import load_artifact
+from fairway.quantization.pruning import code_bytes
+from fairway.sources import import_closure
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_config_file, tiny_dataset, tmp_path_factory):
+    """A folder as ttt leaves it, with a model that was never trained."""
+    config = load_config([tiny_config_file])
+    dataset = load_dataset(tiny_dataset)
+    length = config["train"]["sequence_tokens"]
+    model = GPT(config_from_settings(config["model"], dataset.vocab_size, length))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    folder = tmp_path_factory.mktemp("ttt")
+    save_model(folder / "weights.safetensors", model)
+    write_json(folder / "provenance.json", {"splits": ["train"]})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_config_file, tiny_dataset, weights, tmp_path_factory):
+    """Run the stage with changes to the config; return the process and the output folder."""
+
+    def run(check=True, **changes):
+        folder = tmp_path_factory.mktemp("gptq")
+        overlay = folder / "overlay.yaml"
+        overlay.write_text(json.dumps(changes))
+        arguments = ["--config", tiny_config_file, overlay, "--variant", "causal", "--seed", 7]
+        arguments += ["--dataset", tiny_dataset, "--weights", weights, "--output", folder]
+        return run_script("gptq.py", *arguments, check=check), folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(stage):
+    return stage()[1]
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def test_metrics_are_those_of_the_artifact_on_disk(finished, tiny_dataset):
+    metrics = read(finished, "metrics.json")
+    score = evaluate_split(
+        load_artifact(finished / "artifact.bin"), load_dataset(tiny_dataset), "val"
+    )
+    for key, value in score.as_metrics().items():
+        assert metrics[key] == value, key
+    assert metrics["artifact_bytes"] == (finished / "artifact.bin").stat().st_size
+    assert metrics["code_bytes"] == code_bytes(import_closure(SCRIPTS / "slot_eval.py")) > 0
+    assert metrics["total_bytes"] == metrics["artifact_bytes"] + metrics["code_bytes"]
+    assert metrics["limit_bytes"] == 16_000_000 and metrics["zeros"] == 0
+    assert metrics["mean_error"] < metrics["mean_error_round_to_nearest"]
+    assert metrics["training_seconds"] == 0
+
+
+def test_layer_table_has_a_row_for_every_matrix(finished):
+    layers = pd.read_parquet(finished / "layers.parquet")
+    assert layers.groupby("bank", sort=False).size().to_dict() == dict(
+        zip(BANKS, (6, 6, 3, 3), strict=True)
+    )
+    assert np.isfinite(layers.drop(columns="bank").to_numpy(float)).all()
+
+
+def test_calibration_decides_what_the_ancestry_gains(finished, stage):
+    generated = read(finished, "provenance.json")
+    assert generated["splits_read"] == [] and generated["splits"] == ["train"]
+    assert generated["outputs"]["artifact.bin"] == sha256_of(finished / "artifact.bin")
+    _, folder = stage(gptq={"calibration": "train"})
+    assert read(folder, "provenance.json")["splits_read"] == ["train"]
+    metrics = read(folder, "metrics.json")
+    assert metrics["calibration"] == "train" and metrics["training_seconds"] > 0
+
+
+def test_a_second_run_writes_the_same_artifact(finished, stage):
+    _, again = stage()
+    assert sha256_of(again / "artifact.bin") == sha256_of(finished / "artifact.bin")
+
+
+def test_codes_are_zeroed_to_fit_the_budget(finished, stage):
+    limit = read(finished, "metrics.json")["total_bytes"] - 200
+    _, folder = stage(budgets={"artifact_bytes": limit})
+    metrics = read(folder, "metrics.json")
+    assert metrics["total_bytes"] <= limit and metrics["zeros"] > 0
+
+
+def test_a_budget_out_of_reach_is_one_clear_line(stage):
+    done, folder = stage(check=False, budgets={"artifact_bytes": 1000})
+    assert done.returncode == 1 and not (folder / "artifact.bin").exists()
+    assert "budgets.artifact_bytes" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_weights_are_one_clear_line(tiny_config_file, tiny_dataset, tmp_path):
+    arguments = ["--config", tiny_config_file, "--variant", "causal", "--seed", 7]
+    arguments += ["--dataset", tiny_dataset, "--weights", tmp_path, "--output", tmp_path / "out"]
+    done = run_script("gptq.py", *arguments, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "weights.safetensors is missing" in done.stderr

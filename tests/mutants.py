@@ -61,7 +61,7 @@ class Toy:
 
 @dataclass(frozen=True)
 class Windows:
-    """inputs, targets: int64 [windows, T]; first: each one's first scored target; logits [.., V]."""
+    """inputs, targets: int64 [windows, T]; first: each one's first scored target; logits."""
 
     starts: list[int]
     first: list[int]

@@ -107,6 +107,8 @@ def _read_record(path: Path, walk: _Walk) -> dict[str, Any] | None:
         return None
     kinds = {"stage": str, "splits": list, "splits_read": list, "parents": list}
     kinds |= {"inputs": dict, "outputs": dict, "settings": dict}
+    if not isinstance(record, dict):
+        record = {}
     wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
     if wrong:
         walk.faults.append(f"{path} lacks a proper {', '.join(wrong)}")

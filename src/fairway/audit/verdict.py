@@ -187,7 +187,8 @@ def verdict_lines(record: dict[str, Any]) -> list[str]:
             f"{'':8} {'thoroughness':15} A leak at {rate:.1%} of all tokens or more would have "
             "been seen with 99 % probability, and one at a seam of the geometry sooner."
         )
-    return [*lines, f"{record['verdict']:8} {'overall':15} track: {record['track']}"]
+    missing = f"not run: {', '.join(record['not_run'])}; " if record["not_run"] else ""
+    return [*lines, f"{record['verdict']:8} {'overall':15} {missing}track: {record['track']}"]
 
 
 def _malformed(fault: Check) -> Findings:

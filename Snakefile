@@ -45,7 +45,7 @@ rule all:
 
 rule tokenize:
     input:
-        rules.tokenize_text.output.manifest,
+        rules.tokenize_text.output,
 
 
 rule train:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from fairway.errors import UserError
 from fairway.files import sha256_of
 from fairway.model.gpt import GPT
@@ -36,7 +37,7 @@ def train(config_file, dataset, folder, seed=7, processes=1, check=True):
 
 
 def changed_config(tiny_config, path, **train):
-    path.write_text(json.dumps({**tiny_config, "train": {**tiny_config["train"], **train}}))
+    path.write_text(yaml.safe_dump({**tiny_config, "train": {**tiny_config["train"], **train}}))
     return path
 
 

@@ -11,14 +11,18 @@ class _LineProgress(tqdm):
     """tqdm that prints whole lines, for log files where a carriage return is noise."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        print(msg or str(self), file=sys.stderr, flush=True)
+        # tqdm clears a bar with an empty message.
+        if msg != "":
+            print(msg or str(self), file=sys.stderr, flush=True)
         return True
 
 
-def progress(total: int, description: str, unit: str, *, initial: int = 0, show: bool = True) -> tqdm:
+def progress(
+    total: int | None, description: str, unit: str, *, initial: int = 0, show: bool = True
+) -> tqdm:
     """A tqdm instance (use as a context manager; call `.update(n)` and `.set_postfix`).
 
-    total: units of work in all. unit: what is counted, such as "step" or "window".
+    total: units of work in all, None where that is not known. unit: what is counted, such as "step" or "window".
     show=False (every rank but the first) prints nothing.
     """
     terminal = sys.stderr.isatty()

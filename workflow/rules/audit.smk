@@ -1,6 +1,6 @@
 rule audit_score:
     input:
-        dataset=rules.tokenize_text.output.manifest,
+        dataset=ancient(rules.tokenize_text.output),
         train=rules.train_model.output.provenance,
         ema=rules.average_ema.output.provenance,
         ttt=rules.adapt_ttt.output.provenance,
@@ -23,7 +23,7 @@ rule audit_score:
     benchmark:
         f"{RUN}/benchmarks/seed-{{seed}}/{{variant}}/audit.tsv"
     conda:
-        "../../envs/cpu.yaml"
+        get_environment()
     threads: 1
     resources:
         runtime=60,
@@ -42,6 +42,6 @@ rule audit_score:
     shell:
         "python $FAIRWAY_HOME/workflow/scripts/audit.py"
         " --settings {params.settings:q} --variant {wildcards.variant} --seed {wildcards.seed}"
-        " --dataset {input.dataset:q} --train {params.train:q} --ema {params.ema:q}"
+        " --dataset {input.dataset:q}/manifest.json --train {params.train:q} --ema {params.ema:q}"
         " --ttt {params.ttt:q} --gptq {params.gptq:q} --slot {params.slot:q}"
         " --output {params.folder:q} > {log:q} 2>&1"

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
-from snakemake.settings.enums import DeploymentMethod
+from snakemake.settings.types import DeploymentMethod
 
 HOME = Path(workflow.basedir)
 sys.path.insert(0, str(HOME / "src"))
@@ -22,9 +22,9 @@ except UserError as error:
 
 RUN = f"{config['results']}/{config['run']}"
 DATA = f"{config['results']}/data/{config['data']['name']}"
-SHARED = RUN + "/seed-{seed}"
-VARIANT = SHARED + "/{variant}"
-LOGS = RUN + "/logs"
+SHARED = f"{RUN}/seed-{{seed}}"
+VARIANT = f"{SHARED}/{{variant}}"
+LOGS = f"{RUN}/logs"
 
 
 wildcard_constraints:
@@ -60,6 +60,25 @@ def get_code(script):
     return fingerprint(HOME / "workflow/scripts" / script)
 
 
+def get_dataset_identity():
+    """What the dataset is made with; its source files are the other half."""
+    settings = json.dumps(stage_settings(config, "tokenize"), sort_keys=True)
+    return [settings, get_code("tokenize_text.py")]
+
+
+def get_environment():
+    """The conda environment of the stages that compute: with CUDA and flash-attn, or without."""
+    name = "gpu" if config["runtime"]["device"] == "cuda" else "cpu"
+    return str(HOME / f"envs/{name}.yaml")
+
+
+def get_source_files():
+    """Local files that the dataset is made from; shards used in place are not read again."""
+    data = config["data"]
+    paths = data["paths"] if data["source"] == "jsonl" else []
+    return [*paths, *([data["tokenizer"]] if data["tokenizer"] else [])]
+
+
 def get_stage_files(stage, names=("provenance.json",)):
     """Files of one stage for every seed and, where it has them, every variant."""
     variants = list(config["variants"]) if stage in VARIANT_STAGES else [""]
@@ -69,19 +88,3 @@ def get_stage_files(stage, names=("provenance.json",)):
         for variant in variants
         for name in names
     ]
-
-
-# `--forcerun train` should mean the stage, though its target rule has no output of its own.
-STAGE_RULES = {
-    "tokenize": "tokenize_text",
-    "train": "train_model",
-    "ema": "average_ema",
-    "ttt": "adapt_ttt",
-    "gptq": "quantise_gptq",
-    "slot_eval": "evaluate_slot",
-    "audit": "audit_score",
-    "report": "write_report",
-}
-workflow.dag_settings.forcerun = {
-    STAGE_RULES.get(str(name), name) for name in workflow.dag_settings.forcerun
-}

@@ -1,6 +1,6 @@
 rule average_ema:
     input:
-        dataset=rules.tokenize_text.output.manifest,
+        dataset=ancient(rules.tokenize_text.output),
         # The provenance holds the hashes of the bulky files beside it and stands for their
         # changes, so that touching or copying gigabytes reruns nothing.
         provenance=rules.train_model.output.provenance,
@@ -15,7 +15,7 @@ rule average_ema:
     benchmark:
         f"{RUN}/benchmarks/seed-{{seed}}/ema.tsv"
     conda:
-        "../../envs/cpu.yaml"
+        get_environment()
     threads: 1
     resources:
         runtime=30,
@@ -29,5 +29,5 @@ rule average_ema:
         "ema: seed {wildcards.seed}"
     shell:
         "python $FAIRWAY_HOME/workflow/scripts/ema.py"
-        " --settings {params.settings:q} --seed {wildcards.seed} --dataset {input.dataset:q}"
+        " --settings {params.settings:q} --seed {wildcards.seed} --dataset {input.dataset:q}/manifest.json"
         " --train {params.train:q} --output {params.folder:q} > {log:q} 2>&1"

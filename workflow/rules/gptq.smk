@@ -1,6 +1,6 @@
 rule quantise_gptq:
     input:
-        dataset=rules.tokenize_text.output.manifest,
+        dataset=ancient(rules.tokenize_text.output),
         provenance=rules.adapt_ttt.output.provenance,
         weights=ancient(rules.adapt_ttt.output.weights),
     output:
@@ -13,7 +13,7 @@ rule quantise_gptq:
     benchmark:
         f"{RUN}/benchmarks/seed-{{seed}}/{{variant}}/gptq.tsv"
     conda:
-        "../../envs/cpu.yaml"
+        get_environment()
     threads: 1
     resources:
         runtime=60,
@@ -28,5 +28,5 @@ rule quantise_gptq:
     shell:
         "python $FAIRWAY_HOME/workflow/scripts/gptq.py"
         " --settings {params.settings:q} --variant {wildcards.variant} --seed {wildcards.seed}"
-        " --dataset {input.dataset:q} --weights {params.weights:q} --output {params.folder:q}"
+        " --dataset {input.dataset:q}/manifest.json --weights {params.weights:q} --output {params.folder:q}"
         " > {log:q} 2>&1"

@@ -1,6 +1,6 @@
 rule write_report:
     input:
-        dataset=rules.tokenize_text.output.provenance,
+        dataset=ancient(rules.tokenize_text.output),
         shared=[*get_stage_files("train"), *get_stage_files("ema")],
         stages=[
             path
@@ -29,8 +29,7 @@ rule write_report:
         runtime=30,
         mem_mb=4000,
     params:
-        run=RUN,
-        data=DATA,
+        run=subpath(output.page, ancestor=2),
         seeds=config["seeds"],
         variants=list(config["variants"]),
         folder=subpath(output.page, parent=True),
@@ -40,6 +39,6 @@ rule write_report:
         "report: {output.page}"
     shell:
         "python $FAIRWAY_HOME/workflow/scripts/report.py"
-        " --settings {params.settings:q} --run-folder {params.run:q} --data-folder {params.data:q}"
+        " --settings {params.settings:q} --run-folder {params.run:q} --data-folder {input.dataset:q}"
         " --seeds {params.seeds} --variants {params.variants:q} --output {params.folder:q}"
         " > {log:q} 2>&1"

@@ -1,6 +1,6 @@
 rule evaluate_slot:
     input:
-        dataset=rules.tokenize_text.output.manifest,
+        dataset=ancient(rules.tokenize_text.output),
         provenance=rules.quantise_gptq.output.provenance,
         artifact=ancient(rules.quantise_gptq.output.artifact),
     output:
@@ -12,7 +12,7 @@ rule evaluate_slot:
     benchmark:
         f"{RUN}/benchmarks/seed-{{seed}}/{{variant}}/slot.tsv"
     conda:
-        "../../envs/cpu.yaml"
+        get_environment()
     threads: 1
     resources:
         launcher="python",
@@ -28,5 +28,5 @@ rule evaluate_slot:
     shell:
         "{resources.launcher} $FAIRWAY_HOME/workflow/scripts/slot_eval.py"
         " --settings {params.settings:q} --variant {wildcards.variant} --seed {wildcards.seed}"
-        " --dataset {input.dataset:q} --artifact {params.gptq:q} --output {params.folder:q}"
+        " --dataset {input.dataset:q}/manifest.json --artifact {params.gptq:q} --output {params.folder:q}"
         " > {log:q} 2>&1"

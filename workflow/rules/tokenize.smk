@@ -1,25 +1,23 @@
 rule tokenize_text:
+    input:
+        get_source_files(),
     output:
-        manifest=f"{DATA}/manifest.json",
-        provenance=f"{DATA}/provenance.json",
-        metrics=f"{DATA}/metrics.json",
+        directory(DATA),
     log:
         f"{config['results']}/logs/tokenize_{config['data']['name']}.log",
-    benchmark:
-        f"{config['results']}/benchmarks/tokenize_{config['data']['name']}.tsv"
-    retries: 1 if config["data"]["source"] == "huggingface" else 0
+    cache: "omit-software"
+    retries: 2 if config["data"]["source"] == "huggingface" else 0
     conda:
         "../../envs/cpu.yaml"
-    threads: 1
+    threads: 2
     resources:
         runtime=240,
         mem_mb=4000,
     params:
-        folder=subpath(output.manifest, parent=True),
         settings=get_settings("tokenize"),
         code=get_code("tokenize_text.py"),
     message:
-        "tokenize: making the dataset {params.folder}"
+        "tokenize: making the dataset {output}"
     shell:
-        "python $FAIRWAY_HOME/workflow/scripts/tokenize_text.py"
-        " --settings {params.settings:q} --output {params.folder:q} > {log:q} 2>&1"
+        "python $FAIRWAY_HOME/workflow/scripts/tokenize_text.py --settings {params.settings:q}"
+        " --threads {threads} --output {output:q} > {log:q} 2>&1"

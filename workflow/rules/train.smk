@@ -1,7 +1,9 @@
 rule train_model:
     input:
-        dataset=rules.tokenize_text.output.manifest,
-        provenance=rules.tokenize_text.output.provenance,
+        # A folder's age says little (copies, caches, symbolic links), so what a dataset was made
+        # from stands for it: the source files here, its settings and code under `params`.
+        dataset=ancient(rules.tokenize_text.output),
+        source=get_source_files(),
     output:
         weights=f"{SHARED}/train/weights.safetensors",
         averages=f"{SHARED}/train/averages.safetensors",
@@ -13,7 +15,7 @@ rule train_model:
     benchmark:
         f"{RUN}/benchmarks/seed-{{seed}}/train.tsv"
     conda:
-        "../../envs/cpu.yaml"
+        get_environment()
     threads: 1
     resources:
         launcher="python",
@@ -23,11 +25,13 @@ rule train_model:
         folder=subpath(output.weights, parent=True),
         # Mid-run state lies outside the outputs, which a failed job loses.
         checkpoints=f"{SHARED}/.checkpoints/train",
+        dataset=get_dataset_identity(),
         settings=get_settings("train"),
         code=get_code("train.py"),
     message:
         "train: seed {wildcards.seed}, progress in {log}"
     shell:
         "{resources.launcher} $FAIRWAY_HOME/workflow/scripts/train.py"
-        " --settings {params.settings:q} --seed {wildcards.seed} --dataset {input.dataset:q}"
-        " --output {params.folder:q} --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
+        " --settings {params.settings:q} --seed {wildcards.seed}"
+        " --dataset {input.dataset:q}/manifest.json --output {params.folder:q}"
+        " --checkpoints {params.checkpoints:q} > {log:q} 2>&1"

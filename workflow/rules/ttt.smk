@@ -1,6 +1,6 @@
 rule adapt_ttt:
     input:
-        dataset=rules.tokenize_text.output.manifest,
+        dataset=ancient(rules.tokenize_text.output),
         provenance=rules.average_ema.output.provenance,
         weights=ancient(rules.average_ema.output.weights),
     output:
@@ -12,7 +12,7 @@ rule adapt_ttt:
     benchmark:
         f"{RUN}/benchmarks/seed-{{seed}}/{{variant}}/ttt.tsv"
     conda:
-        "../../envs/cpu.yaml"
+        get_environment()
     threads: 1
     resources:
         launcher="python",
@@ -28,5 +28,5 @@ rule adapt_ttt:
     shell:
         "{resources.launcher} $FAIRWAY_HOME/workflow/scripts/ttt.py"
         " --settings {params.settings:q} --variant {wildcards.variant} --seed {wildcards.seed}"
-        " --dataset {input.dataset:q} --ema {params.ema:q} --output {params.folder:q}"
+        " --dataset {input.dataset:q}/manifest.json --ema {params.ema:q} --output {params.folder:q}"
         " > {log:q} 2>&1"

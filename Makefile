@@ -1,0 +1,49 @@
+# `make run` sets everything up and runs the quickstart; `make test` sets everything up and tests.
+
+PYTHON ?= python3
+CORES ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
+
+.PHONY: setup run resume test test-all lint format clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(READY)  ## make .venv with pinned dependencies
+
+$(READY): pyproject.toml constraints.txt corpus-requirements.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python {v[0]}.{v[1]} found, 3.11 or newer expected: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[workflow,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r corpus-requirements.txt
+	touch $(READY)
+
+run: setup  ## run config.yaml to results/quickstart/report (CORES=2)
+	$(SNAKEMAKE)
+
+resume: setup  ## go on after a run was killed
+	$(BIN)/snakemake --unlock --quiet all
+	$(SNAKEMAKE)
+
+test: setup  ## the tests
+	$(BIN)/python -m pytest -q -m 'not slow' -n $(CORES)
+
+test-all: setup  ## the tests, slow ones too
+	$(BIN)/python -m pytest -q -n $(CORES)
+
+lint: setup  ## formatting and lint of Python and Snakemake
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
+
+format: setup  ## reformat
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
+
+clean:  ## remove the environment; results stay
+	rm -rf $(VENV)

@@ -130,16 +130,19 @@ def _other_token(token: int, vocab_size: int, bos_id: int, generator: random.Ran
 def _seams(
     tokens: Tensor, bos_id: int, geometry: Geometry | None, generator: random.Random
 ) -> dict[str, list[int]]:
-    """Targets at which leaks like to hide, shuffled, by kind of place."""
+    """Targets at which leaks like to hide, shuffled, by kind of place, likeliest kinds first."""
     num_targets = len(tokens) - 1
     documents = [start for start in (tokens == bos_id).nonzero().flatten().tolist() if start > 0]
     words = [target for target in range(1, num_targets + 1) if int(tokens[target]) != bos_id]
-    seams = {"last target": [num_targets], "first target": [1]}
-    if geometry is not None:
-        seams |= _geometry_seams(geometry, num_targets)
-    seams["document start"] = documents
-    seams["new document"] = words
-    seams["after a document start"] = [start + 1 for start in documents if start < num_targets]
+    between = {} if geometry is None else _geometry_seams(geometry, num_targets)
+    within = {
+        "new document": words,
+        "document start": documents,
+        "after a document start": [start + 1 for start in documents if start < num_targets],
+        "last target": [num_targets],
+        "first target": [1],
+    }
+    seams = between | within
     for targets in seams.values():
         generator.shuffle(targets)
     return seams
@@ -154,10 +157,10 @@ def _geometry_seams(geometry: Geometry, num_targets: int) -> dict[str, list[int]
     batch_starts = list(range(geometry.batch_windows, count, geometry.batch_windows))
     return {
         "first target of a window": [start for start, _ in slices[1:]],
-        "last target of a window": [stop for _, stop in slices],
         "lane boundary": _around(slices, lane_starts),
         "batch boundary": _around(slices, batch_starts) if geometry.batch_windows > 1 else [],
         "last window": [slices[-1][0]],
+        "last target of a window": [stop for _, stop in slices],
     }
 
 

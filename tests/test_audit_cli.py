@@ -1,0 +1,81 @@
+"""The `fairway audit` command on the worked example, and its answers to bad usage."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from fairway.cli import main
+from fairway.data.shards import write_shard
+
+EXAMPLE = Path(__file__).parents[1] / "docs/examples/leaking_evaluator.py"
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """The command line of the worked example, in a folder of its own."""
+    shutil.copy(EXAMPLE, tmp_path / "worked_example.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "worked_example", raising=False)
+    import worked_example
+
+    write_shard("example.bin", worked_example.example_stream(513).numpy())
+    return {
+        "--evaluator": "worked_example:honest",
+        "--next-token": "worked_example:next_token",
+        "--base": "worked_example:base",
+        "--tokens": "example.bin",
+        "--vocab-size": "64",
+        "--window-tokens": "32",
+        "--stride-tokens": "32",
+        "--batch-windows": "8",
+        "--flips": "24",
+        "--null-tokens": "512",
+        "--output": "audit.json",
+    }
+
+
+def run(arguments: dict[str, str]) -> int:
+    return main(["audit", *(word for pair in arguments.items() for word in pair)])
+
+
+def verdicts() -> dict[str, str]:
+    record = json.loads(Path("audit.json").read_text())
+    return {check["name"]: check["verdict"] for check in record["checks"]}
+
+
+def test_the_honest_example_exits_0(arguments, capsys):
+    assert run(arguments) == 0
+    assert set(verdicts().values()) == {"PASS", "NOT RUN"}
+    assert "PASS     flip" in capsys.readouterr().out
+
+
+def test_the_leaking_example_exits_1_and_its_reach_is_its_block(arguments, capsys):
+    assert run(arguments | {"--evaluator": "worked_example:leaking"}) == 1
+    found = verdicts()
+    assert found["flip"] == found["self_influence"] == found["null"] == "FAIL"
+    assert found["normalisation"] == found["coverage"] == "PASS"
+    flip = json.loads(Path("audit.json").read_text())["checks"][0]
+    assert 200 < flip["evidence"]["reach_tokens"] < 8 * 32
+    assert "FAIL     overall" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--evaluator": "worked_example"}, "expected module:function"),
+        ({"--evaluator": "worked_example:nothing"}, "no function 'nothing'"),
+        ({"--tokens": "missing.bin"}, "missing.bin"),
+        ({"--tokens": "worked_example.py"}, "shard"),
+        ({"--vocab-size": "8"}, "--vocab-size is 8"),
+        ({"--stride-tokens": "64"}, "stride"),
+        ({"--flips": "1"}, "audit.flips"),
+    ],
+)
+def test_bad_usage_exits_2_with_one_line(arguments, capsys, change, message):
+    assert run(arguments | change) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("fairway: ") and message in error

@@ -247,7 +247,7 @@ def check_claimed_score(
     if evaluation is not None:
         evidence["whole evaluation"], wrong = _compare_totals(evaluation)
         faults += wrong
-        good.append("val_loss and val_bpb are the sums over the table of scored targets")
+        good.append("the table of scored targets gives the reported val_loss and val_bpb")
     if not evidence:
         reason = "The evaluator returned distributions only, so its scores follow from them."
         return Check("claimed_score", NOT_RUN, reason)

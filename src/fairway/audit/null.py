@@ -130,8 +130,8 @@ def check_null(
     """PASS where the gain on the model's own text stays within what chance allows.
 
     gains: float64 [n] of `null_gains`, or None where no model was given to draw from.
-    reported_gain_nats: adaptation's gain on real text, nats a token; the leak is also given as its
-        share.
+    reported_gain_nats: adaptation's gain on real text, nats a token; a leak that raises the mean is
+        also given as its share.
     """
     if gains is None:
         reason = (
@@ -170,7 +170,7 @@ def check_null(
         f"nats within {worst.stop - worst.start} tokens (chance allows {worst.limit_nats:.1f}); "
         f"{overall}."
     )
-    if reported_gain_nats is not None and reported_gain_nats > 0 and math.isfinite(mean):
+    if reported_gain_nats is not None and reported_gain_nats > 0 and mean > 0:
         share = mean / reported_gain_nats
         evidence["leaked_share_of_reported_gain"] = share
         sentence += f" That is {share:.0%} of the gain reported on real text."

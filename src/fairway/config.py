@@ -72,10 +72,10 @@ def validated(config: Mapping[str, Any]) -> dict[str, Any]:
     complete = copy.deepcopy(dict(config))
     _check(complete, schema)
     _fill_defaults(complete, schema, schema)
-    for name in complete["variants"]:
-        _check(variant_config(complete, name), schema, prefix=f"variants.{name}: ")
     for check in (_check_data, _check_model, _check_train, _check_ema):
         check(complete)
+    for name in complete["variants"]:
+        _check_variant(variant_config(complete, name), schema, name)
     return complete
 
 
@@ -102,6 +102,15 @@ def _check(config: Mapping[str, Any], schema: Mapping[str, Any], prefix: str = "
     error = best_match(Draft202012Validator(schema).iter_errors(config))
     if error is not None:
         raise UserError(prefix + _explain(error))
+
+
+def _check_variant(config: Mapping[str, Any], schema: Mapping[str, Any], name: str) -> None:
+    _check(config, schema, prefix=f"variants.{name}: ")
+    try:
+        check_slot(config["slot"])
+        check_frozen_blocks(config["ttt"]["frozen_blocks"], config["model"]["layers"])
+    except UserError as error:
+        raise UserError(f"variants.{name}: {error}") from None
 
 
 def _explain(error: ValidationError) -> str:
@@ -204,3 +213,33 @@ def _check_ema(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"ema.decay {decay} is not tracked: choose auto or one of train.ema_decays {decays}"
         )
+
+
+def check_slot(slot: Mapping[str, Any]) -> None:
+    """UserError where keys of the section `slot`, each allowed by itself, do not fit together."""
+    window, stride = slot["window_tokens"], slot["stride_tokens"]
+    focal = window if slot["focal_tokens"] == "all" else slot["focal_tokens"]
+    if stride > window:
+        raise UserError(
+            f"slot.stride_tokens {stride} is larger than slot.window_tokens {window}: targets "
+            "would be skipped; lower the stride"
+        )
+    if focal > window:
+        raise UserError(
+            f"slot.focal_tokens {focal} exceeds slot.window_tokens {window}: lower it, or use 'all'"
+        )
+    if slot["scope"] != "none" and focal <= stride:
+        raise UserError(
+            f"slot.focal_tokens {slot['focal_tokens']} leaves no context before the scored "
+            f"{stride} (slot.stride_tokens): expected more than that, or 'all'"
+        )
+    if slot["scope"] == "batch" and slot["context_logits"] == "scored":
+        raise UserError(
+            "slot.context_logits 'scored' needs slot.scope 'window', found 'batch': use 'current'"
+        )
+
+
+def check_frozen_blocks(frozen_blocks: int, layers: int) -> None:
+    """UserError where TTT would freeze more blocks than there are."""
+    if frozen_blocks > layers:
+        raise UserError(f"ttt.frozen_blocks {frozen_blocks} exceeds model.layers {layers}")

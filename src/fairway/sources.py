@@ -7,6 +7,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 
+# They carry settings, messages and hashes, never numbers: a better error message retrains nothing.
+PLUMBING = ("command", "config", "errors", "progress", "provenance", "sources")
+
 
 def import_closure(script: str | Path) -> tuple[Path, ...]:
     """`script` and every file of the fairway package that it imports, directly or not, sorted."""
@@ -21,12 +24,14 @@ def import_closure(script: str | Path) -> tuple[Path, ...]:
 
 
 def fingerprint(script: str | Path) -> str:
-    """SHA-256 over the syntax trees of `import_closure(script)`, docstrings left out.
+    """SHA-256 over the syntax trees of `import_closure(script)`, docstrings and PLUMBING left out.
 
     Comments, layout and documentation do not change it, so editing them reruns nothing.
     """
     digest = hashlib.sha256()
     for path in import_closure(script):
+        if path.parent == PACKAGE and path.stem in PLUMBING:
+            continue
         digest.update(path.name.encode())
         digest.update(_meaning(path))
     return digest.hexdigest()

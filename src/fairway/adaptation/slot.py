@@ -12,7 +12,7 @@ m scored targets. Sources: Hu et al., "SLOT" (2025); the record's description fo
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fairway.adaptation.lbfgs import Minimum
 from fairway.adaptation.logit_delta import ContextBuffer, fit_delta
+from fairway.config import check_slot
 from fairway.errors import UserError
 from fairway.evaluation.windows import Windows, lane_runs, sliding_windows
 
@@ -66,21 +67,7 @@ class SlotSettings:
             )
         if self.lanes > MOST_LANES:
             raise UserError(f"slot.lanes is {self.lanes}: expected at most {MOST_LANES}")
-        if self.stride_tokens > self.window_tokens:
-            raise UserError(
-                f"slot.stride_tokens {self.stride_tokens} is larger than slot.window_tokens "
-                f"{self.window_tokens}: targets would be skipped; lower the stride"
-            )
-        if self.scope != "none" and self.focal <= self.stride_tokens:
-            raise UserError(
-                f"slot.focal_tokens {self.focal_tokens} leaves no context before the scored "
-                f"{self.stride_tokens} (slot.stride_tokens): expected more than that, or 'all'"
-            )
-        if self.focal > self.window_tokens:
-            raise UserError(
-                f"slot.focal_tokens {self.focal_tokens} exceeds slot.window_tokens "
-                f"{self.window_tokens}: lower it, or use 'all'"
-            )
+        check_slot(asdict(self))
 
     def _check_choices(self) -> None:
         choices = {
@@ -95,11 +82,6 @@ class SlotSettings:
         if isinstance(self.focal_tokens, str) and self.focal_tokens != "all":
             raise UserError(
                 f"slot.focal_tokens is {self.focal_tokens!r}: expected a count or 'all'"
-            )
-        if self.scope == "batch" and self.context_logits == "scored":
-            raise UserError(
-                "slot.context_logits 'scored' needs slot.scope 'window': scope 'batch' fits to the "
-                "logits of its own windows, so set 'current'"
             )
 
     @property

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fairway.config import check_frozen_blocks
 from fairway.distributed import World
 from fairway.errors import UserError
 from fairway.model.gpt import GPT, block_of_bank_row, parameter_shapes
@@ -65,10 +66,7 @@ def adapt(
             f"ttt.batch_sequences {settings.batch_sequences} is not divisible by the "
             f"{world.size} processes: change one of them"
         )
-    if settings.frozen_blocks > model.config.layers:
-        raise UserError(
-            f"ttt.frozen_blocks {settings.frozen_blocks} exceeds model.layers {model.config.layers}"
-        )
+    check_frozen_blocks(settings.frozen_blocks, model.config.layers)
     masks = trainable_masks(model, settings.frozen_blocks)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True

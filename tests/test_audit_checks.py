@@ -69,6 +69,7 @@ def test_geometry_agrees_with_the_evaluation_s_own_windows(num_targets, window, 
 def test_flips_hit_every_kind_of_place_and_repeat_with_the_seed():
     tokens, geometry = stream(200), Geometry(32, 8, lanes=3, batch_windows=4)
     plan = {"vocab_size": VOCAB_SIZE, "bos_id": BOS_ID, "geometry": geometry, "num_flips": 60}
+    plan["guesses"] = torch.full((200,), 9)
     flips = plan_flips(tokens, **plan, seed=1)
     assert flips == plan_flips(tokens, **plan, seed=1) != plan_flips(tokens, **plan, seed=2)
     assert len(flips) == 60
@@ -79,7 +80,7 @@ def test_flips_hit_every_kind_of_place_and_repeat_with_the_seed():
     assert places == {
         "random", "first target", "last target", "first target of a window", "document start",
         "last target of a window", "lane boundary", "batch boundary", "last window",
-        "new document", "after a document start",
+        "new document", "after a document start", "late in a batch", "everything from here on",
     }  # fmt: skip
     starts = sliding_windows(200, 32, 8).first_scored
     lanes = [int(starts[run.start]) for run in lane_runs(len(starts), 3)][1:]
@@ -89,7 +90,13 @@ def test_flips_hit_every_kind_of_place_and_repeat_with_the_seed():
 
 def test_random_flips_come_one_from_each_section():
     flips = plan_flips(
-        stream(100), vocab_size=VOCAB_SIZE, bos_id=BOS_ID, geometry=None, num_flips=20, seed=0
+        stream(100),
+        guesses=torch.zeros(100, dtype=torch.int64),
+        vocab_size=VOCAB_SIZE,
+        bos_id=BOS_ID,
+        geometry=None,
+        num_flips=20,
+        seed=0,
     )
     positions = [flip.position for flip in flips if flip.place == "random"]
     assert [(position - 1) // 10 for position in positions] == list(range(10))
@@ -330,7 +337,7 @@ def test_budgets():
 
 def test_the_record_lists_what_was_not_run():
     checks = [check_budgets({}, {}), check_attribution(None)]
-    findings = Findings(checks, reach_table([], 0.0), "unknown", None)
+    findings = Findings(checks, reach_table([], 0.0), "unknown", None, "Little.", {})
     record = audit_record(checks, findings, variant="causal", seed=1, parameters={})
     assert record["verdict"] == NOT_RUN
     assert record["not_run"] == ["budgets", "attribution"]

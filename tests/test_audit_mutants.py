@@ -1,5 +1,7 @@
 """The audit audits itself: every planted fault is caught, and no honest evaluator is accused."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from mutants import HONEST, MUTANTS, Toy
 
 from fairway.audit.contract import FAIL, PASS
+from fairway.audit.null import draw_stream
 from fairway.audit.verdict import AuditSettings, Findings, Subject, audit_evaluator, overall_verdict
 
 SETTINGS = AuditSettings(
@@ -22,7 +25,7 @@ def audit(toy: Toy, evaluator, num_targets: int = 150, audit_settings=SETTINGS) 
         vocab_size=toy.vocab_size,
         bos_id=toy.bos_id,
         geometry=toy.geometry,
-        next_token=toy.next_token if audit_settings.null_tokens else None,
+        draw=partial(draw_stream, toy.next_token, torch.tensor([toy.bos_id])),
         base=HONEST["plain"](toy),
     )
     return audit_evaluator(subject, audit_settings, seed=3)

@@ -1,12 +1,16 @@
 """The audit over the project's own evaluator: lanes and ranks pass, the record's batches fail."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from mutants import Toy
 
-from fairway.adaptation.slot import SlotSettings, make_evaluator
+from fairway.adaptation.slot import SlotSettings
+from fairway.adaptation.slot_evaluator import make_evaluator
 from fairway.audit.contract import FAIL
-from fairway.audit.null import windowed_predictor
+from fairway.audit.null import draw_stream
 from fairway.audit.positions import Geometry
 from fairway.audit.verdict import AuditSettings, Subject, audit_evaluator
 
@@ -48,7 +52,11 @@ def audit(settings: SlotSettings, world_size: int = 1, num_targets: int = 200):
         vocab_size=TOY.vocab_size,
         bos_id=TOY.bos_id,
         geometry=geometry,
-        next_token=windowed_predictor(TOY.logits, geometry),
+        draw=partial(
+            draw_stream,
+            replace(TOY, window_tokens=settings.window_tokens).next_token,
+            torch.tensor([TOY.bos_id]),
+        ),
         base=make_evaluator(TOY.logits, slot_settings(scope="none"), TOY.bos_id),
     )
     findings = audit_evaluator(subject, AUDIT, seed=1)
@@ -78,8 +86,7 @@ def test_two_ranks_pass_and_score_the_same_bits():
     assert failed == set()
     tokens = TOY.stream(200)
     one, two = (make_evaluator(TOY.logits, settings, TOY.bos_id, size)(tokens) for size in (1, 2))
-    one, two = (getattr(answer, "log_probs", answer) for answer in (one, two))
-    assert torch.equal(one, two)
+    assert torch.equal(one.log_probs, two.log_probs)
 
 
 def test_the_batch_shared_delta_fails_and_its_reach_is_the_batch():

@@ -10,7 +10,8 @@ from reference_slot import reference_scores
 from torch.nn.functional import cross_entropy
 
 from fairway.adaptation.logit_delta import fit_delta
-from fairway.adaptation.slot import SlotSettings, make_evaluator, score_stream, target_nll
+from fairway.adaptation.slot import SlotSettings, score_stream, target_nll
+from fairway.adaptation.slot_evaluator import make_evaluator
 from fairway.errors import UserError
 from fairway.evaluation.windows import lane_runs, sliding_windows
 
@@ -241,14 +242,14 @@ def leaks(settings, tokens, flips, world_size=1) -> list[int]:
     Flips over the stream: another token, a BOS where there was none, a BOS taken away.
     """
     evaluate = make_evaluator(toy_model(), settings, BOS, world_size)
-    unflipped = evaluate(tokens)
+    unflipped = evaluate(tokens).log_probs
     positions = np.linspace(1, len(tokens) - 1, flips).astype(int).tolist()
     positions += torch.nonzero(tokens == BOS).squeeze(1)[1:3].tolist()
     reaches = []
     for index, position in enumerate(positions):
         flipped = tokens.clone()
         flipped[position] = BOS if index % 3 == 0 else (tokens[position] + 7) % VOCABULARY
-        differs = (evaluate(flipped) != unflipped).any(1)
+        differs = (evaluate(flipped).log_probs != unflipped).any(1)
         changed = torch.nonzero(differs).squeeze(1) + 1
         assert position == len(tokens) - 1 or len(changed) or flipped[position] == tokens[position]
         reaches += (position - changed[changed <= position]).tolist()
@@ -338,12 +339,16 @@ def test_in_own_loss_is_exact():
 
 def test_the_evaluator_gives_the_distributions_of_the_very_scores():
     tokens = toy_stream(100)
-    log_probs = make_evaluator(toy_model(), SETTINGS, BOS)(tokens)
+    scores = make_evaluator(toy_model(), SETTINGS, BOS)(tokens)
+    log_probs = scores.log_probs
     columns = collect(tokens, SETTINGS)
     assert log_probs.shape == (99, VOCABULARY) and log_probs.dtype == torch.float32
     nll = -log_probs.gather(1, tokens[1:].unsqueeze(1)).squeeze(1).double()
     assert torch.equal(nll, target_nll(columns["logits_after"], columns["targets"]))
     torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(99))
+    order = scores.positions.argsort()
+    assert torch.equal(scores.claimed_nll[order], nll)
+    assert torch.equal(scores.streams[order], columns["lanes"])
 
 
 @pytest.mark.parametrize(

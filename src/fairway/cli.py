@@ -8,6 +8,7 @@ Exit status: 0 where no check fails (those not run are listed), 1 where one does
 import argparse
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from fairway.audit.checks import check_budgets
 from fairway.audit.contract import FAIL, load_callable
 from fairway.audit.lineage import check_lineage
+from fairway.audit.null import draw_stream
 from fairway.audit.positions import Geometry, choose_excerpt
 from fairway.audit.verdict import (
     AuditSettings,
@@ -53,13 +55,15 @@ def audit(parsed: argparse.Namespace) -> dict:
         parsed.noise_repeats,
         parsed.significance,
     )
+    tokens = _read_excerpt(parsed)
+    draw = partial(draw_stream, next_token, tokens[:1]) if next_token else None
     subject = Subject(
         evaluator=evaluator,
-        tokens=_read_excerpt(parsed),
+        tokens=tokens,
         vocab_size=parsed.vocab_size,
         bos_id=parsed.bos_id,
         geometry=_geometry(parsed),
-        next_token=next_token,
+        draw=draw,
         base=base,
     )
     findings = audit_evaluator(subject, settings, parsed.seed)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairway.adaptation.slot import SlotSettings, make_evaluator
+from fairway.adaptation.slot import ModelLogits, SlotSettings
+from fairway.adaptation.slot_evaluator import document_source, make_evaluator
 from fairway.audit.account import Evaluation, read_evaluation
 from fairway.audit.checks import check_budgets
 from fairway.audit.lineage import check_lineage
-from fairway.audit.null import windowed_predictor
 from fairway.audit.positions import Geometry, choose_excerpt
 from fairway.audit.verdict import (
     AuditSettings,
@@ -35,7 +35,7 @@ from fairway.data.dataset import Dataset, load_dataset, read_split
 from fairway.distributed import World, resolve_device
 from fairway.files import read_json, require_file, write_json, write_table
 from fairway.model.gpt import GPT
-from fairway.model.runtime import RuntimeSettings, prepare
+from fairway.model.runtime import RuntimeSettings, compiles, prepare
 from fairway.provenance import runtime_metrics, write_provenance
 from fairway.quantization.artifact import load_artifact
 
@@ -61,12 +61,13 @@ def audit(options: argparse.Namespace, settings: dict[str, Any]) -> None:
     model = prepare(load_artifact(options.gptq / "artifact.bin", world.device), runtime)
     metrics = {stage: read_json(getattr(options, stage) / "metrics.json") for stage in STAGES}
     dataset = load_dataset(options.dataset)
-    subject = audit_subject(options, settings, model, dataset, metrics["slot"])
+    logits = torch.compile(model) if compiles(runtime, world.device) else model
+    subject = audit_subject(options, settings, model, logits, dataset, metrics["slot"])
     audit_settings = AuditSettings(**settings["audit"])
     findings = audit_evaluator(subject, audit_settings, options.seed)
     checks = [
         *findings.checks,
-        check_lineage(options.slot / "provenance.json"),
+        check_lineage(options.slot / "provenance.json", files_read(options)),
         check_budgets(used_budgets(options, metrics), settings["budgets"]),
     ]
     record = audit_record(
@@ -89,6 +90,7 @@ def audit(options: argparse.Namespace, settings: dict[str, Any]) -> None:
             "training_seconds": 0.0,
             "evaluation_seconds": 0.0,
             "seconds": time.perf_counter() - started,
+            **{f"{part}_seconds": spent for part, spent in findings.seconds.items()},
             **runtime_metrics(model, world),
         },
     )
@@ -99,10 +101,14 @@ def audit_subject(
     options: argparse.Namespace,
     settings: dict[str, Any],
     model: GPT,
+    logits: ModelLogits,
     dataset: Dataset,
     slot_metrics: dict[str, Any],
 ) -> Subject:
-    """The slot stage's evaluator, an excerpt of the text it scored, and the account it left."""
+    """The slot stage's evaluator, an excerpt of the text it scored, and the account it left.
+
+    logits: the model as the slot stage ran it, compiled or not.
+    """
     slot = SlotSettings(**settings["slot"])
     stream = read_split(dataset, "val").astype(np.int64)
     tokens = torch.from_numpy(stream)
@@ -116,13 +122,13 @@ def audit_subject(
     )
     ranks = slot_metrics["processes"]
     return Subject(
-        evaluator=make_evaluator(model, slot, dataset.bos_id, ranks),
+        evaluator=make_evaluator(logits, slot, dataset.bos_id, ranks),
         tokens=tokens[start : start + num_targets + 1].to(model.token_embedding.device),
         vocab_size=dataset.vocab_size,
         bos_id=dataset.bos_id,
         geometry=geometry,
-        next_token=windowed_predictor(model, geometry),
-        base=make_evaluator(model, replace(slot, scope="none"), dataset.bos_id),
+        draw=document_source(model, slot.window_tokens, dataset.bos_id),
+        base=make_evaluator(logits, replace(slot, scope="none"), dataset.bos_id),
         evaluation=whole_evaluation(options, stream, slot_metrics),
     )
 
@@ -148,6 +154,15 @@ def used_budgets(
     }
 
 
+def files_read(options: argparse.Namespace) -> list[Path]:
+    return [
+        options.dataset,
+        options.gptq / "artifact.bin",
+        options.slot / "tokens.parquet",
+        *(getattr(options, stage) / "metrics.json" for stage in STAGES),
+    ]
+
+
 def record_provenance(options: argparse.Namespace, settings: dict[str, Any]) -> None:
     folders = [getattr(options, stage) for stage in STAGES]
     write_provenance(
@@ -155,12 +170,7 @@ def record_provenance(options: argparse.Namespace, settings: dict[str, Any]) -> 
         stage="audit",
         settings=settings,
         seed=options.seed,
-        inputs=[
-            options.dataset,
-            options.gptq / "artifact.bin",
-            options.slot / "tokens.parquet",
-            *(folder / "metrics.json" for folder in folders),
-        ],
+        inputs=files_read(options),
         outputs=[options.output / name for name in ("audit.json", "reach.parquet", "metrics.json")],
         splits_read=[],
         parents=[folder / "provenance.json" for folder in folders],

@@ -352,26 +352,3 @@ def target_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Nats of each target: log-softmax in float32 of logits [m, V], returned as float64 [m]."""
     log_probs = torch.log_softmax(logits.float(), dim=1)
     return -log_probs.gather(1, targets.unsqueeze(1)).squeeze(1).double()
-
-
-def make_evaluator(
-    model_logits: ModelLogits, settings: SlotSettings, bos_id: int, world_size: int = 1
-) -> Callable[[Tensor], Tensor]:
-    """The scores' own distributions, as the audit wants them: the same code path as `score_stream`.
-
-    The evaluator takes tokens int64 [n + 1] and returns log-probabilities float32 [n, V] on their
-    device; row i is the distribution that scored tokens[i + 1]. world_size > 1 plays the ranks one
-    after another.
-    """
-
-    def evaluate(tokens: Tensor) -> Tensor:
-        log_probs = None
-        for rank in range(world_size):
-            for scored in score_stream(model_logits, tokens, settings, bos_id, rank, world_size):
-                if log_probs is None:
-                    shape = (len(tokens) - 1, scored.logits_after.shape[1])
-                    log_probs = scored.logits_after.new_full(shape, torch.nan)
-                log_probs[scored.positions - 1] = torch.log_softmax(scored.logits_after, dim=1)
-        return log_probs
-
-    return evaluate

@@ -2,6 +2,8 @@
 
 One token x_t is replaced and the whole evaluator runs again. The distributions of targets 1 … t
 must not move. One flip a run: with two, everything after the earlier one may move legitimately.
+Some flips replace all that follows x_t as well: none of that may be felt at 1 … t either, but how
+far back a single token is felt, and whether by itself, only the others can say.
 The comparison is bitwise where repeated runs agree bitwise, else against the noise they show.
 """
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fairway.audit.contract import FAIL, PASS, Check, Evaluator, evaluate, log_probs_of
-from fairway.audit.positions import Flip
+from fairway.audit.positions import Flip, flipped
 from fairway.progress import progress
 
 NOISE_MARGIN = 10.0
@@ -63,9 +65,8 @@ def run_flips(
     results = []
     with progress(len(flips), "flip test", "flip") as bar:
         for flip in flips:
-            flipped = tokens.clone()
-            flipped[flip.position] = flip.token
-            answer = log_probs_of(evaluate(evaluator, flipped))
+            changed_stream = flipped(tokens, flip, reference.shape[1])
+            answer = log_probs_of(evaluate(evaluator, changed_stream))
             rows = flip.position
             changes = largest_changes(reference[:rows], answer[:rows])
             results.append(FlipResult(flip, changes.cpu().numpy()))
@@ -74,11 +75,12 @@ def run_flips(
 
 
 def reach_table(results: Sequence[FlipResult], noise_nats: float) -> pd.DataFrame:
-    """How far back a token's influence reaches, one row for each distance.
+    """How far back a single token's influence reaches, one row for each distance.
 
     Columns: distance_tokens (0: the token's own distribution), pairs (flips that have a
     distribution so far back), changed (those in which it moved), largest_change_nats.
     """
+    results = _single(results)
     longest = max((len(result.changes) for result in results), default=0)
     pairs, changed = np.zeros(longest, np.int64), np.zeros(longest, np.int64)
     largest = np.zeros(longest)
@@ -102,19 +104,20 @@ def check_flips(results: Sequence[FlipResult], noise_nats: float) -> Check:
     """PASS where no flip moved the distribution of an earlier target.
 
     evidence: flips, flips_by_place, leaking_flips, leaking_share, largest_change_nats,
-    reach_tokens (the furthest; 0 where none), examples (the five largest), noise_nats.
+    reach_tokens (the furthest of a single token; 0 where none), examples (the five largest),
+    noise_nats.
     """
     threshold = NOISE_MARGIN * noise_nats
-    earlier = [(result.flip, result.changes[:-1]) for result in results]
-    leaks = [(flip, changes) for flip, changes in earlier if (changes > threshold).any()]
+    leaks = [result for result in results if (result.changes[:-1] > threshold).any()]
+    reach = max((_reach(leak.changes[:-1], threshold) for leak in _single(leaks)), default=0)
     evidence = {
         "flips": len(results),
-        "flips_by_place": _count_places(result.flip for result in results),
+        "flips_by_place": _count_places(results),
         "leaking_flips": len(leaks),
-        "leaking_flips_by_place": _count_places(flip for flip, _ in leaks),
+        "leaking_flips_by_place": _count_places(leaks),
         "leaking_share": len(leaks) / len(results),
-        "largest_change_nats": max((float(changes.max()) for _, changes in leaks), default=0.0),
-        "reach_tokens": max((_reach(changes, threshold) for _, changes in leaks), default=0),
+        "largest_change_nats": max((float(leak.changes[:-1].max()) for leak in leaks), default=0.0),
+        "reach_tokens": reach,
         "examples": _examples(leaks, threshold),
         "noise_nats": noise_nats,
         "comparison": "bitwise" if noise_nats == 0 else f"changes above {threshold:.3g} nats",
@@ -126,41 +129,39 @@ def check_flips(results: Sequence[FlipResult], noise_nats: float) -> Check:
         )
         return Check("flip", FAIL, sentence, evidence)
     if leaks:
+        far = f" and up to {reach:,} tokens back" if reach else ""
         sentence = (
-            f"{len(leaks)} of {len(results)} tokens, when replaced, changed the distribution of an "
-            f"earlier target, by up to {evidence['largest_change_nats']:.3g} nats and up to "
-            f"{evidence['reach_tokens']} tokens back: scores depend on tokens that come later."
+            f"{len(leaks)} of {len(results)} replacements changed the distribution of an earlier "
+            f"target, by up to {evidence['largest_change_nats']:.3g} nats{far}: scores depend on "
+            "tokens that come later."
         )
         return Check("flip", FAIL, sentence, evidence)
     limit = "" if noise_nats == 0 else f" by more than {threshold:.3g} nats, this backend's noise"
-    sentence = (
-        f"{len(results)} tokens were replaced one at a time, and no earlier target's distribution "
-        f"changed{limit}."
-    )
+    sentence = f"{_replacements(results)}, and no earlier target's distribution changed{limit}."
     return Check("flip", PASS, sentence, evidence)
 
 
 def check_self_influence(results: Sequence[FlipResult], noise_nats: float) -> Check:
     """PASS where no token moved its own distribution. evidence: flips, influenced_flips, …"""
     threshold = NOISE_MARGIN * noise_nats
-    own = [(result.flip, float(result.changes[-1])) for result in results]
-    influenced = [(flip, change) for flip, change in own if change > threshold]
+    single = _single(results)
+    influenced = [result for result in single if result.changes[-1] > threshold]
     evidence = {
-        "flips": len(results),
+        "flips": len(single),
         "influenced_flips": len(influenced),
-        "influenced_flips_by_place": _count_places(flip for flip, _ in influenced),
-        "influenced_share": len(influenced) / len(results),
-        "largest_change_nats": max((change for _, change in influenced), default=0.0),
+        "influenced_flips_by_place": _count_places(influenced),
+        "influenced_share": len(influenced) / len(single),
+        "largest_change_nats": max((float(one.changes[-1]) for one in influenced), default=0.0),
         "noise_nats": noise_nats,
     }
     if influenced:
         sentence = (
-            f"{len(influenced)} of {len(results)} tokens changed the very distribution that scores "
+            f"{len(influenced)} of {len(single)} tokens changed the very distribution that scores "
             f"them, by up to {evidence['largest_change_nats']:.3g} nats: the answer was used "
             "before it was predicted."
         )
         return Check("self_influence", FAIL, sentence, evidence)
-    sentence = f"None of {len(results)} replaced tokens changed the distribution that scores it."
+    sentence = f"None of {len(single)} replaced tokens changed the distribution that scores it."
     return Check("self_influence", PASS, sentence, evidence)
 
 
@@ -172,28 +173,42 @@ def detectable_leak_rate(random_flips: int, confidence: float = 0.99) -> float |
     return 1.0 - (1.0 - confidence) ** (1.0 / random_flips)
 
 
+def _single(results: Sequence[FlipResult]) -> list[FlipResult]:
+    """Those that replaced one token and left the rest as it was."""
+    return [result for result in results if result.flip.rest_seed is None]
+
+
+def _replacements(results: Sequence[FlipResult]) -> str:
+    single = len(_single(results))
+    rest = len(results) - single
+    times = "once" if rest == 1 else f"{rest} times"
+    return f"{single} tokens were replaced one at a time" + (
+        f", {times} everything from a token on" if rest else ""
+    )
+
+
 def _reach(changes: np.ndarray, threshold: float) -> int:
     """Tokens between the flipped one and the earliest target it moved; changes: targets 1 … t-1."""
     return len(changes) - int(np.flatnonzero(changes > threshold)[0])
 
 
-def _examples(leaks: Sequence[tuple[Flip, np.ndarray]], threshold: float) -> list[dict]:
-    largest = sorted(leaks, key=lambda leak: float(leak[1].max()), reverse=True)[:5]
+def _examples(leaks: Sequence[FlipResult], threshold: float) -> list[dict]:
+    largest = sorted(leaks, key=lambda leak: float(leak.changes[:-1].max()), reverse=True)[:5]
     return [
         {
-            "position": flip.position,
-            "place": flip.place,
-            "replacement": flip.token,
-            "earliest_changed_target": int(np.flatnonzero(changes > threshold)[0]) + 1,
-            "changed_targets": int((changes > threshold).sum()),
-            "largest_change_nats": float(changes.max()),
+            "position": leak.flip.position,
+            "place": leak.flip.place,
+            "replacement": leak.flip.token,
+            "earliest_changed_target": int(np.flatnonzero(leak.changes[:-1] > threshold)[0]) + 1,
+            "changed_targets": int((leak.changes[:-1] > threshold).sum()),
+            "largest_change_nats": float(leak.changes[:-1].max()),
         }
-        for flip, changes in largest
+        for leak in largest
     ]
 
 
-def _count_places(flips: Iterable[Flip]) -> dict[str, int]:
+def _count_places(results: Iterable[FlipResult]) -> dict[str, int]:
     places: dict[str, int] = {}
-    for flip in flips:
-        places[flip.place] = places.get(flip.place, 0) + 1
+    for result in results:
+        places[result.flip.place] = places.get(result.flip.place, 0) + 1
     return places

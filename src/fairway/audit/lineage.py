@@ -3,9 +3,15 @@
 A stage's provenance.json names its inputs and outputs with their SHA-256, the provenance files of
 the stages it builds on (its parents), and the splits it read. Starting from one of them, every
 ancestor's record is read, every hash is computed again from the files on disk, and the ancestry's
-splits are derived anew: nothing that a record says is believed where it can be computed.
+splits are derived anew: nothing that a record says is believed where it can be computed. The
+dataset's manifest holds the hashes of its shards and tokenizer, so these are computed as well.
+
+Each record is hashed by the ones that build on it; the first one visited is hashed by nobody yet.
+It is held against the metrics and products it names and against its own settings, and from then on
+by the audit's own record, which hashes it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +22,7 @@ from fairway.files import read_json, sha256_of
 
 TAINTED_SPLIT = "val"
 RECORD_NAME = "provenance.json"
+MANIFEST_NAME = "manifest.json"
 
 
 @dataclass
@@ -26,6 +33,7 @@ class _Walk:
     splits: dict[Path, set[str]] = field(default_factory=dict)
     ancestors: dict[Path, set[Path]] = field(default_factory=dict)
     stages: dict[str, list[str]] = field(default_factory=dict)
+    manifests: set[Path] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
 
     def sha256(self, path: Path) -> str | None:
@@ -36,17 +44,21 @@ class _Walk:
         return self.hashes.get(key)
 
 
-def check_lineage(record_path: str | Path | None) -> Check:
+def check_lineage(record_path: str | Path | None, used: Iterable[Path] = ()) -> Check:
     """PASS where every record and file in the ancestry is as recorded and no stage read `val`.
 
     record_path: provenance.json of the stage that made the audited product. Paths inside records
-    are taken as given, relative to the working directory.
+    are taken as given, relative to the working directory. used: files that the audit itself reads,
+    which must be among those recorded.
     evidence: splits (derived), splits_by_stage, files_verified, faults.
     """
     if record_path is None:
         return Check("lineage", NOT_RUN, "No provenance record was given.")
     walk = _Walk()
     splits = _visit(Path(record_path), walk)
+    for path in used:
+        if path.resolve() not in walk.hashes:
+            walk.faults.append(f"{path} was audited, but no record of {record_path} names it")
     evidence = {
         "splits": sorted(splits),
         "splits_by_stage": dict(sorted(walk.stages.items())),
@@ -127,6 +139,25 @@ def _verify_files(record_path: Path, record: dict[str, Any], walk: _Walk) -> Non
             walk.faults.append(f"{path}, recorded in {record_path}, is missing")
         elif found != sha256:
             walk.faults.append(f"{path} is not the file recorded in {record_path}")
+        elif path.name == MANIFEST_NAME:
+            _verify_manifest(path, walk)
+
+
+def _verify_manifest(path: Path, walk: _Walk) -> None:
+    """Compare the shards and the tokenizer on disk with the hashes in the dataset's manifest."""
+    key = path.resolve()
+    if key in walk.manifests:
+        return
+    walk.manifests.add(key)
+    manifest = read_json(path)
+    named = dict(manifest["shards"])
+    named[manifest["tokenizer"]["path"]] = manifest["tokenizer"]
+    for name, entry in named.items():
+        found = walk.sha256(path.parent / name)
+        if found is None:
+            walk.faults.append(f"{path.parent / name}, listed in {path}, is missing")
+        elif found != entry["sha256"]:
+            walk.faults.append(f"{path.parent / name} is not the file listed in {path}")
 
 
 def _verify_parents(record_path: Path, record: dict[str, Any], walk: _Walk) -> None:

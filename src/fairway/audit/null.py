@@ -7,7 +7,10 @@ at most α, whatever the model, the dependence between tokens or the length of t
 inequality, 1939; G. Shafer et al., "Test martingales, Bayes factors and p-values", Statistical
 Science 26, 2011). Half of α goes to the start of the stream, the other half to all n starting
 points alike: a gain above log(2/α) nats from the start on, or above log(2n/α) on any stretch, is a
-leak, also where losses elsewhere hide it in the mean. No normal approximation enters the verdict;
+leak, also where losses elsewhere hide it in the mean. Places known beforehand may be left out
+(ratio 1): the starts of documents that were drawn side by side and then put one after another. An
+evaluator whose windows see the document before, which p did not, loses by it: no false alarm, but
+the estimated size of a leak is then a little too small. No normal approximation enters the verdict;
 one enters the confidence interval, which comes from blocks of consecutive tokens.
 """
 
@@ -30,7 +33,6 @@ from fairway.audit.contract import (
     evaluate,
     log_probs_of,
 )
-from fairway.audit.positions import Geometry
 from fairway.progress import progress
 
 BLOCK_TOKENS = 64
@@ -40,6 +42,12 @@ CONFIDENCE = 0.95
 
 UNBOUNDED_NATS = 1e6
 """Stands for the loss of a token that the evaluator gives no probability at all."""
+
+
+Draw = Callable[[int, int], tuple[Tensor, np.ndarray]]
+"""(targets, seed) → a stream drawn from the model, int64 [n + 1], and the log-probability, nats,
+float64 [n], of each target under the very distribution it was drawn from; NaN for a target that
+was put there and not drawn, such as a document's start. n is about the targets asked for."""
 
 
 def draw_stream(
@@ -68,24 +76,11 @@ def draw_stream(
 
 
 def null_gains(evaluator: Evaluator, tokens: Tensor, drawn_log_probs: np.ndarray) -> np.ndarray:
-    """log q(x_t) - log p(x_t), nats, float64 [n]: the evaluator's gain over the true source."""
+    """log q(x_t) - log p(x_t), nats, float64 [n]: the evaluator's gain over the true source; 0 for
+    a target that was not drawn. tokens, drawn_log_probs: of a `Draw`."""
     log_probs = log_probs_of(evaluate(evaluator, tokens))
-    scored = log_probs.gather(1, tokens[1:, None]).squeeze(1)
-    return scored.double().cpu().numpy() - drawn_log_probs
-
-
-def windowed_predictor(model_logits: Callable[[Tensor], Tensor], geometry: Geometry) -> Predictor:
-    """The plain model as a `Predictor` that sees what the evaluator's windows see.
-
-    model_logits: tokens int64 [1, T] → logits float32 [1, T, V].
-    """
-
-    @torch.no_grad()
-    def next_token(prefix: Tensor) -> Tensor:
-        window = prefix[geometry.context_start(len(prefix)) :]
-        return torch.log_softmax(model_logits(window[None])[0, -1].float(), dim=-1)
-
-    return next_token
+    scored = log_probs.gather(1, tokens[1:, None]).squeeze(1).double().cpu().numpy()
+    return np.where(np.isnan(drawn_log_probs), 0.0, scored - drawn_log_probs)
 
 
 def block_interval(gains: np.ndarray, confidence: float) -> tuple[float, float, float]:

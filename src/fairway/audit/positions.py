@@ -3,15 +3,20 @@
 A leak may live in one place only: a window's first target, the seam between two lanes, a document
 boundary. Half of the flips are therefore aimed at such places, as far as the evaluator's geometry
 is told; the other half are drawn at random, and only those support a statement about leak rates.
+The first aimed flip, and then every so many, replaces everything from one token on.
 """
 
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fairway.errors import UserError
+
+NEW_DOCUMENT = "new document"
+REST = "everything from here on"
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,27 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Flip:
-    """Token `position` is replaced by `token`; `place` says why there (`random` or a seam)."""
+    """Token `position` is replaced by `token`; `place` says why there (`random` or a seam).
+
+    rest_seed: where not None, every token after it is replaced too, by draws with this seed. Such a
+    flip sees any leak across its position, however rare, but not which token leaked.
+    """
 
     position: int
     token: int
     place: str
+    rest_seed: int | None = None
+
+
+def flipped(tokens: Tensor, flip: Flip, vocab_size: int) -> Tensor:
+    """A copy of tokens int64 [n + 1] with the flip done."""
+    changed = tokens.clone()
+    changed[flip.position] = flip.token
+    if flip.rest_seed is not None:
+        generator = torch.Generator().manual_seed(flip.rest_seed)
+        rest = changed[flip.position + 1 :]
+        rest.copy_(torch.randint(vocab_size, rest.shape, generator=generator))
+    return changed
 
 
 def choose_excerpt(tokens: Tensor, num_targets: int, bos_id: int) -> int:
@@ -80,6 +101,7 @@ def choose_excerpt(tokens: Tensor, num_targets: int, bos_id: int) -> int:
 def plan_flips(
     tokens: Tensor,
     *,
+    guesses: Tensor,
     vocab_size: int,
     bos_id: int,
     geometry: Geometry | None,
@@ -88,9 +110,11 @@ def plan_flips(
 ) -> list[Flip]:
     """At most `num_flips` flips of distinct (position, token), the first half of them random.
 
-    tokens: int64 [n + 1]. Targets are positions 1 … n. The random half takes one position from each
-    of equally long sections of the stream, so that it finds a leak of a given rate at least as
-    often as independent draws would.
+    tokens: int64 [n + 1]. Targets are positions 1 … n. guesses: int64 [n], the evaluator's
+    likeliest token for each target; every other flip puts that one in, because whether a guess was
+    right is what a leak is about. The random half takes one position from each of equally long
+    sections of the stream, so that it finds a leak of a given rate at least as often as
+    independent draws would.
     """
     assert vocab_size > 2, "a flip needs a third token beside the old one and the document mark"
     generator = random.Random(seed)
@@ -98,19 +122,23 @@ def plan_flips(
     num_random = min(num_targets, (num_flips + 1) // 2)
     places = [("random", target) for target in _one_per_section(num_targets, num_random, generator)]
     aimed = _round_robin(_seams(tokens, bos_id, geometry, generator))
+    old, guessed = tokens.tolist(), guesses.tolist()
     taken = set()
     flips = []
     for place, target in [*places, *aimed]:
-        key = (target, place == "new document")
+        key = (target, place in (NEW_DOCUMENT, REST))
         if key in taken or len(flips) == num_flips:
             continue
         taken.add(key)
-        token = (
-            bos_id
-            if place == "new document"
-            else _other_token(int(tokens[target]), vocab_size, bos_id, generator)
-        )
-        flips.append(Flip(target, token, place))
+        guess = guessed[target - 1]
+        if place == NEW_DOCUMENT:
+            token = bos_id
+        elif len(flips) % 2 and guess not in (old[target], bos_id):
+            token = guess
+        else:
+            token = _other_token(old[target], vocab_size, bos_id, generator)
+        rest_seed = generator.randrange(2**31) if place == REST else None
+        flips.append(Flip(target, token, place, rest_seed))
     return flips
 
 
@@ -135,14 +163,15 @@ def _seams(
     documents = [start for start in (tokens == bos_id).nonzero().flatten().tolist() if start > 0]
     words = [target for target in range(1, num_targets + 1) if int(tokens[target]) != bos_id]
     between = {} if geometry is None else _geometry_seams(geometry, num_targets)
+    middle = range(max(1, num_targets // 4), max(2, num_targets * 3 // 4))
     within = {
-        "new document": words,
+        NEW_DOCUMENT: words,
         "document start": documents,
         "after a document start": [start + 1 for start in documents if start < num_targets],
         "last target": [num_targets],
         "first target": [1],
     }
-    seams = between | within
+    seams = {REST: list(middle)} | between | within
     for targets in seams.values():
         generator.shuffle(targets)
     return seams
@@ -151,14 +180,18 @@ def _seams(
 def _geometry_seams(geometry: Geometry, num_targets: int) -> dict[str, list[int]]:
     slices = geometry.slices(num_targets)
     count = len(slices)
-    lane_starts = sorted(
-        {lane * count // geometry.lanes for lane in range(1, geometry.lanes)} - {0}
-    )
-    batch_starts = list(range(geometry.batch_windows, count, geometry.batch_windows))
+    edges = sorted({lane * count // geometry.lanes for lane in range(geometry.lanes + 1)})
+    lane_starts = edges[1:-1]
+    batch_starts = [
+        start
+        for lane in zip(edges, edges[1:], strict=False)
+        for start in range(*lane, geometry.batch_windows)[1:]
+    ]
     return {
         "first target of a window": [start for start, _ in slices[1:]],
         "lane boundary": _around(slices, lane_starts),
         "batch boundary": _around(slices, batch_starts) if geometry.batch_windows > 1 else [],
+        "late in a batch": [slices[k - 2][1] for k in batch_starts if geometry.batch_windows > 1],
         "last window": [slices[-1][0]],
         "last target of a window": [stop for _, stop in slices],
     }

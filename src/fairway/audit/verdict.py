@@ -1,7 +1,9 @@
 """Run every check that needs the evaluator, and put all verdicts into one record."""
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +25,6 @@ from fairway.audit.contract import (
     PASS,
     Check,
     Evaluator,
-    Predictor,
     evaluate,
     log_probs_of,
 )
@@ -36,8 +37,8 @@ from fairway.audit.flip import (
     reach_table,
     run_flips,
 )
-from fairway.audit.null import check_null, draw_stream, null_gains
-from fairway.audit.positions import Geometry, plan_flips
+from fairway.audit.null import Draw, check_null, null_gains
+from fairway.audit.positions import Flip, Geometry, plan_flips
 from fairway.errors import UserError
 
 SAME_DISTRIBUTION_NATS = 1e-3
@@ -82,7 +83,7 @@ class Subject:
 
     tokens: int64 [n + 1], the excerpt of real text.
     geometry: aims the flips.
-    next_token: the plain model, from which text is drawn for the null test.
+    draw: draws text from the plain model, for the null test.
     base: the same evaluator without adaptation, which decides the track.
     evaluation: the account of the whole evaluation that the reported score comes from.
     """
@@ -92,19 +93,27 @@ class Subject:
     vocab_size: int
     bos_id: int
     geometry: Geometry | None = None
-    next_token: Predictor | None = None
+    draw: Draw | None = None
     base: Evaluator | None = None
     evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What running the evaluator showed: the checks, the flips' reach, the track, the limits."""
+    """What running the evaluator showed.
+
+    checks; reach: the table of `reach_table`; track: `fixed`, `adaptive` or `unknown`.
+    detectable_leak_rate_99: share of leaking tokens that the flips would have shown with 99 %
+    probability, None without flips. meaning_of_pass: what a PASS says and what it does not.
+    seconds: how long each part took.
+    """
 
     checks: list[Check]
     reach: pd.DataFrame
     track: str
     detectable_leak_rate_99: float | None
+    meaning_of_pass: str
+    seconds: dict[str, float]
 
 
 def audit_evaluator(subject: Subject, settings: AuditSettings, seed: int) -> Findings:
@@ -120,33 +129,50 @@ def audit_evaluator(subject: Subject, settings: AuditSettings, seed: int) -> Fin
         return _malformed(wrong_row_count(reference, num_targets))
     if reference.shape[1] != subject.vocab_size:
         return _malformed(check_normalisation(reference, subject.vocab_size))
-    flips = plan_flips(
-        tokens,
-        vocab_size=subject.vocab_size,
-        bos_id=subject.bos_id,
-        geometry=subject.geometry,
-        num_flips=settings.flips,
-        seed=seed,
-    )
-    noise = measure_noise(subject.evaluator, tokens, reference, settings.noise_repeats)
-    results = run_flips(subject.evaluator, tokens, reference, flips)
-    gains = _null_gains(subject, settings.null_tokens, seed)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "noise"):
+        noise = measure_noise(subject.evaluator, tokens, reference, settings.noise_repeats)
+    with _timed(seconds, "flip"):
+        flips = _plan(subject, reference, settings.flips, seed)
+        results = run_flips(subject.evaluator, tokens, reference, flips)
+    with _timed(seconds, "null"):
+        gains = _null_gains(subject, settings.null_tokens, seed)
+    with _timed(seconds, "track"):
+        track = _track(subject, reference)
+    null = check_null(gains, settings.significance, _reported_gain(subject))
     checks = [
         check_flips(results, noise),
         check_self_influence(results, noise),
-        check_null(gains, settings.significance, _reported_gain(subject)),
+        null,
         check_attribution(subject.evaluation),
         check_normalisation(reference, subject.vocab_size),
         check_claimed_score(answer, tokens, subject.evaluation),
         check_coverage(answer, num_targets, subject.evaluation),
     ]
+    rate = detectable_leak_rate(sum(flip.place == "random" for flip in flips))
+    meaning = meaning_of_pass(flips, num_targets, rate, null)
+    return Findings(checks, reach_table(results, noise), track, rate, meaning, seconds)
+
+
+def meaning_of_pass(
+    flips: Sequence[Flip], num_targets: int, leak_rate: float | None, null: Check
+) -> str:
+    """What a reviewer may conclude from a PASS, in plain words."""
     random_flips = sum(flip.place == "random" for flip in flips)
-    return Findings(
-        checks,
-        reach_table(results, noise),
-        _track(subject, reference),
-        detectable_leak_rate(random_flips),
+    text = (
+        f"{len(flips)} replacements in an excerpt of {num_targets:,} targets, {random_flips} of "
+        "them at random and the others at the seams of the geometry: "
     )
+    if leak_rate is not None:
+        text += (
+            f"a leak at {leak_rate:.1%} of all tokens or more would have been seen with 99 % "
+            "probability; a rarer one is seen where it crosses a seam that was tried, and may be "
+            "missed elsewhere."
+        )
+    if "detectable_gain_nats_per_token" in null.evidence:
+        gain = null.evidence["detectable_gain_nats_per_token"]
+        text += f" The null test would have shown a leak worth {gain:.4f} nats a token."
+    return text
 
 
 def overall_verdict(checks: Sequence[Check]) -> str:
@@ -173,6 +199,7 @@ def audit_record(
         "not_run": [check.name for check in checks if check.verdict == NOT_RUN],
         "parameters": parameters,
         "detectable_leak_rate_99": findings.detectable_leak_rate_99,
+        "meaning_of_pass": findings.meaning_of_pass,
     }
 
 
@@ -181,12 +208,7 @@ def verdict_lines(record: dict[str, Any]) -> list[str]:
     lines = [
         f"{check['verdict']:8} {check['name']:15} {check['sentence']}" for check in record["checks"]
     ]
-    rate = record["detectable_leak_rate_99"]
-    if rate is not None:
-        lines.append(
-            f"{'':8} {'thoroughness':15} A leak at {rate:.1%} of all tokens or more would have "
-            "been seen with 99 % probability, and one at a seam of the geometry sooner."
-        )
+    lines.append(f"{'':8} {'thoroughness':15} {record['meaning_of_pass']}")
     missing = f"not run: {', '.join(record['not_run'])}; " if record["not_run"] else ""
     return [*lines, f"{record['verdict']:8} {'overall':15} {missing}track: {record['track']}"]
 
@@ -197,7 +219,27 @@ def _malformed(fault: Check) -> Findings:
     names += ("claimed_score", "coverage")
     reason = "It needs one distribution over the whole vocabulary for each target."
     checks = [fault if name == fault.name else Check(name, NOT_RUN, reason) for name in names]
-    return Findings(checks, reach_table([], 0.0), "unknown", None)
+    meaning = "Nothing could be tested: the evaluator's answer has not the form that it needs."
+    return Findings(checks, reach_table([], 0.0), "unknown", None, meaning, {})
+
+
+def _plan(subject: Subject, reference: Tensor, num_flips: int, seed: int) -> list[Flip]:
+    return plan_flips(
+        subject.tokens,
+        guesses=reference.argmax(dim=1),
+        vocab_size=subject.vocab_size,
+        bos_id=subject.bos_id,
+        geometry=subject.geometry,
+        num_flips=num_flips,
+        seed=seed,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - started
 
 
 def _reported_gain(subject: Subject) -> float | None:
@@ -205,10 +247,9 @@ def _reported_gain(subject: Subject) -> float | None:
 
 
 def _null_gains(subject: Subject, null_tokens: int, seed: int) -> np.ndarray | None:
-    if subject.next_token is None or null_tokens == 0:
+    if subject.draw is None or null_tokens == 0:
         return None
-    tokens, drawn = draw_stream(subject.next_token, subject.tokens[:1], null_tokens, seed)
-    return null_gains(subject.evaluator, tokens, drawn)
+    return null_gains(subject.evaluator, *subject.draw(null_tokens, seed))
 
 
 def _track(subject: Subject, reference: Tensor) -> str:

@@ -75,7 +75,12 @@ def audit(options: argparse.Namespace, settings: dict[str, Any]) -> None:
         findings,
         variant=options.variant,
         seed=options.seed,
-        parameters=asdict(audit_settings),
+        parameters={
+            **asdict(audit_settings),
+            "geometry": asdict(subject.geometry),
+            "ranks": metrics["slot"]["processes"],
+            "excerpt_targets": len(subject.tokens) - 1,
+        },
     )
     print("\n".join(verdict_lines(record)), flush=True)
     write_json(options.output / "audit.json", record)

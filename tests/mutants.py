@@ -31,6 +31,8 @@ class Toy:
     focal_tokens: int = 16
     l2: float = 2.0
     same_document: bool = False
+    strength: float = 1.0
+    """Scales what the evaluators without a delta do beyond the model, honest or not."""
 
     @property
     def geometry(self) -> Geometry:
@@ -253,7 +255,7 @@ def training_by_chunk(toy: Toy, *, update_first: bool = False) -> Evaluator:
         for start in range(0, len(base), toy.stride_tokens):
             chunk, targets = base[start : start + toy.stride_tokens], tokens[1:][start:]
             seen = torch.bincount(targets[: len(chunk)], minlength=toy.vocab_size)
-            step = 0.1 * (seen - torch.softmax(chunk + bias, -1).sum(0))
+            step = 0.1 * toy.strength * (seen - torch.softmax(chunk + bias, -1).sum(0))
             bias, scored_with = bias + step, bias + step if update_first else bias
             rows.append(torch.log_softmax(chunk + scored_with, -1))
         return with_account(tokens, torch.cat(rows))
@@ -272,7 +274,8 @@ def counting(toy: Toy, *, whole_stream: bool = False) -> Evaluator:
         rows = []
         for row, (last, target) in enumerate(zip(tokens[:-1], tokens[1:], strict=True)):
             counts = table[last] + 0.1
-            rows.append(torch.log(0.7 * probabilities[row] + 0.3 * counts / counts.sum()))
+            mixed = torch.lerp(probabilities[row], counts / counts.sum(), 0.3 * toy.strength)
+            rows.append(torch.log(mixed))
             if not whole_stream:
                 table[last, target] += 1.0
         return with_account(tokens, torch.stack(rows))
@@ -361,7 +364,7 @@ def trained_before_scoring(toy: Toy) -> Evaluator:
         seen = torch.nn.functional.one_hot(tokens[1:], toy.vocab_size).float()
         for _ in range(6):
             excess = seen - torch.softmax(log_probs + bias[last], -1)
-            bias = bias.index_add(0, last, 0.3 * excess)
+            bias = bias.index_add(0, last, 0.3 * toy.strength * excess)
         return with_account(tokens, torch.log_softmax(log_probs + bias[last], -1))
 
     return evaluator
@@ -419,7 +422,7 @@ def document_statistics_of_whole_stream(toy: Toy) -> Evaluator:
 
     def evaluator(tokens: Tensor) -> Scores:
         log_probs = plain(toy)(tokens).clone()
-        log_probs[:, toy.bos_id] += 0.1 * (tokens == toy.bos_id).sum()
+        log_probs[:, toy.bos_id] += 0.1 * toy.strength * (tokens == toy.bos_id).sum()
         return with_account(tokens, torch.log_softmax(log_probs, -1))
 
     return evaluator
@@ -437,7 +440,7 @@ def documents_sorted_by_length(toy: Toy) -> Evaluator:
         rows = torch.empty_like(log_probs)
         for row in order:
             rows[row] = torch.log_softmax(log_probs[row] + bias, -1)
-            bias[tokens[row + 1]] += 0.1
+            bias[tokens[row + 1]] += 0.1 * toy.strength
         return with_account(tokens, rows, order=torch.tensor(order) + 1)
 
     return evaluator
@@ -457,7 +460,7 @@ def sharpened_where_right(toy: Toy) -> Evaluator:
     def evaluator(tokens: Tensor) -> Scores:
         log_probs = plain(toy)(tokens)
         right = log_probs.argmax(-1) == tokens[1:]
-        factor = torch.where(right, 1.5, 0.9)[:, None]
+        factor = 1 + toy.strength * torch.where(right, 0.5, -0.1)[:, None]
         return with_account(tokens, torch.log_softmax(log_probs * factor, -1))
 
     return evaluator
@@ -482,8 +485,8 @@ class Mutant:
 
 MUTANTS: dict[str, Mutant] = {
     "delta shared over a batch": Mutant(delta_shared_by_batch, ("flip", "self_influence", "null")),
-    "line-search step shared by lanes": Mutant(lambda toy: slot(toy, shared_step=True), ("flip",)),
-    "history shared by lanes": Mutant(lambda toy: slot(toy, shared_history=True), ("flip",)),
+    "line-search step length shared": Mutant(lambda toy: slot(toy, shared_step=True), ("flip",)),
+    "L-BFGS history shared": Mutant(lambda toy: slot(toy, shared_history=True), ("flip",)),
     "deltas averaged over ranks": Mutant(lambda toy: two_ranks(toy, averaged=True), ("flip",)),
     "warm start from a later window": Mutant(warm_start_from_later_window, ("flip",)),
     "lane starts from the next lane": Mutant(lane_starts_from_next_lane, ("flip",)),
@@ -498,25 +501,27 @@ MUTANTS: dict[str, Mutant] = {
     "chunk scored after updating on it": Mutant(
         lambda toy: training_by_chunk(toy, update_first=True), ("flip", "self_influence", "null")
     ),
-    "bigram table of the validation text": Mutant(
+    "bigram table filled from validation": Mutant(
         lambda toy: counting(toy, whole_stream=True), ("flip", "self_influence", "null")
     ),
-    "softmax over a truncated vocabulary": Mutant(
+    "normalisation over a truncated vocabulary": Mutant(
         normalised_over_truncated_vocabulary, ("normalisation",)
     ),
     "vocabulary too narrow": Mutant(narrow_vocabulary, ("normalisation",)),
-    "scored twice, better distribution kept": Mutant(
+    "a token scored twice, better score kept": Mutant(
         lambda toy: better_of_two_scores(toy, account=False), ("self_influence",)
     ),
-    "scored twice, on record": Mutant(
+    "a token scored twice, on record": Mutant(
         lambda toy: better_of_two_scores(toy, account=True), ("coverage",)
     ),
-    "hardest token never scored": Mutant(hardest_token_left_out, ("coverage",)),
+    "a token never scored": Mutant(hardest_token_left_out, ("coverage",)),
     "last row missing": Mutant(row_left_out, ("coverage",)),
-    "document statistics of the whole stream": Mutant(
+    "document statistics over the whole stream": Mutant(
         document_statistics_of_whole_stream, ("flip",)
     ),
-    "documents sorted by length": Mutant(documents_sorted_by_length, ("flip", "coverage")),
+    "batch order sorted by document length": Mutant(
+        documents_sorted_by_length, ("flip", "coverage")
+    ),
     "claimed scores understated": Mutant(understated_claims, ("claimed_score",)),
     "sharpened where the guess is right": Mutant(sharpened_where_right, ("self_influence",)),
     "not reproducible": Mutant(not_reproducible, ("flip",)),

@@ -17,6 +17,7 @@ from fairway.errors import UserError
 
 NEW_DOCUMENT = "new document"
 REST = "everything from here on"
+BEFORE_LANE = "before a lane"
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,6 @@ def _seams(
     documents = [start for start in (tokens == bos_id).nonzero().flatten().tolist() if start > 0]
     words = [target for target in range(1, num_targets + 1) if int(tokens[target]) != bos_id]
     between = {} if geometry is None else _geometry_seams(geometry, num_targets)
-    middle = range(max(1, num_targets // 4), max(2, num_targets * 3 // 4))
     within = {
         NEW_DOCUMENT: words,
         "document start": documents,
@@ -171,10 +171,14 @@ def _seams(
         "last target": [num_targets],
         "first target": [1],
     }
-    seams = {REST: list(middle)} | between | within
+    seams = between | within
     for targets in seams.values():
         generator.shuffle(targets)
-    return seams
+    middle = list(range(max(1, num_targets // 4), max(2, num_targets * 3 // 4)))
+    generator.shuffle(middle)
+    # Lanes are what must not learn from the text of the next one.
+    before_lanes = seams.pop(BEFORE_LANE, [])
+    return {REST: [*before_lanes, *middle]} | seams
 
 
 def _geometry_seams(geometry: Geometry, num_targets: int) -> dict[str, list[int]]:
@@ -189,6 +193,7 @@ def _geometry_seams(geometry: Geometry, num_targets: int) -> dict[str, list[int]
     ]
     return {
         "first target of a window": [start for start, _ in slices[1:]],
+        BEFORE_LANE: [slices[k - 1][1] for k in lane_starts],
         "lane boundary": _around(slices, lane_starts),
         "batch boundary": _around(slices, batch_starts) if geometry.batch_windows > 1 else [],
         "late in a batch": [slices[k - 2][1] for k in batch_starts if geometry.batch_windows > 1],

@@ -1,6 +1,6 @@
 rule audit_score:
     input:
-        dataset=ancient(rules.tokenize_text.output),
+        dataset=ancient(rules.tokenize_text.output.dataset),
         train=rules.train_model.output.provenance,
         ema=rules.average_ema.output.provenance,
         ttt=rules.adapt_ttt.output.provenance,

@@ -1,22 +1,35 @@
 """Helpers of the rules: paths, and what each stage is told. No rule lives here."""
 
+import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
 HOME = Path(workflow.basedir)
 sys.path.insert(0, str(HOME / "src"))
 
-from fairway.config import VARIANT_STAGES, stage_settings, validated
+from fairway.config import VARIANT_STAGES, merge, stage_settings, validated
 from fairway.errors import UserError
 from fairway.sources import fingerprint
 
+
+def get_typed(value):
+    """`--config seeds=[42]` as in a file: Snakemake takes the entries of lists and maps for text."""
+    if isinstance(value, Mapping):
+        return {key: get_typed(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [get_typed(entry) for entry in value]
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
 try:
-    config = validated(config)
+    config = validated(merge(config, get_typed(workflow.config_settings.config)))
 except UserError as error:
     raise WorkflowError(f"config: {error}") from None
 
@@ -60,10 +73,9 @@ def get_code(script):
     return fingerprint(HOME / "workflow/scripts" / script)
 
 
-def get_dataset_identity():
-    """What the dataset is made with; its source files are the other half."""
-    settings = json.dumps(stage_settings(config, "tokenize"), sort_keys=True)
-    return [settings, get_code("tokenize_text.py")]
+def get_hash(name):
+    """A params value that changes with any byte of a file of the checkout that is no Python code."""
+    return hashlib.sha256((HOME / name).read_bytes()).hexdigest()
 
 
 def get_environment():

@@ -1,6 +1,6 @@
 rule average_ema:
     input:
-        dataset=ancient(rules.tokenize_text.output),
+        dataset=ancient(rules.tokenize_text.output.dataset),
         # The provenance holds the hashes of the bulky files beside it and stands for their
         # changes, so that touching or copying gigabytes reruns nothing.
         provenance=rules.train_model.output.provenance,

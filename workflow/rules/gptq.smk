@@ -1,6 +1,6 @@
 rule quantise_gptq:
     input:
-        dataset=ancient(rules.tokenize_text.output),
+        dataset=ancient(rules.tokenize_text.output.dataset),
         provenance=rules.adapt_ttt.output.provenance,
         weights=ancient(rules.adapt_ttt.output.weights),
     output:

@@ -1,6 +1,6 @@
 rule write_report:
     input:
-        dataset=ancient(rules.tokenize_text.output),
+        dataset=ancient(rules.tokenize_text.output.dataset),
         shared=[*get_stage_files("train"), *get_stage_files("ema")],
         stages=[
             path
@@ -31,10 +31,12 @@ rule write_report:
     params:
         run=subpath(output.page, ancestor=2),
         seeds=config["seeds"],
-        variants=list(config["variants"]),
+        # Sorted, so that reordering the config's keys reruns nothing.
+        variants=sorted(config["variants"]),
         folder=subpath(output.page, parent=True),
         settings=get_settings("report"),
         code=get_code("report.py"),
+        template=get_hash("src/fairway/report/page.html.j2"),
     message:
         "report: {output.page}"
     shell:

@@ -1,6 +1,6 @@
 rule evaluate_slot:
     input:
-        dataset=ancient(rules.tokenize_text.output),
+        dataset=ancient(rules.tokenize_text.output.dataset),
         provenance=rules.quantise_gptq.output.provenance,
         artifact=ancient(rules.quantise_gptq.output.artifact),
     output:

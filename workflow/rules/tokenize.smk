@@ -2,7 +2,10 @@ rule tokenize_text:
     input:
         get_source_files(),
     output:
-        directory(DATA),
+        dataset=directory(DATA),
+        # A folder has no checksum and its age says little (copies, caches, symbolic links), so
+        # this copy of its manifest, with every shard's hash, stands for the folder's changes.
+        manifest=f"{DATA}.manifest.json",
     log:
         f"{config['results']}/logs/tokenize_{config['data']['name']}.log",
     cache: "omit-software"
@@ -17,7 +20,8 @@ rule tokenize_text:
         settings=get_settings("tokenize"),
         code=get_code("tokenize_text.py"),
     message:
-        "tokenize: making the dataset {output}"
+        "tokenize: making the dataset {output.dataset}"
     shell:
         "python $FAIRWAY_HOME/workflow/scripts/tokenize_text.py --settings {params.settings:q}"
-        " --threads {threads} --output {output:q} > {log:q} 2>&1"
+        " --threads {threads} --output {output.dataset:q} > {log:q} 2>&1"
+        " && cp {output.dataset:q}/manifest.json {output.manifest:q}"

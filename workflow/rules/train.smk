@@ -1,9 +1,7 @@
 rule train_model:
     input:
-        # A folder's age says little (copies, caches, symbolic links), so what a dataset was made
-        # from stands for it: the source files here, its settings and code under `params`.
-        dataset=ancient(rules.tokenize_text.output),
-        source=get_source_files(),
+        dataset=ancient(rules.tokenize_text.output.dataset),
+        manifest=rules.tokenize_text.output.manifest,
     output:
         weights=f"{SHARED}/train/weights.safetensors",
         averages=f"{SHARED}/train/averages.safetensors",
@@ -25,7 +23,6 @@ rule train_model:
         folder=subpath(output.weights, parent=True),
         # Mid-run state lies outside the outputs, which a failed job loses.
         checkpoints=f"{SHARED}/.checkpoints/train",
-        dataset=get_dataset_identity(),
         settings=get_settings("train"),
         code=get_code("train.py"),
     message:

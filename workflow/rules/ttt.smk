@@ -1,6 +1,6 @@
 rule adapt_ttt:
     input:
-        dataset=ancient(rules.tokenize_text.output),
+        dataset=ancient(rules.tokenize_text.output.dataset),
         provenance=rules.average_ema.output.provenance,
         weights=ancient(rules.average_ema.output.weights),
     output:

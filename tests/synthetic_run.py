@@ -107,6 +107,8 @@ def write_variant(base, variant, seed, generator):
         metrics = common_metrics(stage, seed, variant, loss, 9.0 + generator.random())
         if stage == "gptq":
             metrics["artifact_bytes"] = 512_345 + int(generator.integers(0, 4000))
+            metrics["code_bytes"] = 123_456
+            metrics["total_bytes"] = metrics["artifact_bytes"] + metrics["code_bytes"]
         write_stage(base / stage, metrics, splits, {stage: {"epochs": 2}})
     tokens = make_tokens(variant, seed)
     (base / "slot").mkdir(parents=True)
@@ -114,7 +116,8 @@ def write_variant(base, variant, seed, generator):
     loss = tokens["nll_after"].mean()
     metrics = common_metrics("slot", seed, variant, loss, 21.0)
     metrics["val_bpb"] = tokens["nll_after"].sum() / math.log(2) / tokens["bytes"].sum()
-    write_stage(base / "slot", metrics, splits, {"slot": {"scope": "batch" if leaks else "window"}})
+    slot = {"scope": "batch" if leaks else "window", "batch_windows": 32, "stride_tokens": 32}
+    write_stage(base / "slot", metrics, splits, {"slot": slot})
     write_audit(base / "audit", variant, seed, leaks, splits)
 
 
@@ -127,7 +130,8 @@ def write_audit(folder, variant, seed, leaks, splits):
         checks.append({"name": name, "verdict": verdict, "sentence": sentence, "evidence": {}})
     reason = "No model to draw text from was given."
     checks.append({"name": "null", "verdict": "NOT RUN", "sentence": reason, "evidence": {}})
-    record = {"checks": checks, "track": "adaptive", "detectable_leak_rate_99": 0.206}
+    meaning = "12 replacements in an excerpt of 4,000 targets: a leak at 53.6% or more is seen."
+    record = {"checks": checks, "track": "adaptive", "meaning_of_pass": meaning}
     write_json(folder / "audit.json", record | {"verdict": "FAIL" if leaks else "PASS"})
     distance = np.arange(4000)
     changed = np.where((distance < 1024) & leaks, 10 - distance // 103, 0)

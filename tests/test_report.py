@@ -17,6 +17,7 @@ from fairway.errors import UserError
 from fairway.report import token_sums
 from fairway.report.results import read_results
 from fairway.report.statistics import describe, welch_gain
+from fairway.report.tables import Budgets, batch_reach_tokens, budgets_table
 from fairway.report.wording import probability, signed
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "workflow/scripts/report.py"))
@@ -93,6 +94,23 @@ def test_summary_parquet_holds_the_statistics_and_the_verdict(finished):
     assert summary.drop(final.index)["welch_p"].isna().all()
     verdicts = summary.groupby("variant")["verdict"].agg(lambda column: set(column.dropna()))
     assert verdicts.to_dict() == {"shared": set(), "causal": {"PASS"}, "published": {"FAIL"}}
+
+
+def test_the_budget_counts_the_code_with_the_artifact(finished):
+    limits = Budgets(artifact_bytes=600_000, training_seconds=600, evaluation_seconds=600)
+    table = budgets_table(load_results(finished[0]), limits)
+    artifact = table[table["budget"] == "artifact_bytes"]
+    assert (artifact["used"] > 123_456 + 512_345 - 1).all() and (artifact["limit"] == 600_000).all()
+
+
+def test_the_reach_of_a_batch_is_that_of_the_slices_before_its_last(finished):
+    results = load_results(finished[0])
+    assert batch_reach_tokens(results, "causal") is None
+    assert batch_reach_tokens(results, "published") == 31 * 32
+
+
+def test_the_page_says_what_a_pass_means(page):
+    assert page.count("12 replacements in an excerpt of 4,000 targets") == len(VARIANTS)
 
 
 def test_comparisons_parquet_pairs_the_documents(finished):

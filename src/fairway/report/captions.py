@@ -14,6 +14,12 @@ class Caption(NamedTuple):
     alternative: str
 
 
+def _audit_share(results: Results) -> float:
+    seconds = {key: metrics["seconds"] for key, metrics in results.metrics.items()}
+    audits = sum(spent for (_, _, stage), spent in seconds.items() if stage == "audit")
+    return audits / (sum(seconds.values()) - audits)
+
+
 def figure_captions(results: Results) -> dict[str, Caption]:
     """Captions by figure name."""
     seeds = f"{len(results.seeds)} seed" + ("s" if len(results.seeds) > 1 else "")
@@ -48,19 +54,22 @@ def figure_captions(results: Results) -> dict[str, Caption]:
             "Left, the mean gain of targets that were in the loss of the very delta that scored "
             "them, against the rest: a causal method has none of the former. Right, the share of "
             "distributions that changed when a token so many positions after them was replaced: "
-            "a causal method shows none at any distance.",
+            "a causal method shows none at any distance, and a delta shared by a batch of windows "
+            "shows the length of that batch (dotted; the first window of the text scores more).",
             "Bar chart of SLOT's gain by membership in the delta's loss, and histogram of how far "
             "back a replaced token changed distributions.",
         ),
         "budgets": Caption(
             "Budgets",
-            "The most that any seed used of each limit; the upright line is the limit.",
+            "The most that any seed used of each limit; the upright line is the limit. The "
+            "artifact counts with the code that scores it.",
             "Bar charts of artifact bytes, training seconds and evaluation seconds per variant.",
         ),
         "stage_times": Caption(
             "Stage times",
             f"Wall-clock seconds of each stage: the bar is the mean over "
-            f"{seeds}, each point one seed.",
+            f"{seeds}, each point one seed. The audits took {_audit_share(results):.0%} of what "
+            "the other stages took together.",
             "Bar chart of wall-clock seconds per stage and variant.",
         ),
     }

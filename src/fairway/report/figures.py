@@ -17,7 +17,13 @@ from matplotlib.patches import Patch
 
 from fairway.files import atomic_path
 from fairway.report.results import FAIL, SHARED, SHARED_STAGES, VARIANT_STAGES, Results
-from fairway.report.tables import STAGES, furthest_change, reach_counts, stage_bpb
+from fairway.report.tables import (
+    STAGES,
+    batch_reach_tokens,
+    furthest_change,
+    reach_counts,
+    stage_bpb,
+)
 from fairway.report.token_sums import STREAM_PARTS, gain_nats
 from fairway.report.wording import signed
 
@@ -34,7 +40,7 @@ STAGE_LABELS = {
     "audit": "audit",
 }
 BUDGET_PANELS = {
-    "artifact_bytes": ("Artifact", "MB", 1e6),
+    "artifact_bytes": ("Artifact with code", "MB", 1e6),
     "training_seconds": ("Training", "s", 1.0),
     "evaluation_seconds": ("Evaluation", "s", 1.0),
 }
@@ -334,6 +340,19 @@ def _draw_reach(axes: Axes, results: Results) -> None:
         axes.stairs(percent, edges, color=colour, fill=filled, alpha=0.75 if filled else 1.0)
         if not filled:
             axes.plot(edges[[0, -1]], [0, 0], color=colour, linewidth=3, clip_on=False)
+        batch = batch_reach_tokens(results, variant)
+        if batch is not None:
+            axes.axvline(batch, color=colour, linewidth=1.2, linestyle="dotted")
+            axes.annotate(
+                f"shared by\na batch: {batch:,}",
+                (batch, 0.5),
+                xycoords=("data", "axes fraction"),
+                xytext=(-4, 0),
+                textcoords="offset points",
+                ha="right",
+                color=colour,
+                fontsize=8.5,
+            )
     axes.legend(
         handles=[Patch(color=_colour(results, variant)) for variant in results.variants],
         labels=[_reach_label(results, variant, table) for variant, table in tables.items()],

@@ -44,14 +44,13 @@ class Audit:
     """audit.json of one seed and variant.
 
     track: `adaptive` where scores differ from the plain model's, `fixed` where not, or `unknown`.
-    detectable_leak_rate: the smallest share of leaking tokens that its flips would have shown with
-    99 % probability; None where no random flip was run.
+    meaning_of_pass: what a PASS says and what it does not.
     """
 
     verdict: str
     checks: tuple[Check, ...]
     track: str
-    detectable_leak_rate: float | None
+    meaning_of_pass: str
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _read_audit(path: Path) -> Audit:
         verdict=record["verdict"],
         checks=tuple(Check(one["name"], one["verdict"], one["sentence"]) for one in checks),
         track=record["track"],
-        detectable_leak_rate=record["detectable_leak_rate_99"],
+        meaning_of_pass=record["meaning_of_pass"],
     )
 
 

@@ -191,8 +191,9 @@ def _common_bytes(results: Results) -> pd.Series:
 def budgets_table(results: Results, budgets: Budgets) -> pd.DataFrame:
     """What each seed used of each budget: variant, seed, budget, used, limit, unit.
 
-    Training time is that of every stage up to the artifact which reads training data;
-    evaluation time is that of scoring the artifact.
+    The artifact's bytes are those of its file and of the code that scores it. Training time is that
+    of every stage up to the artifact which reads training data; evaluation time is that of scoring
+    the artifact.
     """
     rows = []
     for variant in results.variants:
@@ -202,7 +203,7 @@ def budgets_table(results: Results, budgets: Budgets) -> pd.DataFrame:
             training = sum(metrics["training_seconds"] for metrics in made)
             evaluation = results.metrics[variant, seed, "slot"]["evaluation_seconds"]
             for name, used, unit in (
-                ("artifact_bytes", made[-1]["artifact_bytes"], "bytes"),
+                ("artifact_bytes", made[-1]["total_bytes"], "bytes"),
                 ("training_seconds", training, "s"),
                 ("evaluation_seconds", evaluation, "s"),
             ):
@@ -220,6 +221,15 @@ def reach_counts(results: Results, variant: str) -> pd.DataFrame:
     reach = pd.concat([results.reach[variant, seed] for seed in results.seeds])
     counts = reach.groupby("distance_tokens", as_index=False)[["pairs", "changed"]].sum()
     return counts[counts["distance_tokens"] > 0]
+
+
+def batch_reach_tokens(results: Results, variant: str) -> int | None:
+    """How far back a token can be felt where `batch_windows` windows share a delta: over the slices
+    of all of them but the last, whose own slice is in no context. None where none share."""
+    slot = results.provenance[variant, results.seeds[0], "slot"]["settings"]["slot"]
+    if slot["scope"] != "batch":
+        return None
+    return (slot["batch_windows"] - 1) * slot["stride_tokens"]
 
 
 def furthest_change(reach: pd.DataFrame) -> int:

@@ -109,8 +109,9 @@ def test_the_reach_of_a_batch_is_that_of_the_slices_before_its_last(finished):
     assert batch_reach_tokens(results, "published") == 31 * 32
 
 
-def test_the_page_says_what_a_pass_means(page):
-    assert page.count("12 replacements in an excerpt of 4,000 targets") == len(VARIANTS)
+def test_the_page_says_what_a_pass_means(finished):
+    text = (finished[1] / "report.html").read_text(encoding="utf-8")
+    assert text.count("12 replacements in an excerpt of 4,000 targets") == len(VARIANTS)
 
 
 def test_comparisons_parquet_pairs_the_documents(finished):

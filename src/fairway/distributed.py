@@ -43,15 +43,14 @@ def distributed_world(device_name: str) -> Iterator[World]:
     device = resolve_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    if size > 1 and device.type == "cuda":
-        local_rank = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"torchrun started local rank {local_rank} but only {torch.cuda.device_count()} GPUs "
                 "are visible: lower --nproc_per_node or ask for more GPUs"
             )
         device = torch.device("cuda", local_rank)
-    if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group(

@@ -18,7 +18,7 @@ def check_normalisation(log_probs: Tensor, vocab_size: int) -> Check:
     width = log_probs.shape[1]
     if width != vocab_size:
         sentence = (
-            f"The distributions have {width} entries where the vocabulary has {vocab_size}: a "
+            f"The distributions have {width:,} entries where the vocabulary has {vocab_size:,}: a "
             "score must come from one softmax over the whole vocabulary."
         )
         return Check("normalisation", FAIL, sentence, {"width": width, "vocab_size": vocab_size})
@@ -35,11 +35,11 @@ def check_normalisation(log_probs: Tensor, vocab_size: int) -> Check:
     if off.any():
         size = f"{worst:.3g} nats" if math.isfinite(worst) else "infinitely"
         sentence = (
-            f"{int(off.sum())} of {len(totals)} distributions do not sum to one (off by up to "
+            f"{int(off.sum()):,} of {len(totals):,} distributions do not sum to one (off by up to "
             f"{size}): the scores are not comparable."
         )
         return Check("normalisation", FAIL, sentence, evidence)
-    sentence = f"All {len(totals)} distributions cover the {vocab_size} tokens and sum to one."
+    sentence = f"All {len(totals):,} distributions cover the {vocab_size:,} tokens and sum to one."
     return Check("normalisation", PASS, sentence, evidence)
 
 

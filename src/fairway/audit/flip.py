@@ -137,7 +137,7 @@ def check_flips(results: Sequence[FlipResult], noise_nats: float) -> Check:
         )
         return Check("flip", FAIL, sentence, evidence)
     limit = "" if noise_nats == 0 else f" by more than {threshold:.3g} nats, this backend's noise"
-    sentence = f"{_replacements(results)}, and no earlier target's distribution changed{limit}."
+    sentence = f"{_replacements(results)}: no earlier target's distribution changed{limit}."
     return Check("flip", PASS, sentence, evidence)
 
 
@@ -183,7 +183,7 @@ def _replacements(results: Sequence[FlipResult]) -> str:
     rest = len(results) - single
     times = "once" if rest == 1 else f"{rest} times"
     return f"{single} tokens were replaced one at a time" + (
-        f", {times} everything from a token on" if rest else ""
+        f", and {times} everything from a token on" if rest else ""
     )
 
 

@@ -152,7 +152,7 @@ def check_null(
     }
     spread = f" (95 % interval {low:+.4f} to {high:+.4f})" if bounded else ""
     overall = f"{mean:+.4f} nats a token over all{spread}"
-    text = f"{len(gains)} tokens drawn from the model itself"
+    text = f"{len(gains):,} tokens drawn from the model itself"
     if not leaks:
         sentence = (
             f"On {text} the evaluator gains no more than chance allows: {overall}. A leak worth "
@@ -162,7 +162,7 @@ def check_null(
     worst = leaks[0]
     sentence = (
         f"On {text}, where an honest reader gains nothing, the evaluator gains {worst.nats:.1f} "
-        f"nats within {worst.stop - worst.start} tokens (chance allows {worst.limit_nats:.1f}); "
+        f"nats within {worst.stop - worst.start:,} tokens (chance allows {worst.limit_nats:.1f}); "
         f"{overall}."
     )
     if reported_gain_nats is not None and reported_gain_nats > 0 and mean > 0:

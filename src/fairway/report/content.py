@@ -11,7 +11,7 @@ import pandas as pd
 
 from fairway.files import sha256_of_json
 from fairway.report.results import FAIL, NOT_RUN, PASS, SHARED, SHARED_STAGES, Results
-from fairway.report.statistics import describe
+from fairway.report.statistics import RESAMPLES, describe
 from fairway.report.tables import FINAL_STAGE, STAGES, ReportSettings, Tables, stage_bpb
 from fairway.report.token_sums import gain_nats
 from fairway.report.wording import (
@@ -56,6 +56,8 @@ def page_content(results: Results, tables: Tables, settings: ReportSettings) -> 
         "settings": settings,
         "headline": [headline_row(results, tables, settings, name) for name in results.variants],
         "comparisons": _comparisons(results, tables.comparisons),
+        "resamples": count(RESAMPLES),
+        "least_p": probability(1 / (RESAMPLES + 1)),
         "stages": _stage_groups(results),
         "seeds": results.seeds,
         "audits": [_audit(results, variant) for variant in results.variants],
@@ -218,7 +220,7 @@ def _audit(results: Results, variant: str) -> dict[str, Any]:
         "badge": badge(results.verdict(variant)),
         "rows": [_outcome(results, variant, name) for name in results.checks(variant)],
         "track": joined(sorted({TRACKS.get(audit.track, audit.track) for audit in audits})),
-        "meaning": audits[0].meaning_of_pass,
+        "meanings": sorted({audit.meaning_of_pass for audit in audits}),
     }
 
 

@@ -342,10 +342,10 @@ def _draw_reach(axes: Axes, results: Results) -> None:
             axes.plot(edges[[0, -1]], [0, 0], color=colour, linewidth=3, clip_on=False)
         batch = batch_reach_tokens(results, variant)
         if batch is not None:
-            axes.axvline(batch, color=colour, linewidth=1.2, linestyle="dotted")
+            axes.axvline(batch, ymax=0.72, color=colour, linewidth=1.2, linestyle="dotted")
             axes.annotate(
                 f"shared by\na batch: {batch:,}",
-                (batch, 0.5),
+                (batch, 0.6),
                 xycoords=("data", "axes fraction"),
                 xytext=(-4, 0),
                 textcoords="offset points",

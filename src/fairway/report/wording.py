@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from fairway.report.results import FAIL, PASS
 
 NONE = "–"
-_TITLES = {"flip": "Flip test", "null": "Null test"}
+_TITLES = {"flip": "Flip test", "self_influence": "Self-influence", "null": "Null test"}
 
 
 def bits(value: float) -> str:
@@ -61,7 +61,7 @@ def joined(words: Iterable[str]) -> str:
 
 
 def check_title(name: str) -> str:
-    """A check's name for people: `self_influence` becomes `Self influence`."""
+    """A check's name for people: `claimed_score` becomes `Claimed score`."""
     return _TITLES.get(name, name.replace("_", " ").capitalize())
 
 

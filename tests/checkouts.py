@@ -1,0 +1,149 @@
+"""Copies of the checkout with a tiny configuration, and Snakemake runs in them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from conftest import ROOT, TINY_CONFIG, synthetic_documents, write_jsonl
+
+from fairway.config import merge
+
+CONFIG_FILE = "tiny.yaml"
+TEXT = "text/documents.jsonl"
+SEED = TINY_CONFIG["seeds"][0]
+RESULTS = f"results/{TINY_CONFIG['run']}"
+# Snakemake with the interpreter that runs the tests, and one thread, as the results are compared.
+COMMAND = (sys.executable, "-m", "snakemake", "--configfile", CONFIG_FILE, "--cores", "2")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+# Started once: loading Snakemake takes longer than a dry run. Each request is a forked process.
+DRY_RUN_SERVER = """
+import json, os, sys
+from snakemake.cli import main
+
+for line in sys.stdin:
+    folder, arguments, output = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        file = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.argv = ["snakemake", *arguments]
+        main(arguments)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class DryRuns:
+    """Answers which jobs Snakemake would run in a folder."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", DRY_RUN_SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+        self.count = 0
+
+    def output(self, folder: Path, *arguments: str) -> str:
+        """What `snakemake -n` prints."""
+        self.count += 1
+        path = self.scratch / f"{self.count}.txt"
+        print(json.dumps([str(folder), ["-n", *arguments], str(path)]), file=self.server.stdin)
+        self.server.stdin.flush()
+        code = int(self.server.stdout.readline())
+        output = path.read_text()
+        print(output)  # for pytest to show where a test fails
+        assert code == 0, output
+        return output
+
+    def jobs(self, folder: Path, *arguments: str) -> set[str]:
+        """Each job that `snakemake -n` with the tiny configuration lists, by its message.
+
+        A message starts `stage: seed 7, causal`; tokenize and report have no seed.
+        """
+        # Targets come first: --configfile takes any number of files.
+        return parse_jobs(self.output(folder, *arguments, "--configfile", CONFIG_FILE))
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+
+
+def parse_jobs(output: str) -> set[str]:
+    """Jobs in Snakemake's output, as `train 7`, `ttt 7 causal`, `tokenize`, `report`."""
+    messages = re.findall(r"^Job \d+: (\w+): (?:seed (\d+))?(?:, (\w+)$)?", output, re.MULTILINE)
+    return {" ".join(part for part in message if part) for message in messages}
+
+
+def jobs_of(stages: str, seed: int = SEED, variants=tuple(TINY_CONFIG["variants"])) -> set[str]:
+    """The jobs of `stages` (names with spaces between) for one seed and the given variants."""
+    jobs = set()
+    for stage in stages.split():
+        if stage in ("tokenize", "report"):
+            jobs.add(stage)
+        elif stage in ("train", "ema"):
+            jobs.add(f"{stage} {seed}")
+        else:
+            jobs |= {f"{stage} {seed} {variant}" for variant in variants}
+    return jobs
+
+
+def copy_checkout(folder: Path) -> Path:
+    """A fresh clone of the checkout, changes that are not committed included: new mtimes."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def make_project(folder: Path, **changes) -> Path:
+    """A clone with text of its own and the tiny configuration over config.yaml."""
+    copy_checkout(folder)
+    (folder / TEXT).parent.mkdir()
+    write_jsonl(folder / TEXT, synthetic_documents(60))
+    audit = {"flips": 2, "stream_tokens": 64, "null_tokens": 64}
+    write_config(
+        folder,
+        merge(
+            {**TINY_CONFIG, "data": {**TINY_CONFIG["data"], "paths": [TEXT]}, "audit": audit},
+            changes,
+        ),
+    )
+    return folder
+
+
+def write_config(folder: Path, config: dict) -> None:
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def change_config(folder: Path, changes: dict) -> None:
+    """Merge `changes` over the project's configuration."""
+    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    write_config(folder, merge(config, changes))
+
+
+def snakemake(folder: Path, *arguments: str, check: bool = True, **environment: str):
+    """Run Snakemake for real; targets come first among the arguments."""
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=folder, capture_output=True, text=True, check=False,
+        env={**ENVIRONMENT, **environment},
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done

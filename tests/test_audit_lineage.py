@@ -6,6 +6,7 @@ import pytest
 
 from fairway.audit.contract import FAIL, NOT_RUN, PASS
 from fairway.audit.lineage import check_lineage
+from fairway.files import sha256_of
 from fairway.provenance import write_provenance
 
 STAGES = ("tokenize", "train", "ttt", "gptq", "slot")
@@ -97,6 +98,38 @@ def test_a_forged_last_record_contradicts_its_own_settings(tmp_path):
     record = tmp_path / "ttt" / "provenance.json"
     edit(record, splits=["train"], splits_read=[])
     assert "setting data: val" in check_lineage(record).sentence
+
+
+def test_an_audited_file_that_no_record_names_fails(tmp_path):
+    record = make_run(tmp_path)
+    product = tmp_path / "gptq" / "product"
+    assert check_lineage(record, [product]).verdict == PASS
+    other = tmp_path / "other"
+    other.write_bytes(product.read_bytes())
+    assert "no record" in check_lineage(record, [product, other]).sentence
+
+
+def test_the_manifest_s_shards_are_verified(tmp_path):
+    record, folder = make_run(tmp_path), tmp_path / "tokenize"
+    (folder / "shard.bin").write_text("tokens")
+    (folder / "tokenizer.model").write_text("pieces")
+    entries = {
+        name: {"sha256": sha256_of(folder / name)} for name in ("shard.bin", "tokenizer.model")
+    }
+    manifest = folder / "manifest.json"
+    tokenizer = {"path": "tokenizer.model"} | entries.pop("tokenizer.model")
+    manifest.write_text(json.dumps({"shards": entries, "tokenizer": tokenizer}))
+    slot = json.loads(record.read_text())
+    edit(record, inputs=slot["inputs"] | {str(manifest): sha256_of(manifest)})
+    assert check_lineage(record).verdict == PASS
+    for name, fault in (("tokenizer.model", "is not the file listed"), ("shard.bin", "missing")):
+        content = (folder / name).read_text()
+        if fault == "missing":
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text("changed")
+        assert fault in check_lineage(record).sentence
+        (folder / name).write_text(content)
 
 
 def test_a_loop_of_records_ends(tmp_path):

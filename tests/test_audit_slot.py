@@ -3,16 +3,18 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from mutants import Toy
 
 from fairway.adaptation.slot import SlotSettings
-from fairway.adaptation.slot_evaluator import make_evaluator
+from fairway.adaptation.slot_evaluator import document_source, make_evaluator
 from fairway.audit.contract import FAIL
 from fairway.audit.null import draw_stream
 from fairway.audit.positions import Geometry
 from fairway.audit.verdict import AuditSettings, Subject, audit_evaluator
+from fairway.model.gpt import GPT, GPTConfig
 
 TOY = Toy(vocab_size=32, seed=5)
 AUDIT = AuditSettings(
@@ -103,3 +105,25 @@ def test_the_batch_shared_delta_fails_and_its_reach_is_the_batch():
 def test_a_stream_shorter_than_a_window_passes():
     _, failed = audit(slot_settings(), num_targets=30)
     assert failed == set()
+
+
+def test_documents_are_drawn_from_the_model_that_scores_them():
+    config = GPTConfig(
+        vocab_size=40, sequence_tokens=16, layers=2, width=16, heads=2, kv_heads=1, mlp_width=32,
+        rotary_dimensions=4, rope_base=10000.0, rope_trained_tokens=16, bigram_buckets=16,
+        bigram_width=4, value_width=4, value_layers=(1,), logit_softcap=30.0, query_gain=5.0,
+    )  # fmt: skip
+    model = GPT(config)
+    stream, log_probs = document_source(model, 12, bos_id=1)(40, 3)
+    assert stream.shape == (41,) and log_probs.shape == (40,)
+    starts = torch.arange(0, 41, 12)
+    assert (stream[starts] == 1).all()
+    assert np.flatnonzero(np.isnan(log_probs)).tolist() == (starts[1:] - 1).tolist()
+    with torch.no_grad():
+        logits = model(stream[:36].view(3, 12))[:, :-1]
+    expected = torch.log_softmax(logits.double(), 2)
+    expected = expected.gather(2, stream[:36].view(3, 12)[:, 1:, None])[..., 0]
+    found = np.concatenate([[np.nan], log_probs])[:36].reshape(3, 12)[:, 1:]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+    again, _ = document_source(model, 12, bos_id=1)(40, 3)
+    assert torch.equal(stream, again)

@@ -160,9 +160,17 @@ def _comparisons(results: Results, comparisons: pd.DataFrame) -> list[dict[str, 
 def _stage_groups(results: Results) -> list[dict[str, Any]]:
     """The stages' val_bpb in groups: first what all variants share, then each variant's own."""
     shared = list(SHARED_STAGES)
-    groups = [{"title": "Shared by all variants", "holder": SHARED, "stages": shared}]
+    title = "Shared by all variants, not audited by itself"
+    groups = [{"title": title, "badge": None, "holder": SHARED, "stages": shared}]
     for variant in results.variants:
-        groups.append({"title": variant, "holder": variant, "stages": STAGES[len(shared) :]})
+        groups.append(
+            {
+                "title": variant,
+                "badge": badge(results.verdict(variant)),
+                "holder": variant,
+                "stages": STAGES[len(shared) :],
+            }
+        )
     for group in groups:
         before = None if group["holder"] == SHARED else "ema"
         group["rows"] = []

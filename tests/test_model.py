@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
+
 from fairway.config import load_config
 from fairway.errors import UserError
 from fairway.model import gpt
@@ -12,8 +14,6 @@ from fairway.model.attention import attend, available_backends, select_backend
 from fairway.model.gpt import GPT, GPTConfig, config_from_settings
 from fairway.model.runtime import RuntimeSettings, prepare
 from fairway.model.weights import build_model, load_model, save_model
-
-from conftest import ROOT
 
 CONFIG = GPTConfig(
     vocab_size=50,
@@ -101,7 +101,8 @@ def reference_logits(model: GPT, tokens: list[int]) -> torch.Tensor:
                 scale = p["value_layer_scales"][c.value_layers.index(layer)]
                 v = v + scale * p["value_scale"] * extra
             gain = p["query_gain"][layer]
-            queries.append(torch.stack([rope(norm(r), t) * g for r, g in zip(q, gain, strict=True)]))
+            rotated = [rope(norm(row), t) * g for row, g in zip(q, gain, strict=True)]
+            queries.append(torch.stack(rotated))
             keys.append(torch.stack([rope(norm(row), t) for row in k]))
             values.append(v.view(c.kv_heads, D))
         new = []

@@ -12,6 +12,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import ROOT, SCRIPTS, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_model import CONFIG
+
 from fairway.errors import UserError
 from fairway.files import sha256_of
 from fairway.model.gpt import GPT
@@ -20,12 +26,6 @@ from fairway.training.checkpoint import Checkpoints, exclusive
 from fairway.training.muon import BankShards, orthogonalise, update_scale
 from fairway.training.optimizers import Optimizer, parameter_groups
 from fairway.training.schedule import learning_rate_scale, muon_momentum
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file
-from test_model import CONFIG
-
-from conftest import ROOT, SCRIPTS, run_script
 
 
 def train(config_file, dataset, folder, seed=7, processes=1, check=True):
@@ -49,9 +49,7 @@ def trained(tiny_config_file, tiny_dataset, tmp_path_factory):
     return folder / "train"
 
 
-@given(
-    st.integers(1, 5), st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**31)
-)
+@given(st.integers(1, 5), st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**31))
 @settings(max_examples=30, deadline=None)
 def test_orthogonalised_singular_values_lie_in_the_newton_schulz_band(n, rows, columns, seed):
     matrices = torch.randn(n, rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -107,7 +105,8 @@ def test_gradients_are_clipped_by_their_global_norm():
         parameter.grad = torch.full_like(parameter, 2.0)
     shards = {name: bank.reduce_gradient() for name, bank in optimizer.banks.items()}
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert optimizer._clip_factor(shards).item() == pytest.approx(0.3 / np.sqrt(4 * total), rel=1e-4)
+    expected = 0.3 / np.sqrt(4 * total)
+    assert optimizer._clip_factor(shards).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_averages_equal_their_definition():
@@ -123,9 +122,7 @@ def test_averages_equal_their_definition():
             seen.append(model.weight.detach().clone())
     tensors = averages.state_tensors()
     torch.testing.assert_close(tracker_weights(tensors, "ema_0.9")["weight"], ema)
-    torch.testing.assert_close(
-        tracker_weights(tensors, "swa")["weight"], torch.stack(seen).mean(0)
-    )
+    torch.testing.assert_close(tracker_weights(tensors, "swa")["weight"], torch.stack(seen).mean(0))
     assert tracker_weights(tensors, "ema_0.7") is None
 
 
@@ -151,7 +148,8 @@ def test_training_learns_and_reports(trained):
     assert metrics["attention_backend"] == "sdpa" and metrics["train_tokens"] == 12 * 256
     provenance = json.loads((trained / "provenance.json").read_text())
     assert provenance["splits"] == ["train"]
-    assert provenance["outputs"]["weights.safetensors"] == sha256_of(trained / "weights.safetensors")
+    written = sha256_of(trained / "weights.safetensors")
+    assert provenance["outputs"]["weights.safetensors"] == written
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
@@ -165,7 +163,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
 
 
 def interrupt(tiny_config, tiny_dataset, folder, number):
-    """Start a run that would take long, signal it after its first checkpoints, return its output."""
+    """Start a run, signal it after its first checkpoints, return its output."""
     config = changed_config(tiny_config, folder / "config.json", checkpoint_seconds=0.01)
     command = [
         sys.executable, str(SCRIPTS / "train.py"), "--config", str(config), "--seed", "7",
@@ -213,9 +211,7 @@ def test_processes_train_to_the_same_losses(
     assert metrics["processes"] == processes
 
 
-def test_a_batch_that_processes_do_not_divide_is_refused(
-    tiny_config, tiny_dataset, tmp_path
-):
+def test_a_batch_that_processes_do_not_divide_is_refused(tiny_config, tiny_dataset, tmp_path):
     config = changed_config(tiny_config, tmp_path / "c.json", batch_tokens=96)
     done = train(config, tiny_dataset, tmp_path, processes=2, check=False)
     assert done.returncode != 0
@@ -292,7 +288,8 @@ def test_an_untracked_average_is_refused(trained, tiny_config, tiny_dataset, tmp
 
 def test_unwritable_results_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another `results` folder"), exclusive(
-        tmp_path / "file/folder"
+    with (
+        pytest.raises(UserError, match="choose another `results` folder"),
+        exclusive(tmp_path / "file/folder"),
     ):
         pass

@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
+from test_model import CONFIG
+
 from fairway.adaptation.ttt import TTTSettings, adapt, cosine_rate
 from fairway.distributed import World
 from fairway.errors import UserError
 from fairway.model.gpt import BANKS, GPT, block_of_bank_row
 from fairway.model.weights import load_model
-from test_model import CONFIG
-
-from conftest import run_script
 
 SETTINGS = TTTSettings(
     data="train",
@@ -74,9 +74,7 @@ def test_user_faults():
 @pytest.fixture
 def ema_folder(tmp_path, tiny_config_file, tiny_dataset):
     common = ("--config", tiny_config_file, "--dataset", tiny_dataset, "--seed", 7)
-    run_script(
-        "train.py", *common, "--output", tmp_path / "train", "--checkpoints", tmp_path / "c"
-    )
+    run_script("train.py", *common, "--output", tmp_path / "train", "--checkpoints", tmp_path / "c")
     run_script("ema.py", *common, "--train", tmp_path / "train", "--output", tmp_path / "ema")
     return tmp_path / "ema"
 

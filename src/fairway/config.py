@@ -142,9 +142,10 @@ def _explain(error: ValidationError) -> str:
     if isinstance(expected, list):
         expected = ", ".join(str(item) for item in expected)
     if error.validator == "anyOf":
-        choices = [str(choice.get("const", choice.get("type", ""))) for choice in error.validator_value]
-        allowed, expected = "one of", ", ".join(choices)
-    return f"{where}: found {error.instance!r}, expected {allowed} {expected}{hint}".replace("  ", " ")
+        choices = (choice.get("const", choice.get("type", "")) for choice in error.validator_value)
+        allowed, expected = "one of", ", ".join(map(str, choices))
+    expectation = f"{allowed} {expected}".strip()
+    return f"{where}: found {error.instance!r}, expected {expectation}{hint}"
 
 
 def _is_number(text: str) -> bool:
@@ -154,7 +155,9 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _fill_defaults(value: dict[str, Any], schema: Mapping[str, Any], root: Mapping[str, Any]) -> None:
+def _fill_defaults(
+    value: dict[str, Any], schema: Mapping[str, Any], root: Mapping[str, Any]
+) -> None:
     for key, subschema in schema.get("properties", {}).items():
         if "$ref" in subschema:
             name = subschema["$ref"].removeprefix("#/$defs/")
@@ -172,7 +175,9 @@ def _check_data(config: Mapping[str, Any]) -> None:
     if data["source"] == "shards" and not data["folder"]:
         raise UserError("data.source is 'shards' but data.folder is not set: name the folder")
     if data["source"] == "shards" and not data["tokenizer"]:
-        raise UserError("data.source is 'shards' but data.tokenizer is not set: name its .model file")
+        raise UserError(
+            "data.source is 'shards' but data.tokenizer is not set: name its .model file"
+        )
 
 
 def _check_model(config: Mapping[str, Any]) -> None:

@@ -32,7 +32,8 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "runtime.device is 'cuda' but PyTorch sees no GPU: use 'auto' or 'cpu', or install a CUDA build"
+            "runtime.device is 'cuda' but PyTorch sees no GPU: use 'auto' or 'cpu', or install a "
+            "CUDA build"
         )
     return torch.device(name)
 
@@ -47,8 +48,9 @@ def distributed_world(device_name: str) -> Iterator[World]:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"torchrun started local rank {local_rank} but only {torch.cuda.device_count()} GPUs "
-                "are visible: lower --nproc_per_node or ask for more GPUs"
+                f"torchrun started local rank {local_rank} but only "
+                f"{torch.cuda.device_count()} GPUs are visible: lower --nproc_per_node or ask for "
+                "more GPUs"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

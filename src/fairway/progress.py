@@ -1,4 +1,4 @@
-"""Progress with rate and remaining time: a bar on a terminal, a line every few seconds in a log."""
+"""Progress with rate and remaining time: a bar on a terminal, lines in a log."""
 
 import sys
 

@@ -2,7 +2,8 @@
 
 Token and hashed-bigram embeddings, SmearGate, U-Net skips between the two halves of the blocks,
 per-channel residual mixes, grouped-query attention with partial rotary embedding and exclusive
-self-attention (XSA), a value embedding on chosen blocks, a leaky-ReLU² MLP, a tied soft-capped head.
+self-attention (XSA), a value embedding on chosen blocks, a leaky-ReLU² MLP, a tied head with soft
+cap.
 
 The matrices of all blocks lie in four banks [matrices, out, in], so that the optimiser and GPTQ
 treat every shape as one batched problem. Shapes: B sequences, T positions, C width, H query heads,
@@ -177,7 +178,11 @@ class GPT(nn.Module):
         return self.logits(hidden[:, 0])
 
     def _blocks(
-        self, tokens: torch.Tensor, x: torch.Tensor, banks: Mapping[str, torch.Tensor], attend: Attend
+        self,
+        tokens: torch.Tensor,
+        x: torch.Tensor,
+        banks: Mapping[str, torch.Tensor],
+        attend: Attend,
     ) -> torch.Tensor:
         x0, skips = x, []
         value_embedding = self._value_embedding(tokens, x.dtype)
@@ -230,7 +235,7 @@ class GPT(nn.Module):
         return {name: transform(getattr(self, name)).to(self.compute_dtype) for name in BANKS}
 
     def _embed(self, tokens: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """Normalised sum of token and bigram embeddings, [B, T, C]; `previous` is −1 at the start."""
+        """Normalised token plus bigram embedding, [B, T, C]; `previous` is −1 at the start."""
         buckets = bigram_bucket(tokens, previous, self.config.bigram_buckets)
         bigram = F.linear(F.embedding(buckets, self.bigram_embedding), self.bigram_projection)
         x = F.embedding(tokens, self.token_embedding) + self.bigram_scale * bigram

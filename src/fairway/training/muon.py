@@ -91,9 +91,7 @@ class BankShards:
         """The whole bank's momentum [n, out, in], gathered from every process."""
         if self.world_size == 1:
             return self.momentum
-        gathered = self.momentum.new_empty(
-            self.owned * self.world_size, *self.momentum.shape[1:]
-        )
+        gathered = self.momentum.new_empty(self.owned * self.world_size, *self.momentum.shape[1:])
         dist.all_gather_into_tensor(gathered, self.momentum)
         return gathered[: self.bank.shape[0]]
 

@@ -1,5 +1,7 @@
 """The record's optimiser: Muon for the banks, AdamW for embeddings and for everything small."""
 
+from itertools import chain
+
 import torch
 import torch.distributed as dist
 
@@ -17,7 +19,7 @@ def parameter_groups(model: GPT) -> dict[str, list[str]]:
         "embedding": [name for name in names if name in EMBEDDINGS],
         "scalar": [name for name in names if name not in (*BANKS, *EMBEDDINGS)],
     }
-    assert sorted(sum(groups.values(), [])) == sorted(names)
+    assert sorted(chain(*groups.values())) == sorted(names)
     assert len(groups["matrix"]) == len(BANKS) and len(groups["embedding"]) == len(EMBEDDINGS)
     return groups
 

@@ -27,7 +27,7 @@ def select_average(
 ) -> tuple[str, dict[str, float]]:
     """Load the chosen average into `model`; returns its name and the losses it was chosen by.
 
-    averages: `WeightAverages.state_tensors()` of the trained model whose last weights `model` holds.
+    averages: `WeightAverages.state_tensors()`; `model` holds the last weights.
     read_selection_tokens: called only for `decay: auto`; held-out *training* tokens [n+1].
     Losses (nats per token, by tracker) are empty where nothing had to be chosen.
     Raises UserError where the wanted tracker does not exist.
@@ -49,9 +49,7 @@ def select_average(
     return best, losses
 
 
-def _loss_of(
-    model: GPT, averages: dict[str, torch.Tensor], name: str, tokens: np.ndarray
-) -> float:
+def _loss_of(model: GPT, averages: dict[str, torch.Tensor], name: str, tokens: np.ndarray) -> float:
     _load(model, averages, name)
     return float(target_losses(model, tokens).mean())
 

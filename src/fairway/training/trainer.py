@@ -192,9 +192,7 @@ class Trainer:
         device, rows = self.world.device, self.settings.micro_batch_sequences
         total = torch.zeros((), device=device)
         for first in range(0, len(inputs), rows):
-            x, y = (
-                _to_device(array[first : first + rows], device) for array in (inputs, targets)
-            )
+            x, y = (_to_device(array[first : first + rows], device) for array in (inputs, targets))
             loss = self.loss(x, y) * (len(x) / len(inputs))
             loss.backward()
             total += loss.detach()

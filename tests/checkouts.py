@@ -54,8 +54,8 @@ class DryRuns:
         )
         self.count = 0
 
-    def output(self, folder: Path, *arguments: str) -> str:
-        """What `snakemake -n` prints."""
+    def run(self, folder: Path, *arguments: str) -> tuple[int, str]:
+        """Exit status and output of `snakemake -n`."""
         self.count += 1
         path = self.scratch / f"{self.count}.txt"
         print(json.dumps([str(folder), ["-n", *arguments], str(path)]), file=self.server.stdin)
@@ -63,8 +63,7 @@ class DryRuns:
         code = int(self.server.stdout.readline())
         output = path.read_text()
         print(output)  # for pytest to show where a test fails
-        assert code == 0, output
-        return output
+        return code, output
 
     def jobs(self, folder: Path, *arguments: str) -> set[str]:
         """Each job that `snakemake -n` with the tiny configuration lists, by its message.
@@ -72,7 +71,9 @@ class DryRuns:
         A message starts `stage: seed 7, causal`; tokenize and report have no seed.
         """
         # Targets come first: --configfile takes any number of files.
-        return parse_jobs(self.output(folder, *arguments, "--configfile", CONFIG_FILE))
+        code, output = self.run(folder, *arguments, "--configfile", CONFIG_FILE)
+        assert code == 0, output
+        return parse_jobs(output)
 
     def close(self) -> None:
         self.server.stdin.close()

@@ -278,7 +278,8 @@ def test_a_file_is_a_target(empty, dry_runs):
 def test_every_shipped_configuration_and_profile_plans_its_run(empty, dry_runs, arguments):
     if "slurm" in arguments and find_spec("snakemake_executor_plugin_slurm") is None:
         arguments = [*arguments, "--executor", "local"]
-    output = dry_runs.output(empty, "--printshellcmds", *arguments)
+    code, output = dry_runs.run(empty, "--printshellcmds", *arguments)
+    assert code == 0
     # 3 seeds of 2 stages and of 4 for each of 2 variants; tokenize, report and all.
     assert re.search(r"^total +33$", output, re.MULTILINE)
     launched = output.count("torchrun --standalone --nproc_per_node=8 $FAIRWAY_HOME")

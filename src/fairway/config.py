@@ -72,7 +72,8 @@ def validated(config: Mapping[str, Any]) -> dict[str, Any]:
     complete = copy.deepcopy(dict(config))
     _check(complete, schema)
     _fill_defaults(complete, schema, schema)
-    for check in (_check_data, _check_model, _check_train, _check_ema):
+    check_data(complete["data"])
+    for check in (_check_model, _check_train, _check_ema):
         check(complete)
     for name in complete["variants"]:
         _check_variant(variant_config(complete, name), schema, name)
@@ -168,15 +169,21 @@ def _fill_defaults(
             _fill_defaults(value[key], subschema, root)
 
 
-def _check_data(config: Mapping[str, Any]) -> None:
-    data = config["data"]
-    if data["source"] == "jsonl" and not data["paths"]:
+def check_data(data: Mapping[str, Any]) -> None:
+    """UserError where the section `data` lacks a key that its source needs, or has one too many."""
+    source, tokenizer = data["source"], data["tokenizer"]
+    if source == "jsonl" and not data["paths"]:
         raise UserError("data.source is 'jsonl' but data.paths is empty: list the files")
-    if data["source"] == "shards" and not data["folder"]:
+    if source == "shards" and not data["folder"]:
         raise UserError("data.source is 'shards' but data.folder is not set: name the folder")
-    if data["source"] == "shards" and not data["tokenizer"]:
+    if source == "shards" and not tokenizer:
         raise UserError(
             "data.source is 'shards' but data.tokenizer is not set: name its .model file"
+        )
+    if source == "huggingface" and data["form"] == "shards" and tokenizer:
+        raise UserError(
+            "data.tokenizer is set but data.form is 'shards', which brings its own tokenizer: "
+            "remove data.tokenizer or set data.form to 'documents'"
         )
 
 

@@ -22,7 +22,8 @@ def progress(
 ) -> tqdm:
     """A tqdm instance (use as a context manager; call `.update(n)` and `.set_postfix`).
 
-    total: units of work in all, None where that is not known. unit: what is counted, such as "step" or "window".
+    total: units of work in all, None where that is not known.
+    unit: what is counted, such as "step" or "window".
     show=False (every rank but the first) prints nothing.
     """
     terminal = sys.stderr.isatty()

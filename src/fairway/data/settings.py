@@ -1,9 +1,9 @@
 """The `data` section of the configuration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from fairway.errors import UserError
+from fairway.config import check_data
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,7 @@ class DataSettings:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.source == "jsonl" and not self.paths:
-            raise UserError("data.source is 'jsonl' but data.paths is empty: list the files")
-        if self.source == "shards" and not self.folder:
-            raise UserError("data.source is 'shards' but data.folder is not set: name the folder")
-        if self.source == "shards" and not self.tokenizer:
-            raise UserError(
-                "data.source is 'shards' but data.tokenizer is not set: name its .model file"
-            )
-        if self.source == "huggingface" and self.has_shards and self.tokenizer:
-            raise UserError(
-                "data.tokenizer is set but data.form is 'shards', which brings its own tokenizer: "
-                "remove data.tokenizer or set data.form to 'documents'"
-            )
+        check_data(asdict(self))
 
     @property
     def has_shards(self) -> bool:

@@ -178,7 +178,7 @@ def comparisons_table(results: Results) -> pd.DataFrame:
 
 def _common_bytes(results: Results) -> pd.Series:
     """The documents' bytes, which every seed and variant must have scored alike."""
-    first, *others = [sums.by_document["bytes"] for sums in results.tokens.values()]
+    first = next(iter(results.tokens.values())).by_document["bytes"]
     for (variant, seed), sums in results.tokens.items():
         if not sums.by_document["bytes"].equals(first):
             raise UserError(

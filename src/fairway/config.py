@@ -73,8 +73,9 @@ def validated(config: Mapping[str, Any]) -> dict[str, Any]:
     _check(complete, schema)
     _fill_defaults(complete, schema, schema)
     check_data(complete["data"])
-    for check in (_check_model, _check_train, _check_ema):
-        check(complete)
+    check_model(complete["model"])
+    _check_train(complete["train"])
+    _check_ema(complete["ema"], complete["train"])
     for name in complete["variants"]:
         _check_variant(variant_config(complete, name), schema, name)
     return complete
@@ -187,21 +188,18 @@ def check_data(data: Mapping[str, Any]) -> None:
         )
 
 
-def _check_model(config: Mapping[str, Any]) -> None:
-    model = config["model"]
-    if model["width"] % model["heads"]:
+def check_model(model: Mapping[str, Any]) -> None:
+    """UserError where keys of the section `model`, each allowed by itself, do not fit together."""
+    width, heads, kv_heads = model["width"], model["heads"], model["kv_heads"]
+    if width % heads:
+        raise UserError(f"model.heads {heads} does not divide model.width {width}")
+    if heads % kv_heads:
+        raise UserError(f"model.kv_heads {kv_heads} does not divide model.heads {heads}")
+    rotary, head_width = model["rotary_dimensions"], width // heads
+    if rotary > head_width or rotary % 2:
         raise UserError(
-            f"model.heads {model['heads']} does not divide model.width {model['width']}"
-        )
-    if model["heads"] % model["kv_heads"]:
-        raise UserError(
-            f"model.kv_heads {model['kv_heads']} does not divide model.heads {model['heads']}"
-        )
-    head_width = model["width"] // model["heads"]
-    if model["rotary_dimensions"] > head_width or model["rotary_dimensions"] % 2:
-        raise UserError(
-            f"model.rotary_dimensions {model['rotary_dimensions']} must be even and at most the "
-            f"head width {head_width} (model.width / model.heads)"
+            f"model.rotary_dimensions {rotary} must be even and at most the head width "
+            f"{head_width} (model.width / model.heads)"
         )
     outside = [layer for layer in model["value_layers"] if layer >= model["layers"]]
     if outside:
@@ -210,8 +208,7 @@ def _check_model(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_train(config: Mapping[str, Any]) -> None:
-    train = config["train"]
+def _check_train(train: Mapping[str, Any]) -> None:
     if train["batch_tokens"] % train["sequence_tokens"]:
         raise UserError(
             f"train.sequence_tokens {train['sequence_tokens']} does not divide "
@@ -219,9 +216,9 @@ def _check_train(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_ema(config: Mapping[str, Any]) -> None:
-    decay, decays = config["ema"]["decay"], config["train"]["ema_decays"]
-    if config["ema"]["kind"] == "ema" and decay != "auto" and decay not in decays:
+def _check_ema(ema: Mapping[str, Any], train: Mapping[str, Any]) -> None:
+    decay, decays = ema["decay"], train["ema_decays"]
+    if ema["kind"] == "ema" and decay != "auto" and decay not in decays:
         raise UserError(
             f"ema.decay {decay} is not tracked: choose auto or one of train.ema_decays {decays}"
         )

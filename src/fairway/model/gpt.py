@@ -12,14 +12,14 @@ K key/value heads, D head width, V vocabulary, L blocks.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairway.errors import UserError
+from fairway.config import check_model
 from fairway.model.attention import attend, attend_to_cache
 
 BANKS = ("query_output_bank", "key_value_bank", "mlp_up_bank", "mlp_down_bank")
@@ -51,11 +51,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value_layers", tuple(self.value_layers))
-        if self.width % self.heads or self.heads % self.kv_heads:
-            raise UserError(
-                f"model.width {self.width}, model.heads {self.heads} and model.kv_heads "
-                f"{self.kv_heads}: each must be divisible by the next"
-            )
+        check_model(asdict(self))
 
     @property
     def head_width(self) -> int:

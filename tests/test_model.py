@@ -174,7 +174,9 @@ def test_decoding_with_a_cache_gives_the_same_logits(model, tokens):
 
 
 def test_rotary_base_is_the_records():
-    record = replace(CONFIG, sequence_tokens=2048, rope_trained_tokens=1024, rotary_dimensions=16)
+    record = replace(
+        CONFIG, width=64, sequence_tokens=2048, rope_trained_tokens=1024, rotary_dimensions=16
+    )
     assert gpt.rotary_base(record) == pytest.approx(10000 * 2 ** (16 / 14))
     assert gpt.rotary_base(replace(record, sequence_tokens=512)) == 10000
 

@@ -31,7 +31,7 @@ def get_typed(value):
 try:
     config = validated(merge(config, get_typed(workflow.config_settings.config)))
 except UserError as error:
-    raise WorkflowError(f"config: {error}") from None
+    raise WorkflowError(str(error)) from None
 
 RUN = f"{config['results']}/{config['run']}"
 DATA = f"{config['results']}/data/{config['data']['name']}"

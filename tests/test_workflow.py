@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_touching_every_file_reruns_nothing(project, dry_runs):
 def test_results_copied_next_to_a_fresh_clone_rerun_nothing(finished, tmp_path, dry_runs):
     clone = copy_checkout(tmp_path / "clone")
     for name in (CONFIG_FILE, "text", "results", ".snakemake"):
-        copy_with_new_mtimes(finished / name, clone / name)
+        copy(finished / name, clone / name, shutil.copyfile)
     assert dry_runs.jobs(clone) == set()
 
 
@@ -103,9 +104,8 @@ def test_results_without_snakemakes_records_rerun_nothing(finished, tmp_path, dr
     kept = copy_checkout(tmp_path / "kept")
     lost = copy_checkout(tmp_path / "lost")
     for name in (CONFIG_FILE, "text", "results"):
-        copy = shutil.copytree if (finished / name).is_dir() else shutil.copy2
-        copy(finished / name, kept / name)
-        copy_with_new_mtimes(finished / name, lost / name)
+        copy(finished / name, kept / name, shutil.copy2)
+        copy(finished / name, lost / name, shutil.copyfile)
     assert dry_runs.jobs(kept) == set()
     snakemake(lost, "--touch")
     assert dry_runs.jobs(lost) == set()
@@ -113,11 +113,12 @@ def test_results_without_snakemakes_records_rerun_nothing(finished, tmp_path, dr
     assert dry_runs.jobs(lost) == jobs_of(from_stage("ttt"))
 
 
-def copy_with_new_mtimes(source: Path, target: Path) -> None:
+def copy(source: Path, target: Path, copy_file: Callable) -> None:
+    """A file or a folder; `shutil.copy2` keeps the mtimes of files, `shutil.copyfile` does not."""
     if source.is_dir():
-        shutil.copytree(source, target, copy_function=shutil.copyfile, symlinks=True)
+        shutil.copytree(source, target, copy_function=copy_file, dirs_exist_ok=True)
     else:
-        shutil.copyfile(source, target)
+        copy_file(source, target)
 
 
 def test_reordered_keys_and_comments_rerun_nothing(project, dry_runs):

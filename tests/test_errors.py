@@ -206,7 +206,6 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors tells a full disk by an error of its own")
 @pytest.mark.parametrize("full", ["output", "checkpoints"])
 def test_a_disk_that_fills_up(fails, configured, tiny_dataset, tmp_path, small_disk, full):
     config = configured({"train": {"checkpoint_seconds": 0.001}})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors import SafetensorError
 
 from fairway.errors import UserError
 
@@ -33,9 +34,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        # safetensors wraps the operating system's error in one of its own.
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{path} could not be written ({error.strerror or error}): "
+            f"{path} could not be written ({reason}): "
             "free disk space or choose another `results` folder"
         ) from error
     finally:

@@ -11,6 +11,7 @@ Stopped by SIGTERM or Ctrl-C it writes a checkpoint first; the same command resu
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -19,9 +20,16 @@ from safetensors.torch import save_file
 from fairway.command import run, stage_parser, stage_settings
 from fairway.data.dataset import load_dataset
 from fairway.data.loader import CoprimeLoader
-from fairway.distributed import barrier, distributed_world
+from fairway.distributed import barrier, distributed_world, gather_objects
 from fairway.evaluation.evaluator import evaluate_split
-from fairway.files import atomic_path, sha256_of, sha256_of_json, write_json, write_table
+from fairway.files import (
+    atomic_path,
+    read_json,
+    sha256_of,
+    sha256_of_json,
+    write_json,
+    write_table,
+)
 from fairway.model.gpt import GPT, config_from_settings
 from fairway.model.runtime import RuntimeSettings, compiles, prepare
 from fairway.model.weights import save_model
@@ -41,11 +49,32 @@ def main(arguments: list[str] | None = None) -> None:
     settings = stage_settings(options)
     runtime = RuntimeSettings(**settings["runtime"])
     with distributed_world(runtime.device) as world:
-        if world.is_main:
-            with exclusive(options.checkpoints):
+        # The first process holds the lock for all of them.
+        with exclusive(options.checkpoints) if world.is_main else nullcontext(False) as has_waited:
+            finished = has_waited and is_finished(options, settings)
+            if any(gather_objects(world, finished)):
+                print("finished by the process that held the lock", file=sys.stderr)
+            else:
                 train(options, settings, runtime, world)
-        else:
-            train(options, settings, runtime, world)
+
+
+def run_identity(options, settings) -> str:
+    """What makes this run this run: another identity takes up none of its checkpoints."""
+    identity = {
+        "settings": settings,
+        "seed": options.seed,
+        "dataset": sha256_of(options.dataset),
+        "code": fingerprint(__file__),
+    }
+    return sha256_of_json(identity)
+
+
+def is_finished(options, settings) -> bool:
+    """Whether this very run's products are there, the provenance, which comes last, among them."""
+    if not (options.output / "provenance.json").is_file():
+        return False
+    metrics = read_json(options.output / "metrics.json")
+    return metrics["identity"] == run_identity(options, settings)
 
 
 def train(options, settings, runtime, world) -> None:
@@ -64,13 +93,7 @@ def train(options, settings, runtime, world) -> None:
         rank=world.rank,
         world_size=world.size,
     )
-    identity = {
-        "settings": settings,
-        "seed": options.seed,
-        "dataset": sha256_of(options.dataset),
-        "code": fingerprint(__file__),
-    }
-    checkpoints = Checkpoints(options.checkpoints, sha256_of_json(identity))
+    checkpoints = Checkpoints(options.checkpoints, run_identity(options, settings))
     trainer = Trainer(
         model,
         train_settings,
@@ -113,6 +136,7 @@ def write_products(options, settings, dataset, trainer: Trainer, result, started
             "seed": options.seed,
             "variant": None,
             **score.as_metrics(),
+            "identity": run_identity(options, settings),
             "steps": result.step,
             "train_tokens": result.step * trainer.settings.batch_tokens,
             "train_loss": result.history[-1]["loss"],

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fairway.errors import UserError
@@ -45,10 +46,10 @@ class Checkpoints:
             write_json(partial / "state.json", {**state, "step": step, "tensors_sha256": digest})
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(
-                f"checkpoint {target} could not be written ({error.strerror or error}): free disk "
-                f"space and start again; {self.describe_latest()}"
+                f"checkpoint {target} could not be written ({error}): free disk space and start "
+                f"again; {self.describe_latest()}"
             ) from error
         for old in self._complete()[:-KEPT]:
             shutil.rmtree(old)
@@ -79,11 +80,11 @@ class Checkpoints:
 
 
 @contextmanager
-def exclusive(folder: str | Path) -> Iterator[None]:
+def exclusive(folder: str | Path) -> Iterator[bool]:
     """Hold the lock of a checkpoint folder; wait, and say so, while another process holds it.
 
-    The other is usually an orphan of a killed workflow: it goes on until its next checkpoint or
-    its end, and then this process takes up what it left.
+    The other is usually an orphan of a killed workflow: it goes on until it is stopped or done, and
+    then this process takes up what it left. Yields whether there was another to wait for.
     """
     folder = Path(folder)
     try:
@@ -93,20 +94,21 @@ def exclusive(folder: str | Path) -> Iterator[None]:
             f"{folder} could not be made ({error.strerror}): choose another `results` folder"
         ) from error
     lock = FileLock(folder / "lock")
-    started = time.monotonic()
+    started, has_waited = time.monotonic(), False
     while True:
         try:
-            lock.acquire(timeout=WAIT_MESSAGE_SECONDS)
+            lock.acquire(timeout=WAIT_MESSAGE_SECONDS if has_waited else 0)
             break
         except Timeout:
-            waited = time.monotonic() - started
+            has_waited = True
+            seconds = time.monotonic() - started
             print(
-                f"waited {waited:.0f} s for the process that holds {folder / 'lock'}: "
+                f"waited {seconds:.0f} s for the process that holds {folder / 'lock'}: "
                 "let it finish, or stop it with SIGTERM and its checkpoint is taken up here",
                 file=sys.stderr,
                 flush=True,
             )
     try:
-        yield
+        yield has_waited
     finally:
         lock.release()

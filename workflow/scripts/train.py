@@ -48,14 +48,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     settings = stage_settings(options)
     runtime = RuntimeSettings(**settings["runtime"])
-    with distributed_world(runtime.device) as world:
+    with (
+        distributed_world(runtime.device) as world,
         # The first process holds the lock for all of them.
-        with exclusive(options.checkpoints) if world.is_main else nullcontext(False) as has_waited:
-            finished = has_waited and is_finished(options, settings)
-            if any(gather_objects(world, finished)):
-                print("finished by the process that held the lock", file=sys.stderr)
-            else:
-                train(options, settings, runtime, world)
+        exclusive(options.checkpoints) if world.is_main else nullcontext(False) as has_waited,
+    ):
+        finished = has_waited and is_finished(options, settings)
+        if any(gather_objects(world, finished)):
+            print("finished by the process that held the lock", file=sys.stderr)
+        else:
+            train(options, settings, runtime, world)
 
 
 def run_identity(options, settings) -> str:

@@ -44,6 +44,15 @@ def stage_parser(stage: str, documentation: str | None) -> argparse.ArgumentPars
     return parser
 
 
+def seed_stage_parser(stage: str, documentation: str | None) -> argparse.ArgumentParser:
+    """`stage_parser` for the stages that run once a seed: with --dataset, --seed and --output."""
+    parser = stage_parser(stage, documentation)
+    parser.add_argument("--dataset", type=Path, required=True, help="manifest.json of tokenize")
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the products")
+    return parser
+
+
 def stage_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The stage's sections from `--settings`, or cut from the validated `--config` files."""
     if arguments.settings is not None:

@@ -30,7 +30,7 @@ from fairway.audit.verdict import (
     audit_record,
     verdict_lines,
 )
-from fairway.command import run, stage_parser, stage_settings
+from fairway.command import run, seed_stage_parser, stage_settings
 from fairway.data.dataset import Dataset, load_dataset, read_split
 from fairway.distributed import World, resolve_device
 from fairway.files import read_json, require_file, write_json, write_table
@@ -46,12 +46,9 @@ STAGES = ("train", "ema", "ttt", "gptq", "slot")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = stage_parser("audit", __doc__)
-    parser.add_argument("--dataset", type=Path, required=True, help="manifest.json of tokenize")
+    parser = seed_stage_parser("audit", __doc__)
     for stage in STAGES:
         parser.add_argument(f"--{stage}", type=Path, required=True, help=f"folder of {stage}")
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the products")
     options = parser.parse_args(arguments)
     audit(options, stage_settings(options))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from fairway.command import run, stage_parser, stage_settings
+from fairway.command import run, seed_stage_parser, stage_settings
 from fairway.data.dataset import load_dataset, read_split
 from fairway.distributed import World, resolve_device
 from fairway.evaluation.evaluator import evaluate_split
@@ -22,11 +22,8 @@ from fairway.training.selection import EMASettings, select_average
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = stage_parser("ema", __doc__)
-    parser.add_argument("--dataset", type=Path, required=True, help="manifest.json of tokenize")
+    parser = seed_stage_parser("ema", __doc__)
     parser.add_argument("--train", type=Path, required=True, help="folder of the train stage")
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the products")
     options = parser.parse_args(arguments)
     settings = stage_settings(options)
     started = time.perf_counter()

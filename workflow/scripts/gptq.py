@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from fairway.command import run, stage_parser, stage_settings
+from fairway.command import run, seed_stage_parser, stage_settings
 from fairway.data.dataset import load_dataset
 from fairway.distributed import World, resolve_device
 from fairway.evaluation.evaluator import evaluate_split
@@ -33,11 +33,8 @@ PRODUCTS = ("artifact.bin", "layers.parquet", "metrics.json")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = stage_parser("gptq", __doc__)
-    parser.add_argument("--dataset", type=Path, required=True, help="manifest.json of tokenize")
+    parser = seed_stage_parser("gptq", __doc__)
     parser.add_argument("--weights", type=Path, required=True, help="folder of the ttt stage")
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the products")
     options = parser.parse_args(arguments)
     settings = stage_settings(options)
     started = time.perf_counter()

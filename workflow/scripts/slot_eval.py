@@ -23,7 +23,7 @@ from fairway.adaptation.token_table import (
     token_table,
     windows_of_rank,
 )
-from fairway.command import run, stage_parser, stage_settings
+from fairway.command import run, seed_stage_parser, stage_settings
 from fairway.data.dataset import Dataset, load_dataset, read_split
 from fairway.data.tokenizer import load_tokenizer
 from fairway.distributed import World, barrier, distributed_world, gather_objects
@@ -37,11 +37,8 @@ from fairway.quantization.artifact import load_artifact
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = stage_parser("slot", __doc__)
-    parser.add_argument("--dataset", type=Path, required=True, help="manifest.json of tokenize")
+    parser = seed_stage_parser("slot", __doc__)
     parser.add_argument("--artifact", type=Path, required=True, help="folder of the gptq stage")
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the products")
     options = parser.parse_args(arguments)
     settings = stage_settings(options)
     slot = SlotSettings(**settings["slot"])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 from safetensors.torch import save_file
 
-from fairway.command import run, stage_parser, stage_settings
+from fairway.command import run, seed_stage_parser, stage_settings
 from fairway.data.dataset import load_dataset
 from fairway.data.loader import CoprimeLoader
 from fairway.distributed import barrier, distributed_world, gather_objects
@@ -40,10 +40,7 @@ from fairway.training.trainer import Trainer, TrainSettings, check_batch
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = stage_parser("train", __doc__)
-    parser.add_argument("--dataset", type=Path, required=True, help="manifest.json of tokenize")
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the products")
+    parser = seed_stage_parser("train", __doc__)
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder for mid-run state")
     options = parser.parse_args(arguments)
     settings = stage_settings(options)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from fairway.adaptation.ttt import TTTSettings, adapt
-from fairway.command import run, stage_parser, stage_settings
+from fairway.command import run, seed_stage_parser, stage_settings
 from fairway.data.dataset import load_dataset, read_split
 from fairway.distributed import barrier, distributed_world
 from fairway.evaluation.evaluator import evaluate_split
@@ -25,11 +25,8 @@ SPLITS = {"train": "adaptation", "val": "val"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = stage_parser("ttt", __doc__)
-    parser.add_argument("--dataset", type=Path, required=True, help="manifest.json of tokenize")
+    parser = seed_stage_parser("ttt", __doc__)
     parser.add_argument("--ema", type=Path, required=True, help="folder of the ema stage")
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the products")
     options = parser.parse_args(arguments)
     settings = stage_settings(options)
     runtime = RuntimeSettings(**settings["runtime"])

@@ -162,6 +162,17 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
     assert sha256_of(tmp_path / "other/train/weights.safetensors") != weights
 
 
+def test_a_finished_run_is_not_trained_again(tiny_config_file, tiny_dataset, tmp_path):
+    train(tiny_config_file, tiny_dataset, tmp_path)
+    written = (tmp_path / "train/weights.safetensors").stat().st_mtime_ns
+    done = train(tiny_config_file, tiny_dataset, tmp_path)
+    assert "remove it to train again" in done.stderr
+    assert (tmp_path / "train/weights.safetensors").stat().st_mtime_ns == written
+    (tmp_path / "train/averages.safetensors").unlink()
+    train(tiny_config_file, tiny_dataset, tmp_path)
+    assert (tmp_path / "train/weights.safetensors").stat().st_mtime_ns > written
+
+
 def interrupt(tiny_config, tiny_dataset, folder, number):
     """Start a run, signal it after its first checkpoints, return its output."""
     config = changed_config(tiny_config, folder / "config.json", checkpoint_seconds=0.01)

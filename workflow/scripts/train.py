@@ -38,6 +38,8 @@ from fairway.sources import fingerprint
 from fairway.training.checkpoint import Checkpoints, exclusive
 from fairway.training.trainer import Trainer, TrainSettings, check_batch
 
+PRODUCTS = ("weights.safetensors", "averages.safetensors", "metrics.parquet", "metrics.json")
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = seed_stage_parser("train", __doc__)
@@ -48,11 +50,14 @@ def main(arguments: list[str] | None = None) -> None:
     with (
         distributed_world(runtime.device) as world,
         # The first process holds the lock for all of them.
-        exclusive(options.checkpoints) if world.is_main else nullcontext(False) as has_waited,
+        exclusive(options.checkpoints) if world.is_main else nullcontext(),
     ):
-        finished = has_waited and is_finished(options, settings)
-        if any(gather_objects(world, finished)):
-            print("finished by the process that held the lock", file=sys.stderr)
+        # An orphan of a killed workflow may have finished this very run in the meantime.
+        if any(gather_objects(world, is_finished(options, settings))):
+            print(
+                f"{options.output} holds this very run already: remove it to train again",
+                file=sys.stderr,
+            )
         else:
             train(options, settings, runtime, world)
 
@@ -69,8 +74,9 @@ def run_identity(options, settings) -> str:
 
 
 def is_finished(options, settings) -> bool:
-    """Whether this very run's products are there, the provenance, which comes last, among them."""
-    if not (options.output / "provenance.json").is_file():
+    """Whether the products of this very run are there, the provenance, which comes last, too."""
+    products = [options.output / name for name in (*PRODUCTS, "provenance.json")]
+    if not all(path.is_file() for path in products):
         return False
     metrics = read_json(options.output / "metrics.json")
     return metrics["identity"] == run_identity(options, settings)
@@ -153,15 +159,7 @@ def write_products(options, settings, dataset, trainer: Trainer, result, started
         settings=settings,
         seed=options.seed,
         inputs=[options.dataset],
-        outputs=[
-            output / name
-            for name in (
-                "weights.safetensors",
-                "averages.safetensors",
-                "metrics.parquet",
-                "metrics.json",
-            )
-        ],
+        outputs=[output / name for name in PRODUCTS],
         splits_read=["train"],
         parents=[options.dataset.parent / "provenance.json"],
     )

@@ -80,11 +80,11 @@ class Checkpoints:
 
 
 @contextmanager
-def exclusive(folder: str | Path) -> Iterator[bool]:
+def exclusive(folder: str | Path) -> Iterator[None]:
     """Hold the lock of a checkpoint folder; wait, and say so, while another process holds it.
 
     The other is usually an orphan of a killed workflow: it goes on until it is stopped or done, and
-    then this process takes up what it left. Yields whether there was another to wait for.
+    then this process takes up what it left.
     """
     folder = Path(folder)
     try:
@@ -94,21 +94,21 @@ def exclusive(folder: str | Path) -> Iterator[bool]:
             f"{folder} could not be made ({error.strerror}): choose another `results` folder"
         ) from error
     lock = FileLock(folder / "lock")
-    started, has_waited = time.monotonic(), False
+    started, patience = time.monotonic(), 0.0
     while True:
         try:
-            lock.acquire(timeout=WAIT_MESSAGE_SECONDS if has_waited else 0)
+            lock.acquire(timeout=patience)
             break
         except Timeout:
-            has_waited = True
-            seconds = time.monotonic() - started
+            patience = WAIT_MESSAGE_SECONDS
             print(
-                f"waited {seconds:.0f} s for the process that holds {folder / 'lock'}: "
-                "let it finish, or stop it with SIGTERM and its checkpoint is taken up here",
+                f"waiting for the process that holds {folder / 'lock'} "
+                f"({time.monotonic() - started:.0f} s so far): let it finish, or stop it with "
+                "SIGTERM and its checkpoint is taken up here",
                 file=sys.stderr,
                 flush=True,
             )
     try:
-        yield has_waited
+        yield
     finally:
         lock.release()

@@ -16,7 +16,7 @@ from fairway.training.checkpoint import exclusive
 pytestmark = pytest.mark.slow
 
 # Long enough to be caught in the middle, with checkpoints to be caught between.
-TRAIN = {"max_steps": 400, "warmdown_steps": 200, "checkpoint_seconds": 0.5}
+TRAIN = {"max_steps": 1000, "warmdown_steps": 500, "checkpoint_seconds": 0.5}
 CHECKPOINTS = f"{RESULTS}/seed-{SEED}/.checkpoints/train"
 LOG = f"{RESULTS}/logs/seed-{SEED}/train.log"
 PRODUCTS = ("weights.safetensors", "averages.safetensors")

@@ -242,6 +242,11 @@ def test_a_forced_stage_takes_what_follows_along(finished, dry_runs):
     assert jobs == jobs_of(from_stage("gptq"))
 
 
+def test_forcing_a_target_is_refused_with_its_rule(finished, dry_runs):
+    code, output = dry_runs.run(finished, "--forcerun", "ttt", "--configfile", CONFIG_FILE)
+    assert code != 0 and "--forcerun ttt: force its rule, adapt_ttt, instead" in output
+
+
 @pytest.mark.parametrize("target", ["tokenize", "train", "ema", "ttt", "gptq", "slot_eval"])
 def test_a_stage_brings_what_it_needs_and_no_more(empty, dry_runs, target):
     assert dry_runs.jobs(empty, target) == jobs_of(ALL[: ALL.index(target) + len(target)])

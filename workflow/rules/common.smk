@@ -103,3 +103,32 @@ def get_stage_files(stage, names=("provenance.json",)):
         for variant in variants
         for name in names
     ]
+
+
+STAGE_RULES = {
+    "tokenize": "tokenize_text",
+    "train": "train_model",
+    "ema": "average_ema",
+    "ttt": "adapt_ttt",
+    "gptq": "quantise_gptq",
+    "slot_eval": "evaluate_slot",
+    "audit": "audit_score",
+    "report": "write_report",
+}
+
+
+def check_forced_rules(arguments):
+    """A stage's name is a target without output: forcing it would do nothing and say nothing."""
+    forcing = False
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        if argument.startswith("-"):
+            forcing = option in ("-R", "--forcerun")
+        name = value if argument.startswith("-") else argument
+        if forcing and name in STAGE_RULES:
+            raise WorkflowError(
+                f"--forcerun {name}: force its rule, {STAGE_RULES[name]}, instead"
+            )
+
+
+check_forced_rules(sys.argv[1:])

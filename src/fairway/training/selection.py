@@ -1,5 +1,6 @@
 """Which averaged weights go on: EMA, SWA or the last ones, chosen without looking at validation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ def select_average(
     model: GPT,
     averages: dict[str, torch.Tensor],
     settings: EMASettings,
-    read_selection_tokens,
+    read_selection_tokens: Callable[[], np.ndarray],
 ) -> tuple[str, dict[str, float]]:
     """Load the chosen average into `model`; returns its name and the losses it was chosen by.
 

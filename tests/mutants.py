@@ -17,6 +17,12 @@ from fairway.audit.positions import Geometry
 FIT_STEPS = 4
 
 
+def context_start(geometry: Geometry, target: int) -> int:
+    """First token that the window which scores `target` reads."""
+    beyond = max(0, target - geometry.window_tokens)
+    return -(-beyond // geometry.stride_tokens) * geometry.stride_tokens
+
+
 @dataclass(frozen=True)
 class Toy:
     """A causal model with random weights, and how a stream is evaluated with it."""
@@ -48,7 +54,7 @@ class Toy:
         return 0.5 * (bigram[inputs] + (embedding[inputs].cumsum(1) / counts) @ output)
 
     def next_token(self, prefix: Tensor) -> Tensor:
-        start = self.geometry.context_start(len(prefix))
+        start = context_start(self.geometry, len(prefix))
         return torch.log_softmax(self.logits(prefix[None, start:])[0, -1], -1)
 
     def stream(self, num_targets: int) -> Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mutants import context_start
 
 from fairway.audit.account import (
     check_claimed_score,
@@ -63,7 +64,7 @@ def test_geometry_agrees_with_the_evaluation_s_own_windows(num_targets, window, 
     assert [first for first, _ in slices] == windows.first_scored.tolist()
     assert [stop - first + 1 for first, stop in slices] == windows.scored.tolist()
     for (first, _), start in list(zip(slices, windows.starts, strict=True))[:-1]:
-        assert Geometry(window, stride).context_start(first) == start
+        assert context_start(Geometry(window, stride), first) == start
 
 
 def test_flips_hit_every_kind_of_place_and_repeat_with_the_seed():
@@ -275,7 +276,7 @@ def test_the_whole_evaluation_s_account(tmp_path):
     assert check_attribution(None).verdict == NOT_RUN
 
 
-@pytest.mark.parametrize("fault", ["missing", "repeated", "window", "unsorted"])
+@pytest.mark.parametrize("fault", ["missing", "repeated", "often repeated", "window", "unsorted"])
 def test_a_table_that_is_not_one_pass_fails(tmp_path, fault):
     tokens = stream(100).numpy()
     table = token_table(tokens)
@@ -283,6 +284,8 @@ def test_a_table_that_is_not_one_pass_fails(tmp_path, fault):
         table = table.drop(index=40)
     elif fault == "repeated":
         table = pd.concat([table.iloc[:41], table.iloc[40:]])
+    elif fault == "often repeated":
+        table = pd.concat([table.iloc[:40], *[table.iloc[40:41]] * 257, table.iloc[41:]])
     elif fault == "window":
         table.loc[40, "window"] = 0
     else:

@@ -139,7 +139,9 @@ class _Order:
         positions = table["position"].to_numpy()
         is_target = (positions >= 1) & (positions <= len(self._times_scored))
         targets, times = np.unique(positions[is_target] - 1, return_counts=True)
-        self._times_scored[targets] += times.astype(np.uint8)
+        # Never once, once, or more often: a count that went on could wrap around to once.
+        seen = self._times_scored[targets] + np.minimum(times, 2).astype(np.uint8)
+        self._times_scored[targets] = np.minimum(seen, 2)
         self._scores += len(table)
         self._foreign += int((~is_target).sum())
         for lane, rows in table.groupby("lane"):

@@ -54,11 +54,6 @@ class Geometry:
             slices.append((start, min(start + self.stride_tokens - 1, num_targets)))
         return slices
 
-    def context_start(self, target: int) -> int:
-        """First token that the window which scores `target` reads."""
-        beyond = max(0, target - self.window_tokens)
-        return -(-beyond // self.stride_tokens) * self.stride_tokens
-
 
 @dataclass(frozen=True)
 class Flip:

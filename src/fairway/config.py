@@ -1,7 +1,8 @@
 """The configuration: read, merged, validated, and cut into what each stage may see.
 
-Defaults, types and ranges live in workflow/schemas/config.schema.yaml and nowhere else. A stage is
-handed only the sections listed in STAGE_SECTIONS, so a change elsewhere cannot rerun it.
+Defaults live in workflow/schemas/config.schema.yaml and nowhere else, beside the types and ranges
+that a configuration is held to. A stage is handed only the sections listed in STAGE_SECTIONS, so a
+change elsewhere cannot rerun it.
 """
 
 import copy

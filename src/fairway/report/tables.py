@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from fairway.errors import UserError
+from fairway.evaluation.bits_per_byte import bits_per_byte
 from fairway.report.results import SHARED, Results
 from fairway.report.statistics import (
     bootstrap_bpb_difference,
@@ -105,7 +106,7 @@ def sliding_metrics(sums: TokenSums) -> dict[str, float]:
     total = sums.total()
     return {
         "val_loss": total["nats_before"] / total["tokens"],
-        "val_bpb": total["nats_before"] / math.log(2) / total["bytes"],
+        "val_bpb": bits_per_byte(total["nats_before"], total["bytes"]),
         "tokens": float(total["tokens"]),
         "bytes": float(total["bytes"]),
     }

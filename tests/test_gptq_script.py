@@ -14,7 +14,7 @@ from fairway.evaluation.evaluator import evaluate_split
 from fairway.files import sha256_of, write_json
 from fairway.model.gpt import BANKS, GPT, config_from_settings
 from fairway.model.weights import save_model
-from fairway.quantization.artifact import load_artifact
+from fairway.quantization.artifact import load_artifact, stream_table
 from fairway.quantization.pruning import code_bytes
 from fairway.sources import import_closure
 
@@ -70,6 +70,9 @@ def test_metrics_are_those_of_the_artifact_on_disk(finished, tiny_dataset):
     assert metrics["artifact_bytes"] == (finished / "artifact.bin").stat().st_size
     assert metrics["code_bytes"] == code_bytes(import_closure(SCRIPTS / "slot_eval.py")) > 0
     assert metrics["total_bytes"] == metrics["artifact_bytes"] + metrics["code_bytes"]
+    table = stream_table((finished / "artifact.bin").read_bytes())
+    assert metrics["codecs"] == {name: codec for name, (codec, _) in table.items()}
+    assert all(metrics[f"{name}_bytes"] == length for name, (_, length) in table.items())
     assert metrics["limit_bytes"] == 16_000_000 and metrics["zeros"] == 0
     assert metrics["mean_error"] < metrics["mean_error_round_to_nearest"]
     assert metrics["training_seconds"] == 0

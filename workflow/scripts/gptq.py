@@ -21,7 +21,7 @@ from fairway.model.gpt import BANKS
 from fairway.model.runtime import RuntimeSettings, prepare
 from fairway.model.weights import load_model
 from fairway.provenance import runtime_metrics, write_provenance
-from fairway.quantization.artifact import load_artifact, storable, write_artifact
+from fairway.quantization.artifact import load_artifact, storable, stream_table, write_artifact
 from fairway.quantization.calibration import calibration_tokens, collect_hessians
 from fairway.quantization.gptq import GptqSettings, quantize_banks
 from fairway.quantization.pruning import code_bytes, count_zeros, fit_to_limit
@@ -70,6 +70,7 @@ def quantize(options, settings) -> dict:
     code = code_bytes(import_closure(EVALUATION_SCRIPT))
     tensors, zeroed = fit_to_limit(config, storable(model.state_dict(), quantized), limit - code)
     size = write_artifact(options.output / "artifact.bin", config, tensors)
+    streams = stream_table((options.output / "artifact.bin").read_bytes())
     write_table(options.output / "layers.parquet", count_zeros(layers, tensors))
     evaluation_started = time.perf_counter()
     reloaded = prepare(load_artifact(options.output / "artifact.bin", world.device), runtime)
@@ -82,6 +83,8 @@ def quantize(options, settings) -> dict:
         **score.as_metrics(),
         "calibration": gptq.calibration,
         "artifact_bytes": size,
+        **{f"{name}_bytes": length for name, (_, length) in streams.items()},
+        "codecs": {name: codec for name, (codec, _) in streams.items()},
         "code_bytes": code,
         "total_bytes": size + code,
         "limit_bytes": limit,

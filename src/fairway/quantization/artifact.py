@@ -3,15 +3,14 @@
     magic, 8 bytes │ version, uint32 │ header length, uint32 │ header, JSON │ payload │ SHA-256
 
 All numbers are little-endian; the checksum covers every byte before it. The header holds the
-codec, the model's configuration, each tensor's shape, and each stream's compressed length. The
-payload is the streams, one per kind of number, each with the tensors' data in the order of their
-names. A tensor's name decides how it is stored. Nothing in a file is ever executed, and a reader
-never unpacks more bytes than the declared shapes need.
+model's configuration, each tensor's shape, and each stream's codec and packed length. The payload
+is the streams, one per kind of number, each with the tensors' data in the order of their names,
+packed by whichever codec needs fewer bytes. A tensor's name decides how it is stored. Nothing in a
+file is ever executed, and a reader never unpacks more bytes than the declared shapes need.
 """
 
 import hashlib
 import json
-import lzma
 import math
 import struct
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from fairway.errors import UserError
 from fairway.files import atomic_path, require_file
 from fairway.model.gpt import BANKS, GPT, GPTConfig
 from fairway.model.weights import build_model
+from fairway.quantization.coding import CODECS, expect, pack, unpack
 from fairway.quantization.integers import (
     QuantizedTensor,
     bytes_to_codes,
@@ -34,7 +34,7 @@ from fairway.quantization.integers import (
 )
 
 MAGIC = b"FAIRWAY\0"
-VERSION = 1
+VERSION = 2
 PREAMBLE = struct.Struct("<8sII")
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 MAXIMUM_HEADER_BYTES = 1 << 16
@@ -65,8 +65,7 @@ STORAGE = {
 
 BITS = {"int6": 6, "int8": 8}
 STREAM_DTYPES = {"int6": "<i1", "int8": "<i1", "scales": "<f2", "float16": "<f2", "float32": "<f4"}
-
-CODEC = "lzma"
+"""The kinds of numbers, in the order of the payload."""
 
 Stored = QuantizedTensor | torch.Tensor
 
@@ -118,29 +117,43 @@ def write_artifact(
     return len(data)
 
 
-def encode_artifact(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bytes:
-    """The artifact's bytes: the same for the same input, whatever the order of its keys."""
-    streams = {name: bytearray() for name in STREAM_DTYPES}
+def encode_artifact(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Stored],
+    codecs: Mapping[str, str] | None = None,
+) -> bytes:
+    """The artifact's bytes: the same for the same input, whatever the order of its keys.
+
+    codecs: stream → codec, to spare the trial of each; without it each stream takes its smallest.
+    """
+    streams: dict[str, list[np.ndarray]] = {name: [] for name in STREAM_DTYPES}
     shapes = {}
     for name in sorted(tensors):
         tensor, storage = tensors[name], storage_of(name)
         if storage in BITS:
             shapes[name] = list(tensor.codes.shape)
-            streams[storage] += codes_to_bytes(tensor.codes)
-            streams["scales"] += _float_bytes(tensor.scales, "scales")
+            codes = np.frombuffer(codes_to_bytes(tensor.codes), np.int8)
+            streams[storage].append(codes.reshape(tensor.codes.shape))
+            streams["scales"].append(_floats(tensor.scales, "scales"))
         else:
             shapes[name] = list(tensor.shape)
-            streams[storage] += _float_bytes(tensor, storage)
-    packed = {name: _compress(bytes(stream), name) for name, stream in streams.items()}
+            streams[storage].append(_floats(tensor, storage))
+    packed = {name: pack(arrays, (codecs or {}).get(name)) for name, arrays in streams.items()}
     header = {
-        "codec": CODEC,
         "config": dict(config),
         "shapes": shapes,
-        "stream_bytes": {name: len(stream) for name, stream in packed.items()},
+        "streams": {name: [codec, len(data)] for name, (codec, data) in packed.items()},
     }
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    body = b"".join((PREAMBLE.pack(MAGIC, VERSION, len(text)), text, *packed.values()))
+    payload = (data for _, data in packed.values())
+    body = b"".join((PREAMBLE.pack(MAGIC, VERSION, len(text)), text, *payload))
     return body + hashlib.sha256(body).digest()
+
+
+def stream_table(data: bytes) -> dict[str, tuple[str, int]]:
+    """Stream → its codec and its packed length in bytes, of an artifact that was just written."""
+    header, _ = _split(data[:-CHECKSUM_BYTES])
+    return {name: tuple(header["streams"][name]) for name in STREAM_DTYPES}
 
 
 def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
@@ -181,47 +194,56 @@ def _split(body: bytes) -> tuple[dict[str, Any], bytes]:
     if magic != MAGIC:
         raise UserError(f"starts with {magic!r}, expected {MAGIC!r}: it is no artifact")
     if version != VERSION:
-        raise UserError(f"format version {version} found, {VERSION} expected: update Fairway")
-    _expect(header_bytes <= MAXIMUM_HEADER_BYTES, "the header's length")
+        raise UserError(f"format version {version} found, {VERSION} expected: rerun the gptq stage")
+    expect(header_bytes <= MAXIMUM_HEADER_BYTES, "the header's length")
     try:
         header = json.loads(body[PREAMBLE.size : PREAMBLE.size + header_bytes])
     except (ValueError, RecursionError) as error:
         raise UserError("the header is not JSON: it was not written by this program") from error
-    _expect(isinstance(header, dict), "the header")
-    _expect(header.get("codec") == CODEC, "the codec")
-    for key in ("config", "shapes", "stream_bytes"):
-        _expect(isinstance(header.get(key), dict), key)
+    expect(isinstance(header, dict), "the header")
+    for key in ("config", "shapes", "streams"):
+        expect(isinstance(header.get(key), dict), key)
     for name, shape in header["shapes"].items():
-        _expect(isinstance(shape, list) and len(shape) <= 4, f"the shape of {name}")
-        _expect(all(type(size) is int and size >= 0 for size in shape), f"the shape of {name}")
-        _expect(len(shape) >= 2 or storage_of(name) not in BITS, f"the shape of {name}")
-    _expect(list(header["stream_bytes"]) == sorted(STREAM_DTYPES), "the list of streams")
-    lengths = header["stream_bytes"].values()
-    _expect(all(type(length) is int and length >= 0 for length in lengths), "a stream's length")
+        expect(isinstance(shape, list) and len(shape) <= 4, f"the shape of {name}")
+        expect(all(type(size) is int and size >= 0 for size in shape), f"the shape of {name}")
+        expect(len(shape) >= 2 or storage_of(name) not in BITS, f"the shape of {name}")
+    expect(list(header["streams"]) == sorted(STREAM_DTYPES), "the list of streams")
+    for stream in header["streams"].values():
+        expect(isinstance(stream, list) and len(stream) == 2, "the list of streams")
+        expect(stream[0] in CODECS, "the codec")
+        expect(type(stream[1]) is int and stream[1] >= 0, "a stream's length")
     payload = body[PREAMBLE.size + header_bytes :]
-    _expect(sum(lengths) == len(payload), "the payload's length")
+    packed_bytes = sum(length for _, length in header["streams"].values())
+    expect(packed_bytes == len(payload), "the payload's length")
     return header, payload
 
 
 def _unpack(header: Mapping[str, Any], payload: bytes) -> dict[str, Stored]:
     """The stored tensors, in the order of their names."""
     shapes = {name: tuple(shape) for name, shape in sorted(header["shapes"].items())}
-    unpacked_bytes = dict.fromkeys(STREAM_DTYPES, 0)
+    parts: dict[str, list[tuple[int, ...]]] = {stream: [] for stream in STREAM_DTYPES}
     for name, shape in shapes.items():
         for stream, part in _parts(name, shape):
-            unpacked_bytes[stream] += math.prod(part) * np.dtype(STREAM_DTYPES[stream]).itemsize
-    _expect(sum(unpacked_bytes.values()) <= MAXIMUM_UNPACKED_BYTES, "the sum of the shapes")
+            parts[stream].append(part)
+    expect(
+        sum(map(_unpacked_bytes, parts, parts.values())) <= MAXIMUM_UNPACKED_BYTES,
+        "the sum of the shapes",
+    )
     streams, start = {}, 0
-    for stream, size in unpacked_bytes.items():
-        stop = start + header["stream_bytes"][stream]
-        streams[stream] = _Reader(_decompress(payload[start:stop], stream, size))
-        start = stop
+    for stream, stream_shapes in parts.items():
+        codec, length = header["streams"][stream]
+        data, start = payload[start : start + length], start + length
+        streams[stream] = iter(unpack(data, codec, np.dtype(STREAM_DTYPES[stream]), stream_shapes))
     tensors: dict[str, Stored] = {}
     for name, shape in shapes.items():
-        arrays = [streams[stream].take(stream, part) for stream, part in _parts(name, shape)]
+        arrays = [_tensor(stream, next(streams[stream])) for stream, _ in _parts(name, shape)]
         tensors[name] = QuantizedTensor(*arrays) if len(arrays) == 2 else arrays[0]
         _require_finite(name, arrays[-1])
     return tensors
+
+
+def _unpacked_bytes(stream: str, shapes: list[tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes)) * np.dtype(STREAM_DTYPES[stream]).itemsize
 
 
 def _parts(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
@@ -230,89 +252,34 @@ def _parts(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]
     return [(storage, shape), ("scales", shape[:-1])] if storage in BITS else [(storage, shape)]
 
 
-class _Reader:
-    """Takes arrays off the front of one stream."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._position = 0
-
-    def take(self, stream: str, shape: tuple[int, ...]) -> torch.Tensor:
-        dtype = np.dtype(STREAM_DTYPES[stream])
-        start = self._position
-        self._position += math.prod(shape) * dtype.itemsize
-        part = self._data[start : self._position]
-        if stream in BITS:
-            return bytes_to_codes(part, shape, BITS[stream])
-        array = np.frombuffer(part, dtype=dtype).reshape(shape)
-        return torch.from_numpy(array.astype(dtype.newbyteorder("=")))
+def _tensor(stream: str, array: np.ndarray) -> torch.Tensor:
+    """A checked copy, in the machine's byte order."""
+    if stream in BITS:
+        return bytes_to_codes(array.tobytes(), array.shape, BITS[stream])
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 
 
-def _float_bytes(tensor: torch.Tensor, stream: str) -> bytes:
-    return tensor.detach().cpu().numpy().astype(STREAM_DTYPES[stream]).tobytes()
-
-
-def _filters(stream: str) -> list[dict[str, int]]:
-    """LZMA's settings for a stream of numbers that are all but independent.
-
-    Contexts of earlier bytes would only dilute the statistics, but a byte's place in its number
-    counts. Matches are chance: a small dictionary and one candidate each find few of them, which
-    on Gaussian int6 codes gives 0.6749 bytes a code instead of the preset's 0.6764, 8 times faster.
-    """
-    place_bits = int(math.log2(np.dtype(STREAM_DTYPES[stream]).itemsize))
-    return [
-        {
-            "id": lzma.FILTER_LZMA2,
-            "preset": 9,
-            "dict_size": 1 << 16,
-            "lc": 0,
-            "lp": place_bits,
-            "pb": place_bits,
-            "mf": lzma.MF_HC3,
-            "nice_len": 273,
-            "depth": 1,
-        }
-    ]
-
-
-def _compress(data: bytes, stream: str) -> bytes:
-    return lzma.compress(data, format=lzma.FORMAT_RAW, filters=_filters(stream))
-
-
-def _decompress(data: bytes, stream: str, size: int) -> bytes:
-    """Unpack exactly `size` bytes, never more than one beyond."""
-    decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_filters(stream))
-    try:
-        unpacked = decompressor.decompress(data, max_length=size + 1)
-    except lzma.LZMAError as error:
-        raise UserError("a stream cannot be decompressed: the file is damaged") from error
-    _expect(len(unpacked) == size and decompressor.eof, "a stream's unpacked length")
-    return unpacked
+def _floats(tensor: torch.Tensor, stream: str) -> np.ndarray:
+    return tensor.detach().cpu().numpy().astype(STREAM_DTYPES[stream])
 
 
 def _model_config(config: Mapping[str, Any]) -> GPTConfig:
     """A GPTConfig of checked types; the weights' shapes bound its sizes when the model is built."""
     annotations = {field.name: field.type for field in fields(GPTConfig)}
-    _expect(set(config) == set(annotations), "the list of the model's settings")
+    expect(set(config) == set(annotations), "the list of the model's settings")
     for name, kind in annotations.items():
         value = config[name]
         if kind is int:
-            _expect(type(value) is int and value > 0, f"model.{name}")
+            expect(type(value) is int and value > 0, f"model.{name}")
         elif kind is float:
-            _expect(type(value) in (int, float) and 0 < value < math.inf, f"model.{name}")
+            expect(type(value) in (int, float) and 0 < value < math.inf, f"model.{name}")
         else:
-            _expect(isinstance(value, list | tuple), f"model.{name}")
+            expect(isinstance(value, list | tuple), f"model.{name}")
             layers = range(config["layers"])
-            _expect(all(type(item) is int and item in layers for item in value), f"model.{name}")
+            expect(all(type(item) is int and item in layers for item in value), f"model.{name}")
     return GPTConfig(**config)
 
 
 def _require_finite(name: str, tensor: torch.Tensor) -> None:
     if not torch.isfinite(tensor).all():
         raise UserError(f"{name} holds values that are not finite in {tensor.dtype}")
-
-
-def _expect(condition: bool, what: str) -> None:
-    """For a file that a stranger wrote: its checksum matches, but its contents need not."""
-    if not condition:
-        raise UserError(f"{what} is not what an artifact holds: it was not written by this program")

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from fairway.errors import UserError
-from fairway.quantization.artifact import Stored, encode_artifact, storage_of
+from fairway.quantization.artifact import Stored, encode_artifact, storage_of, stream_table
 from fairway.quantization.integers import QuantizedTensor
 
 MAXIMUM_SEARCH_STEPS = 8
@@ -31,14 +31,17 @@ def fit_to_limit(
     is large enough. Returns the tensors and the number zeroed; UserError where even all of them
     are too few.
     """
-    size = len(encode_artifact(config, tensors))
+    data = encode_artifact(config, tensors)
+    size = len(data)
     if size <= limit_bytes:
         return dict(tensors), 0
+    # A few zeros do not change which codec is smaller; if they do, what is written is smaller yet.
+    codecs = {stream: codec for stream, (codec, _) in stream_table(data).items()}
     order = _cheapest_ones(tensors)
     too_few, too_large_size = 0, size
     enough = len(order)
     fitted = _with_zeros(tensors, order)
-    fitting_size = len(encode_artifact(config, fitted))
+    fitting_size = len(encode_artifact(config, fitted, codecs))
     if fitting_size > limit_bytes:
         raise UserError(
             f"the artifact needs {fitting_size} bytes even with all {enough} codes of ±1 zeroed, "
@@ -54,7 +57,7 @@ def fit_to_limit(
         middle = too_few + round((enough - too_few) * share)
         middle = min(max(middle, too_few + 1), enough - 1)
         candidate = _with_zeros(tensors, order[:middle])
-        size = len(encode_artifact(config, candidate))
+        size = len(encode_artifact(config, candidate, codecs))
         if size <= limit_bytes:
             enough, fitted, fitting_size = middle, candidate, size
         else:

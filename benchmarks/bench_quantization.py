@@ -1,0 +1,219 @@
+"""Benchmarks of the gptq stage: self-generated calibration text, GPTQ, and the artifact."""
+
+import statistics
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from ceilings import generation_bytes, gptq_flops
+from context import Context, ran
+from record_evaluation import record_next_tokens
+from record_quantization import output_error, record_archive, record_gptq
+from results import Agreement, Bar, Row
+from timing import median_seconds, timed, warmed_up
+
+from fairway.model.gpt import BANKS, GPT
+from fairway.quantization.artifact import read_artifact, restored, storable, write_artifact
+from fairway.quantization.calibration import (
+    collect_hessians,
+    self_generated_tokens,
+    training_tokens,
+)
+from fairway.quantization.gptq import GptqSettings, quantize_bank, quantize_banks
+from fairway.quantization.integers import QuantizedTensor, round_to_nearest
+
+PREFIX_LENGTHS = 8
+CHECKED_TOKENS = 64
+HESSIAN_SEQUENCES = 16
+TIMED_MATRICES = 2
+"""Of each shape: the record's way on the CPU takes too long for all of them."""
+ERROR_SLACK = 0.02
+"""The fast path chooses a clip per row, the record per matrix, so it should never be worse."""
+
+
+def self_generation(context: Context) -> list[Row]:
+    """Sampling calibration sequences from the model itself."""
+    settings = GptqSettings(**context.section("gptq"))
+    model, device = context.model(context.scattered_weights()), context.device
+    found: dict[str, torch.Tensor] = {}
+
+    def generate() -> None:
+        found["tokens"] = self_generated_tokens(
+            model,
+            settings.calibration_sequences,
+            settings.calibration_tokens,
+            settings.temperature,
+            settings.batch_sequences,
+            context.options.seed,
+            context.dataset.bos_id,
+        )
+
+    side = warmed_up(device, lambda: lambda: [timed(device, generate)])
+    seconds = statistics.median(
+        second for _ in range(context.options.repeats) for second in side.run()
+    )
+    baseline_seconds, lengths = _generation_without_cache(context, settings, found["tokens"])
+    moved = generation_bytes(
+        model.config,
+        settings.calibration_sequences,
+        settings.calibration_tokens,
+        number_bytes=model.compute_dtype.itemsize,
+    )
+    floor = moved / context.ceilings.memory_bytes_per_second
+    return [
+        Row(
+            "self_generation",
+            f"s for {settings.calibration_sequences} x {settings.calibration_tokens} tokens",
+            seconds, baseline_seconds, baseline_seconds / seconds, "memory", floor / seconds,
+            None, side.peak_bytes, **ran(model),
+            bars=(Bar("<= 8 s", seconds <= 8),),
+            agreements=(_decoding_agrees(context, model, found["tokens"]),),
+            note="the baseline is extrapolated from one step at each of the prefix lengths "
+            + ", ".join(map(str, lengths)),
+        )
+    ]  # fmt: skip
+
+
+def _generation_without_cache(
+    context: Context, settings: GptqSettings, tokens: torch.Tensor
+) -> tuple[float, list[int]]:
+    """Seconds of every step, by the trapezoid rule between the prefix lengths that are timed."""
+    model = context.baseline(context.scattered_weights())
+    tokens = tokens.to(context.device)
+    generator = torch.Generator(context.device).manual_seed(context.options.seed)
+    last = settings.calibration_tokens - 1
+    lengths = sorted({int(length) for length in torch.linspace(1, last, PREFIX_LENGTHS).round()})
+    seconds = [
+        median_seconds(
+            context.device,
+            lambda length=length: record_next_tokens(
+                model, tokens[:, :length], settings.temperature, generator
+            ),
+            context.options.repeats,
+        )
+        for length in lengths
+    ]
+    steps = torch.trapezoid(torch.tensor(seconds), torch.tensor(lengths, dtype=torch.float32))
+    # The rule counts half a step at either end.
+    return float(steps) + (seconds[0] + seconds[-1]) / 2, lengths
+
+
+@torch.no_grad()
+def _decoding_agrees(context: Context, model: GPT, tokens: torch.Tensor) -> Agreement:
+    """Nats of the same sampled text: step by step with the cache, and in one pass without."""
+    tokens = tokens[:, : CHECKED_TOKENS + 1].to(context.device)
+    cache = model.new_cache(len(tokens), tokens.shape[1])
+    steps = [model.decode_step(tokens[:, place], cache) for place in range(tokens.shape[1] - 1)]
+    whole = context.baseline(context.scattered_weights())(tokens[:, :-1])
+    nats = [
+        -torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None]).squeeze(2).mean(1)
+        for logits in (torch.stack(steps, dim=1), whole)
+    ]
+    return context.losses_agree(
+        f"mean loss of a sequence's first {tokens.shape[1] - 1} tokens, nats",
+        float((nats[0] - nats[1]).abs().max()),
+    )
+
+
+def gptq(context: Context) -> list[Row]:
+    """Every bank with all clip candidates, the Hessians given."""
+    settings = GptqSettings(**context.section("gptq"))
+    model, device = context.model(context.scattered_weights()), context.device
+    sequences = min(HESSIAN_SEQUENCES, settings.calibration_sequences)
+    tokens = training_tokens(
+        context.dataset, sequences, settings.calibration_tokens, context.options.seed
+    )
+    hessians = collect_hessians(model, tokens, min(sequences, settings.batch_sequences))
+    banks = {name: getattr(model, name).detach() for name in BANKS}
+    side = warmed_up(
+        device, lambda: lambda: [timed(device, lambda: quantize_banks(banks, hessians, settings))]
+    )
+    seconds = statistics.median(
+        second for _ in range(context.options.repeats) for second in side.run()
+    )
+    baseline_seconds, worst = _gptq_on_cpu(context, banks, hessians, settings)
+    flops = gptq_flops(model.config, len(settings.clip_percentiles))
+    ceiling_seconds = flops / context.ceilings.matmul_flops_per_second
+    ratio = baseline_seconds / seconds
+    return [
+        Row(
+            "gptq", "s, Hessians given", seconds, baseline_seconds, ratio, "matmul",
+            ceiling_seconds / seconds, None, side.peak_bytes, **ran(model),
+            bars=(Bar("<= 8 s", seconds <= 8), Bar(">= 10x the CPU way", ratio >= 10)),
+            agreements=(Agreement("output error over the baseline's, less 1", worst, ERROR_SLACK),),
+            note=f"{len(settings.clip_percentiles)} clip candidates; the baseline is extrapolated "
+            f"from {TIMED_MATRICES} matrices of each bank on {torch.get_num_threads()} CPU "
+            "threads; Fairway computes in float32 and float64, the ceiling is of "
+            f"{context.ceilings.matmul_dtype}",
+        )
+    ]  # fmt: skip
+
+
+def _gptq_on_cpu(context, banks, hessians, settings) -> tuple[float, float]:
+    """Seconds for all matrices the record's way; the worst error of the fast way over its own."""
+    total, worst = 0.0, -1.0
+    for name, bank in banks.items():
+        count = min(TIMED_MATRICES, len(bank))
+        stack = torch.stack([hessians[name, index] for index in range(count)])
+        fast, _ = quantize_bank(name, bank[:count], stack, replace(settings))
+        seconds = []
+        for index in range(count):
+            weights, hessian = bank[index].cpu(), stack[index].cpu()
+            results = []
+            seconds.append(
+                timed(
+                    torch.device("cpu"),
+                    lambda w=weights, h=hessian, out=results: out.append(
+                        record_gptq(
+                            w,
+                            h,
+                            settings.clip_percentiles,
+                            settings.block_columns,
+                            settings.dampening_fraction,
+                        )
+                    ),
+                )
+            )
+            theirs = QuantizedTensor(*results[0]).dequantize()
+            ours = fast.dequantize()[index].cpu()
+            errors = [output_error(weights - q, hessian.float()) for q in (ours, theirs)]
+            worst = max(worst, errors[0] / errors[1] - 1)
+        total += len(bank) * statistics.mean(seconds)
+    return total, worst
+
+
+def artifact(context: Context) -> list[Row]:
+    """Compressing and writing the file, and its size."""
+    model = context.model(context.trained_weights())
+    banks = {name: round_to_nearest(getattr(model, name).detach(), bits=6) for name in BANKS}
+    tensors, config = storable(model.state_dict(), banks), asdict(model.config)
+    cpu, sizes = torch.device("cpu"), {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "artifact.bin"
+
+        def write() -> None:
+            sizes["fast"] = write_artifact(path, config, tensors)
+
+        def compress() -> None:
+            sizes["baseline"] = len(record_archive(tensors))
+
+        seconds = {name: timed(cpu, run) for name, run in (("fast", write), ("baseline", compress))}
+        _, state = read_artifact(path)
+    expected = restored(tensors)
+    difference = max(float((state[name] - expected[name]).abs().max()) for name in expected)
+    return [
+        Row(
+            "artifact", "s to compress and write", seconds["fast"], seconds["baseline"],
+            seconds["baseline"] / seconds["fast"], **ran(model),
+            bars=(Bar("<= 15 s", seconds["fast"] <= 15),),
+            agreements=(Agreement("weights read back", difference, 0.0),),
+            note="on the CPU; banks rounded to nearest int6",
+        ),
+        Row(
+            "artifact", "bytes", sizes["fast"], sizes["baseline"],
+            sizes["baseline"] / sizes["fast"], **ran(model),
+            bars=(Bar("<= LZMA preset 9", sizes["fast"] <= sizes["baseline"]),),
+            note="the baseline: LZMA preset 9 of one byte a code and all other numbers",
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,195 @@
+"""What every stage's benchmark needs: settings, data, models with weights worth measuring on."""
+
+import argparse
+import math
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from baseline import BaselineGPT, from_fairway
+from ceilings import Ceilings
+from results import Agreement
+from timing import release_memory
+
+from fairway.config import load_config, variant_config
+from fairway.data.dataset import Dataset, load_dataset, read_split
+from fairway.data.loader import CoprimeLoader
+from fairway.distributed import World, resolve_device
+from fairway.errors import UserError
+from fairway.model.gpt import GPT, GPTConfig, config_from_settings
+from fairway.model.runtime import RuntimeSettings, compiles, prepare
+from fairway.training.checkpoint import Checkpoints
+from fairway.training.trainer import Trainer, TrainSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {
+    "toy": [ROOT / "config.yaml"],
+    "record": [ROOT / "config.yaml", ROOT / "config/record.yaml"],
+}
+PRETRAINING_TOKENS = 131072
+"""Of each step that makes the weights of the stages that need a model which predicts something."""
+
+LOSS_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
+"""In nats, on means over at least a window's scored slice (64 targets at the record's size)."""
+
+
+@dataclass
+class Context:
+    """One run of the benchmarks. config: the validated configuration, without a variant."""
+
+    options: argparse.Namespace
+    config: dict[str, Any]
+    dataset: Dataset
+    runtime: RuntimeSettings
+    device: torch.device
+    ceilings: Ceilings | None = None
+    step_seconds: float | None = None
+    """Of the library's own training step, once it was measured."""
+    trained: dict[str, torch.Tensor] | None = None
+
+    @property
+    def compiles(self) -> bool:
+        return compiles(self.runtime, self.device)
+
+    @property
+    def world(self) -> World:
+        return World(rank=0, size=1, device=self.device)
+
+    def section(self, name: str, variant: str | None = None) -> dict[str, Any]:
+        """A section of the config, as `variant` sees it."""
+        seen = variant_config(self.config, variant) if variant else self.config
+        return dict(seen[name])
+
+    def train_settings(self, **changes: Any) -> TrainSettings:
+        """The config's training without its ends: no clock, no late QAT, no checkpoints."""
+        settings = TrainSettings(**self.section("train"))
+        rows = self.options.micro_batch_sequences or settings.micro_batch_sequences
+        endless = {
+            "micro_batch_sequences": rows,
+            "max_seconds": None,
+            "warmup_steps": 0,
+            "warmdown_steps": 0,
+            "late_qat_scale": 0.0,
+            "checkpoint_seconds": math.inf,
+            "log_every_steps": 1,
+        }
+        return replace(settings, **{**endless, **changes})
+
+    def model_config(self) -> GPTConfig:
+        tokens = self.config["train"]["sequence_tokens"]
+        return config_from_settings(self.section("model"), self.dataset.vocab_size, tokens)
+
+    def model(self, weights: dict[str, torch.Tensor] | None = None) -> GPT:
+        """The library's model as its stages prepare it; freshly initialised without `weights`."""
+        model = GPT(self.model_config(), seed=self.options.seed)
+        if weights is not None:
+            model.load_state_dict(weights)
+        return prepare(model.to(self.device), self.runtime)
+
+    def baseline(self, weights: dict[str, torch.Tensor] | None = None) -> BaselineGPT:
+        """The record's model with the same weights."""
+        return from_fairway(self.model(weights))
+
+    def scattered_weights(self) -> dict[str, torch.Tensor]:
+        """Initial weights plus noise: at the true start whole layers are zero and hide errors."""
+        generator = torch.Generator().manual_seed(self.options.seed)
+        initial = GPT(self.model_config(), seed=self.options.seed).state_dict()
+        return {
+            name: value + 0.02 * torch.randn(value.shape, generator=generator)
+            for name, value in initial.items()
+        }
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """Weights of a model that predicts something, on the CPU; trained once a run, untimed."""
+        if self.trained is None:
+            steps = self.options.train_steps
+            say(f"training {steps} steps for the stages that need a model which predicts something")
+            self.trained = self._pretrain(steps) if steps else self.scattered_weights()
+        return self.trained
+
+    def _pretrain(self, steps: int) -> dict[str, torch.Tensor]:
+        whole = self.train_settings()
+        tokens = min(PRETRAINING_TOKENS, whole.batch_tokens)
+        sequences = max(1, tokens // whole.sequence_tokens)
+        settings = replace(
+            whole,
+            batch_tokens=sequences * whole.sequence_tokens,
+            # The shape that TTT compiles for as well.
+            micro_batch_sequences=math.gcd(sequences, self.config["ttt"]["batch_sequences"]),
+            max_steps=steps,
+            warmdown_steps=steps // 2,
+            log_every_steps=steps,
+        )
+        trainer = self.trainer(self.model(), settings)
+        trainer.run()
+        weights = {name: value.cpu().clone() for name, value in trainer.model.state_dict().items()}
+        del trainer
+        self.clean_up()
+        return weights
+
+    def trainer(self, model: GPT, settings: TrainSettings) -> Trainer:
+        """The library's own training loop."""
+        loader = CoprimeLoader(
+            self.dataset.splits["train"],
+            settings.sequence_tokens,
+            settings.batch_sequences,
+            seed=self.options.seed,
+        )
+        # Nothing is ever written there: the interval between checkpoints is infinite.
+        checkpoints = Checkpoints(Path(tempfile.gettempdir()) / "fairway-benchmark", "none")
+        return Trainer(
+            model, settings, loader, self.world, checkpoints, compile_model=self.compiles
+        )
+
+    def stream(self, split: str, num_tokens: int | None = None) -> torch.Tensor:
+        """The first tokens of a split, int64 on the device; all without `num_tokens`."""
+        tokens = read_split(self.dataset, split)[:num_tokens]
+        if num_tokens is not None and len(tokens) < num_tokens:
+            raise UserError(
+                f"the split {split} has {len(tokens)} tokens and {num_tokens} are needed: bring a "
+                "larger dataset, or lower --windows"
+            )
+        return torch.from_numpy(tokens.astype("int64")).to(self.device)
+
+    def clean_up(self) -> None:
+        """Forget compiled graphs and deleted models."""
+        if self.compiles:
+            torch._dynamo.reset()
+        release_memory(self.device)
+
+    def losses_agree(self, what: str, difference: float) -> Agreement:
+        """Mean losses under the tolerance of the precision that the model computes in."""
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        return Agreement(what, difference, LOSS_TOLERANCE[dtype])
+
+    @property
+    def precision(self) -> str:
+        """What `prepare` makes of runtime.precision here."""
+        if self.runtime.precision != "auto":
+            return self.runtime.precision
+        return "bfloat16" if self.device.type == "cuda" else "float32"
+
+
+def make_context(options: argparse.Namespace) -> Context:
+    """Read settings and data; UserError where they do not fit together."""
+    device = resolve_device(options.device)
+    size = options.size or ("record" if device.type == "cuda" else "toy")
+    config = load_config([*SIZES[size], *options.config])
+    runtime = RuntimeSettings(**{**config["runtime"], "device": device.type})
+    options.size = size
+    return Context(options, config, load_dataset(options.dataset), runtime, device)
+
+
+def ran(model: GPT) -> dict[str, str]:
+    """Which kernels and which attention backend a model computes with, for its rows."""
+    return {
+        "kernels": getattr(model, "kernels", "plain"),
+        "attention": model.attention_backend,
+    }
+
+
+def say(text: str) -> None:
+    """Progress, at once."""
+    print(text, flush=True)

@@ -1,0 +1,134 @@
+"""Sliding windows, SLOT and sampling as the record does them, on the baseline model.
+
+Shapes: B windows of a batch, T tokens of a window, V vocabulary.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from baseline import BaselineGPT, record_attention
+from torch import Tensor
+
+from fairway.adaptation.slot import SlotSettings
+from fairway.evaluation.windows import Windows, sliding_windows
+
+Logits = Callable[[Tensor], Tensor]
+"""tokens int64 [B, T] → logits float32 [B, T, V]."""
+
+
+def record_logits(model: BaselineGPT, compile_model: bool) -> Logits:
+    """The forward pass as the record evaluates it: compiled, logits of every position."""
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if compile_model else model
+    device = model.smear_gate.device
+
+    @torch.no_grad()
+    def logits(tokens: Tensor) -> Tensor:
+        with record_attention(device):
+            return forward(tokens)
+
+    return logits
+
+
+def batches_of(windows: Windows, size: int) -> list[range]:
+    """Indices of `size` consecutive windows at a time."""
+    edges = [*range(0, len(windows), size), len(windows)]
+    return [range(first, last) for first, last in pairwise(edges)]
+
+
+def window_rows(stream: Tensor, windows: Windows, batch: range) -> tuple[Tensor, Tensor]:
+    """Inputs and targets int64 [B, T]."""
+    starts = [int(windows.starts[index]) for index in batch]
+    inputs = torch.stack([stream[start : start + windows.length] for start in starts])
+    targets = torch.stack([stream[start + 1 : start + windows.length + 1] for start in starts])
+    return inputs, targets
+
+
+def all_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats of every position, float32 [B, T]."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return losses.view_as(targets)
+
+
+def scored_slices(losses: Tensor, windows: Windows, batch: range) -> list[Tensor]:
+    """Of each window the losses that it scores."""
+    return [
+        row[windows.length - int(windows.scored[index]) :]
+        for row, index in zip(losses, batch, strict=True)
+    ]
+
+
+@torch.no_grad()
+def record_sliding(logits: Logits, stream: Tensor, settings: SlotSettings) -> Tensor:
+    """Nats of every target of `stream` int64 [n + 1], float32 [n]."""
+    windows = sliding_windows(len(stream) - 1, settings.window_tokens, settings.stride_tokens)
+    parts: list[Tensor] = []
+    for batch in batches_of(windows, settings.batch_windows):
+        inputs, targets = window_rows(stream, windows, batch)
+        parts += scored_slices(all_losses(logits(inputs), targets), windows, batch)
+    return torch.cat(parts)
+
+
+def record_slot(logits: Logits, stream: Tensor, settings: SlotSettings) -> Tensor:
+    """Nats of every target with one delta fitted to each batch of windows, float32 [n].
+
+    The delta of a batch is where the next one's fit begins.
+    """
+    windows = sliding_windows(len(stream) - 1, settings.window_tokens, settings.stride_tokens)
+    delta, parts = None, []
+    for batch in batches_of(windows, settings.batch_windows):
+        inputs, targets = window_rows(stream, windows, batch)
+        base = logits(inputs)
+        if delta is None:
+            delta = torch.zeros(1, 1, base.size(-1), device=base.device)
+        delta = record_fit(
+            base, targets, context_mask(windows, batch, settings, base), delta, settings
+        )
+        with torch.no_grad():
+            parts += scored_slices(all_losses(base + delta, targets), windows, batch)
+    return torch.cat(parts)
+
+
+def context_mask(windows: Windows, batch: range, settings: SlotSettings, like: Tensor) -> Tensor:
+    """float32 [B, T]: one where a focal position precedes its window's scored slice."""
+    mask = torch.zeros(len(batch), windows.length, device=like.device)
+    for row, index in enumerate(batch):
+        last = windows.length - int(windows.scored[index])
+        mask[row, max(0, windows.length - settings.focal) : last] = 1.0
+    return mask
+
+
+def record_fit(
+    logits: Tensor, targets: Tensor, mask: Tensor, initial: Tensor, settings: SlotSettings
+) -> Tensor:
+    """The record's fit: every closure call runs over all positions of all windows."""
+    delta = initial.clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [delta],
+        lr=1.0,
+        max_iter=settings.iterations,
+        history_size=settings.history,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        losses = all_losses(logits + delta, targets)
+        loss = (losses * mask).sum() / mask.sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return delta.detach().clamp(-settings.clamp, settings.clamp)
+
+
+@torch.no_grad()
+def record_next_tokens(
+    model: BaselineGPT, prefix: Tensor, temperature: float, generator: torch.Generator
+) -> Tensor:
+    """Without a cache: the whole prefix int64 [B, n] again for one new token each, int64 [B]."""
+    with record_attention(prefix.device):
+        logits = model(prefix)[:, -1]
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)

@@ -81,11 +81,12 @@ def write_provenance(
 def runtime_metrics(model: Any, world: World) -> dict[str, Any]:
     """The keys of metrics.json that say how a stage computed.
 
-    model: anything with `attention_backend` and `compute_dtype`, as fairway.model.gpt.GPT has.
+    model: anything with `kernels`, `attention_backend` and `compute_dtype`, as GPT has.
     """
     return {
         "device": device_name(world.device),
         "processes": world.size,
+        "kernels": model.kernels,
         "attention_backend": model.attention_backend,
         "precision": str(model.compute_dtype).removeprefix("torch."),
         "peak_memory_bytes": peak_memory_bytes(world.device),

@@ -61,7 +61,7 @@ def audit(options: argparse.Namespace, settings: dict[str, Any]) -> None:
     model = prepare(load_artifact(options.gptq / "artifact.bin", world.device), runtime)
     metrics = {stage: read_json(getattr(options, stage) / "metrics.json") for stage in STAGES}
     dataset = load_dataset(options.dataset)
-    logits = torch.compile(model) if compiles(runtime, world.device) else model
+    logits = torch.compile(model) if compiles(runtime, model) else model
     subject = audit_subject(options, settings, model, logits, dataset, metrics["slot"])
     audit_settings = AuditSettings(**settings["audit"])
     findings = audit_evaluator(subject, audit_settings, options.seed)
@@ -127,7 +127,7 @@ def audit_subject(
     )
     ranks = slot_metrics["processes"]
     return Subject(
-        evaluator=make_evaluator(logits, slot, dataset.bos_id, ranks),
+        evaluator=make_evaluator(logits, slot, dataset.bos_id, ranks, model.kernels),
         tokens=tokens[start : start + num_targets + 1].to(model.token_embedding.device),
         vocab_size=dataset.vocab_size,
         bos_id=dataset.bos_id,

@@ -53,7 +53,7 @@ def evaluate(options, settings, slot, runtime, world) -> None:
     model = prepare(load_artifact(options.artifact / "artifact.bin", world.device), runtime)
     check_vocabulary(model, dataset, options)
     logits = TimedLogits(
-        torch.compile(model) if compiles(runtime, world.device) else model, world.device
+        torch.compile(model) if compiles(runtime, model) else model, world.device
     )
     tokens = read_split(dataset, "val")
     stream = torch.from_numpy(tokens.astype("int64")).to(world.device)
@@ -61,7 +61,14 @@ def evaluate(options, settings, slot, runtime, world) -> None:
     warn_if_idle(share, slot, world)
     with progress(share, "slot_eval", "window", show=world.is_main) as bar:
         own = score_rank(
-            logits, stream, slot, dataset.bos_id, world.rank, world.size, advance=bar.update
+            logits,
+            stream,
+            slot,
+            dataset.bos_id,
+            world.rank,
+            world.size,
+            advance=bar.update,
+            kernels=model.kernels,
         )
     scoring_seconds, sliding_seconds = time.perf_counter() - started, logits.seconds()
     parts = gather_objects(world, own)

@@ -105,7 +105,7 @@ def train(options, settings, runtime, world) -> None:
         loader,
         world,
         checkpoints,
-        compile_model=compiles(runtime, world.device),
+        compile_model=compiles(runtime, model),
     )
     if world.is_main:
         print(describe(model, train_settings, world), file=sys.stderr, flush=True)

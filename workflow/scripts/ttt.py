@@ -48,7 +48,7 @@ def train(options, settings, runtime, world) -> None:
             ttt,
             seed=options.seed,
             world=world,
-            compile_model=compiles(runtime, world.device),
+            compile_model=compiles(runtime, model),
         )
     training_seconds = time.perf_counter() - started if losses else 0.0
     if world.is_main:

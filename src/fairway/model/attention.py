@@ -1,4 +1,4 @@
-"""Causal attention behind one function: the flash_attn family where it is installed, else SDPA.
+"""Causal attention behind one function: cuDNN's, the flash_attn family's or PyTorch's own.
 
 Shapes: B sequences, T positions, H query heads, K key/value heads, D head width.
 """
@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fairway.errors import UserError
 
@@ -19,52 +20,82 @@ FLASH_MODULES = {
 }
 
 
+CUDNN_CAPABILITY = (9, 0)
+"""The first GPUs (Hopper) on which cuDNN's attention was measured ahead of PyTorch's own."""
+
+
 def available_backends(device: torch.device) -> list[str]:
     """The backends that can run on `device`, best first; `sdpa` is always the last."""
-    flash = []
-    if device.type == "cuda":
-        flash = [name for name, module in FLASH_MODULES.items() if _is_installed(module)]
-    return [*flash, "sdpa"]
+    if device.type != "cuda":
+        return ["sdpa"]
+    has_cudnn = (
+        torch.backends.cudnn.is_available()
+        and torch.cuda.get_device_capability(device) >= CUDNN_CAPABILITY
+    )
+    flash = [name for name, module in FLASH_MODULES.items() if _is_installed(module)]
+    return [*(["cudnn"] if has_cudnn else []), *flash, "sdpa"]
 
 
 def select_backend(wanted: str, device: torch.device) -> str:
-    """Resolve `runtime.attention` (auto, sdpa, flash_attn) to one backend's name.
+    """Resolve `runtime.attention` (auto, sdpa, cudnn, flash_attn) to one backend's name.
 
-    Raises UserError where flash_attn is asked for and cannot run; `auto` takes what there is.
+    Raises UserError where the one asked for cannot run; `auto` takes the best there is.
     """
     backends = available_backends(device)
-    if wanted == "sdpa":
-        return "sdpa"
-    if wanted == "flash_attn" and backends[0] == "sdpa":
+    if wanted == "auto":
+        return backends[0]
+    serving = [name for name in backends if name.startswith(wanted)]
+    if not serving:
         raise UserError(
-            f"runtime.attention is 'flash_attn' but no flash_attn package serves device "
-            f"{device.type!r}: install the `gpu` extra on a CUDA machine, or use 'auto' or 'sdpa'"
+            f"runtime.attention is {wanted!r} but the backends for device {device.type!r} are "
+            f"{', '.join(backends)}: use 'auto' or one of these (flash_attn comes with the `gpu` "
+            "extra, cudnn needs a Hopper GPU or newer)"
         )
-    return backends[0]
+    return serving[0]
 
 
 def attend(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, backend: str
 ) -> torch.Tensor:
-    """Causal softmax attention with scale 1/sqrt(D).
+    """Causal softmax attention with scale 1/sqrt(D); the queries are those of the last Q places.
 
-    queries [B, T, H, D]; keys, values [B, T, K, D] with K dividing H; returns [B, T, H, D] in the
-    dtype of `queries`. The flash backends take bfloat16 and float16 only; other dtypes go
-    through SDPA (the model's precision decides, and metrics.json names it).
+    queries [B, Q, H, D]; keys, values [B, T, K, D] with Q ≤ T and K dividing H; returns
+    [B, Q, H, D] in the dtype of `queries`. cuDNN and the flash backends take bfloat16 and float16
+    only; other dtypes go through SDPA (the model's precision decides, and metrics.json names it).
     """
-    if backend == "sdpa":
-        return F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=keys.shape[2] != queries.shape[2],
-        ).transpose(1, 2)
-    output = importlib.import_module(FLASH_MODULES[backend]).flash_attn_func(
-        queries, keys, values, causal=True
-    )
-    # FlashAttention 3 and 4 return (output, logsumexp), flash-attn 2 the output alone.
-    return output[0] if isinstance(output, tuple) else output
+    if backend in FLASH_MODULES:
+        output = importlib.import_module(FLASH_MODULES[backend]).flash_attn_func(
+            queries, keys, values, causal=True
+        )
+        # FlashAttention 3 and 4 return (output, logsumexp), flash-attn 2 the output alone.
+        return output[0] if isinstance(output, tuple) else output
+    places = keys.shape[1]
+    if queries.shape[1] != places:
+        return _attend_from(places - queries.shape[1], queries, keys, values)
+    if backend == "cudnn":
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return _scaled_dot_product(queries, keys, values, is_causal=True)
+    return _scaled_dot_product(queries, keys, values, is_causal=True)
+
+
+def _attend_from(first_place: int, queries, keys, values) -> torch.Tensor:
+    """The queries of places from `first_place` on; a mask, since is_causal aligns first places."""
+    place = torch.arange(keys.shape[1], device=keys.device)
+    visible = place <= place[first_place:, None]
+    group = queries.shape[2] // keys.shape[2]
+    if keys.is_cuda:  # with a mask, no fused backend shares keys between query heads
+        keys, values = (part.repeat_interleave(group, dim=2) for part in (keys, values))
+    return _scaled_dot_product(queries, keys, values, attn_mask=visible)
+
+
+def _scaled_dot_product(queries, keys, values, **options) -> torch.Tensor:
+    return F.scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        enable_gqa=keys.shape[2] != queries.shape[2],
+        **options,
+    ).transpose(1, 2)
 
 
 def attend_to_cache(
@@ -75,13 +106,7 @@ def attend_to_cache(
     queries [B, 1, H, D]; keys, values [B, M, K, D]; length: int64 scalar tensor. → [B, 1, H, D].
     """
     visible = torch.arange(keys.shape[1], device=keys.device) < length
-    return F.scaled_dot_product_attention(
-        queries.transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=visible.view(1, 1, 1, -1),
-        enable_gqa=keys.shape[2] != queries.shape[2],
-    ).transpose(1, 2)
+    return _scaled_dot_product(queries, keys, values, attn_mask=visible.view(1, 1, 1, -1))
 
 
 def _is_installed(module: str) -> bool:

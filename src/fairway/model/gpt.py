@@ -24,6 +24,9 @@ from fairway.model.attention import attend, attend_to_cache
 
 BANKS = ("query_output_bank", "key_value_bank", "mlp_up_bank", "mlp_down_bank")
 
+NORM_EPSILON = torch.finfo(torch.float32).eps
+VALUE_NORM_EPSILON = 1e-12
+
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -92,6 +95,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.attention_backend = "sdpa"
+        self.kernels = "plain"
         self.observer: Callable[[str, int, torch.Tensor], None] | None = None
         self.matrix_transform: Callable[[torch.Tensor], torch.Tensor] | None = None
         for name, shape in parameter_shapes(config).items():
@@ -108,12 +112,19 @@ class GPT(nn.Module):
             _initial_value(name, value, self.config, generator)
             parameter.copy_(value)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens int64 [B, T] → soft-capped logits float32 [B, T, V]."""
-        return self.logits(self.hidden(tokens))
+    def forward(self, tokens: torch.Tensor, first_place: int = 0) -> torch.Tensor:
+        """tokens int64 [B, T] → soft-capped logits float32 [B, T − first_place, V].
+
+        Of the places from `first_place` on: what would serve earlier ones alone is not computed.
+        """
+        return self.logits(self.hidden(tokens, first_place))
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy in nats of int64 `targets` [B, T] given `tokens` [B, T]."""
+        if self.kernels == "fused":
+            from fairway.model import fused
+
+            return fused.loss(self, tokens, targets)
         return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -122,17 +133,25 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return cap * torch.tanh(scores / cap)
 
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens int64 [B, T] → the final, normalised residual stream [B, T, C]."""
+    def hidden(self, tokens: torch.Tensor, first_place: int = 0) -> torch.Tensor:
+        """tokens int64 [B, T] → the final, normalised residual stream [B, T − first_place, C].
+
+        An observer sees plain matrix products only, so with one the fused kernels stand aside.
+        """
+        if self.kernels == "fused" and self.observer is None:
+            from fairway.model import fused
+
+            return fused.hidden(self, tokens, first_place)
         embedding = self._embed(tokens, F.pad(tokens[:, :-1], (1, 0), value=-1))
         x = self._smear(embedding, F.pad(embedding[:, :-1], (0, 0, 1, 0)))
         rotation = self._rotation(torch.arange(tokens.shape[1], device=tokens.device))
 
         def attend_layer(layer, queries, keys, values):
-            queries = rotate(queries, rotation) * self._query_gain(layer, queries)
+            latest = tuple(part[-queries.shape[1] :] for part in rotation)
+            queries = rotate(queries, latest) * self._query_gain(layer, queries)
             return attend(queries, rotate(keys, rotation), values, self.attention_backend)
 
-        return self._blocks(tokens, x, self._prepared_banks(), attend_layer)
+        return self._blocks(tokens, x, self._prepared_banks(), attend_layer, first_place)
 
     def new_cache(self, batch: int, max_tokens: int) -> Cache:
         """An empty cache for `decode_step` on `batch` sequences of up to `max_tokens`."""
@@ -179,6 +198,7 @@ class GPT(nn.Module):
         x: torch.Tensor,
         banks: Mapping[str, torch.Tensor],
         attend: Attend,
+        first_place: int = 0,
     ) -> torch.Tensor:
         x0, skips = x, []
         value_embedding = self._value_embedding(tokens, x.dtype)
@@ -186,34 +206,35 @@ class GPT(nn.Module):
         for layer in range(self.config.layers):
             if layer >= encoders and skips:
                 x = x + self.skip_weights[layer - encoders].to(x.dtype) * skips.pop()
-            x = self._block(layer, x, x0, value_embedding, banks, attend)
+            place = first_place if layer == self.config.layers - 1 else 0
+            x = self._block(layer, x, x0, value_embedding, banks, attend, place)
             if layer < encoders:
                 skips.append(x)
         return rms_norm(x)
 
-    def _block(self, layer, x, x0, value_embedding, banks, attend):
+    def _block(self, layer, x, x0, value_embedding, banks, attend, place):
         depth_scale = 1 / math.sqrt(layer + 1)
         mix = self.residual_mix[layer].to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         attention = self._attention(
-            layer, depth_scale * rms_norm(x), value_embedding, banks, attend
+            layer, depth_scale * rms_norm(x), value_embedding, banks, attend, place
         )
-        x = x + self.attention_scale[layer].to(x.dtype) * attention
+        x = places_from(x, place) + self.attention_scale[layer].to(x.dtype) * attention
         mlp = self._mlp(layer, depth_scale * rms_norm(x), banks)
         return x + self.mlp_scale[layer].to(x.dtype) * mlp
 
-    def _attention(self, layer, x, value_embedding, banks, attend):
+    def _attention(self, layer, x, value_embedding, banks, attend, place):
         config, (B, T, _) = self.config, x.shape
-        queries = self._linear(x, banks, "query_output_bank", layer)
+        queries = self._linear(places_from(x, place), banks, "query_output_bank", layer)
         keys = self._linear(x, banks, "key_value_bank", layer)
         values = self._linear(x, banks, "key_value_bank", config.layers + layer)
         if layer in config.value_layers:
             scale = self.value_layer_scales[config.value_layers.index(layer)]
             values = values + scale.to(x.dtype) * value_embedding
-        queries = rms_norm(queries.view(B, T, config.heads, config.head_width))
+        queries = rms_norm(queries.view(B, -1, config.heads, config.head_width))
         keys = rms_norm(keys.view(B, T, config.kv_heads, config.head_width))
         values = values.view(B, T, config.kv_heads, config.head_width)
-        output = exclude_self(attend(layer, queries, keys, values), values)
+        output = exclude_self(attend(layer, queries, keys, values), places_from(values, place))
         return self._linear(output.flatten(2), banks, "query_output_bank", config.layers + layer)
 
     def _mlp(self, layer, x, banks):
@@ -253,10 +274,8 @@ class GPT(nn.Module):
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, rotary_dimensions/2], in the compute dtype."""
-        dimensions = self.config.rotary_dimensions
-        exponents = torch.arange(0, dimensions, 2, device=positions.device) / dimensions
-        angles = torch.outer(positions.float(), rotary_base(self.config) ** -exponents)
-        return angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
+        cos, sin = rotary_angles(self.config, positions)
+        return cos.to(self.compute_dtype), sin.to(self.compute_dtype)
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -327,7 +346,12 @@ def _initial_value(
 
 def rms_norm(x: torch.Tensor) -> torch.Tensor:
     """x / sqrt(mean(x²) + ε) over the last dimension, with no learned scale."""
-    return F.rms_norm(x, (x.shape[-1],))
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPSILON)
+
+
+def places_from(x: torch.Tensor, place: int) -> torch.Tensor:
+    """x [B, T, …] from `place` on; x itself where that is all of it."""
+    return x[:, place:] if place else x
 
 
 def bigram_bucket(tokens: torch.Tensor, previous: torch.Tensor, buckets: int) -> torch.Tensor:
@@ -343,6 +367,14 @@ def rotary_base(config: GPTConfig) -> float:
     # With two dimensions there is one frequency, 1, whatever the base.
     exponent = dimensions / (dimensions - 2) if dimensions > 2 else 0.0
     return config.rope_base * stretch**exponent
+
+
+def rotary_angles(config: GPTConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 [T, rotary_dimensions/2], of int64 `positions` [T]."""
+    dimensions = config.rotary_dimensions
+    exponents = torch.arange(0, dimensions, 2, device=positions.device) / dimensions
+    angles = torch.outer(positions.float(), rotary_base(config) ** -exponents)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -362,7 +394,7 @@ def exclude_self(output: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     output [B, T, H, D], values [B, T, K, D] → [B, T, H, D].
     """
     B, T, H, D = output.shape
-    own = F.normalize(values, dim=-1).unsqueeze(3)
+    own = F.normalize(values, dim=-1, eps=VALUE_NORM_EPSILON).unsqueeze(3)
     grouped = output.view(B, T, values.shape[2], -1, D)
     return (grouped - (grouped * own).sum(-1, keepdim=True) * own).view(B, T, H, D)
 

@@ -1,6 +1,8 @@
-"""How a model computes: device, attention backend, precision, compilation."""
+"""How a model computes: device, kernels, attention backend, precision, compilation."""
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -14,29 +16,56 @@ class RuntimeSettings:
     """The config section `runtime`; `auto` is resolved by `prepare`."""
 
     device: str
+    kernels: str
     attention: str
     precision: str
     compile: str
 
 
 def prepare(model: GPT, settings: RuntimeSettings) -> GPT:
-    """Set the model's compute dtype and attention backend for the device it is on."""
+    """Set the model's compute dtype, kernels and attention backend for the device it is on."""
     device = model.token_embedding.device
     precision = settings.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
-    if precision == "float32" and settings.attention == "flash_attn":
+    if precision == "float32" and settings.attention in ("cudnn", "flash_attn"):
         raise UserError(
-            "runtime.attention 'flash_attn' takes half precisions only, but runtime.precision is "
-            "float32 here: use 'auto' or 'sdpa', or precision bfloat16"
+            f"runtime.attention {settings.attention!r} takes half precisions only, but "
+            "runtime.precision is float32 here: use 'auto' or 'sdpa', or precision bfloat16"
         )
     model.compute_dtype = getattr(torch, precision)
     model.attention_backend = (
         "sdpa" if precision == "float32" else select_backend(settings.attention, device)
     )
+    model.kernels = select_kernels(settings.kernels, device)
+    if model.kernels == "fused" and settings.compile == "on":
+        raise UserError(
+            "runtime.compile is 'on' but runtime.kernels is 'fused' here, and only the plain "
+            "formulation is compiled: set kernels to 'plain' or compile to 'auto'"
+        )
     return model
 
 
-def compiles(settings: RuntimeSettings, device: torch.device) -> bool:
-    """Whether `runtime.compile` asks for torch.compile on this device."""
-    return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
+def select_kernels(wanted: str, device: torch.device) -> str:
+    """Resolve `runtime.kernels` (auto, plain, fused): auto is fused on CUDA where Triton is.
+
+    Raises UserError where fused is asked for and cannot run.
+    """
+    has_triton = find_spec("triton") is not None
+    if wanted == "auto":
+        return "fused" if device.type == "cuda" and has_triton else "plain"
+    # Triton's interpreter runs the kernels on the CPU, slowly; tests use it.
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if wanted == "fused" and not (has_triton and (device.type == "cuda" or interprets)):
+        raise UserError(
+            f"runtime.kernels is 'fused' but the device is {device.type!r} and Triton is "
+            f"{'' if has_triton else 'not '}installed: it needs both CUDA and Triton; use 'auto'"
+        )
+    return wanted
+
+
+def compiles(settings: RuntimeSettings, model: GPT) -> bool:
+    """Whether torch.compile is asked for here: the fused kernels have nothing left for it."""
+    is_cuda = model.token_embedding.device.type == "cuda"
+    plain = model.kernels == "plain"
+    return settings.compile == "on" or (settings.compile == "auto" and is_cuda and plain)

@@ -1,0 +1,360 @@
+"""The model's forward and backward pass written out, for CUDA: the fast twin of `gpt.py`.
+
+The same function of the same parameters as the plain formulation, up to rounding. Between the
+matrix products stand the kernels of `kernels.py`; every per-channel scale next to a matrix is
+folded into it; residual sums are accumulated by the products themselves; and gradients are
+written by hand, so that no activation is read or stored more often than it must be.
+
+Shapes: M = B·T tokens, C width, H query heads, K key/value heads, D head width, F MLP width, L
+blocks.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fairway.model import kernels
+from fairway.model.attention import attend
+from fairway.model.gpt import GPT, GPTConfig, bigram_bucket, rotary_angles
+
+
+class Weights(NamedTuple):
+    """What the blocks compute with; matrices in the compute dtype, scales folded in."""
+
+    qkv: torch.Tensor
+    """[L, C + 2·K·D, C]: query, key and value matrices, times the block's depth scale."""
+    attention_out: torch.Tensor
+    """[L, C, C], rows times attention_scale."""
+    up: torch.Tensor
+    """[L, F, C], times the block's depth scale."""
+    down: torch.Tensor
+    """[L, C, F], rows times mlp_scale."""
+    mix: torch.Tensor
+    """float32 [L, 2, C]."""
+    skip: torch.Tensor
+    """float32 [skips, C]."""
+    gain: torch.Tensor
+    """float32 [L, H]."""
+    value_scales: torch.Tensor
+    """float32 [value layers]."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a pass over [B, T] tokens needs besides tensors that take gradients."""
+
+    config: GPTConfig
+    attention_backend: str
+    batch: int
+    length: int
+    first_place: int
+    cos: torch.Tensor
+    """float32 [T, rotary_dimensions / 2], as is sin."""
+    sin: torch.Tensor
+
+    @property
+    def encoders(self) -> int:
+        return self.config.layers // 2
+
+    def skip_partner(self, index: int) -> int | None:
+        """The decoder block that adds block `index`'s input to its own, or the other way round.
+
+        Block e's output is block e + 1's input, so the first decoder block is its own partner.
+        """
+        partner = 2 * self.encoders - index
+        decoder = max(index, partner)
+        return partner if self.encoders <= decoder < self.encoders + self.config.skips else None
+
+
+@dataclass
+class Layer:
+    """What a block's backward pass needs of its forward pass."""
+
+    x: torch.Tensor
+    """[M, C], its input."""
+    skip: torch.Tensor | None
+    """[M, C], the encoder output that it adds."""
+    skip_weight: torch.Tensor | None
+    attention_input: tuple[torch.Tensor, ...] = ()
+    """Normed [M, C], and 1 / rms, float32 [M]."""
+    qkv: torch.Tensor | None = None
+    """[M, C + 2·K·D], before norm and rotation."""
+    attention: tuple[torch.Tensor, ...] = ()
+    """Queries, keys, values and output, joined by autograd; the output without self."""
+    mlp_input: tuple[torch.Tensor, ...] = ()
+    mlp: tuple[torch.Tensor, ...] = ()
+    """Before and after the activation, [M, F]."""
+
+
+def loss(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of int64 `targets` [B, T] given `tokens` [B, T]."""
+    hidden = _hidden(model, tokens, 0)
+    return HeadLoss.apply(hidden, model.token_embedding, targets, model.config.logit_softcap)
+
+
+def hidden(model: GPT, tokens: torch.Tensor, first_place: int = 0) -> torch.Tensor:
+    """tokens int64 [B, T] → the final, normalised residual stream [B, T − first_place, C]."""
+    rows = _hidden(model, tokens, first_place)
+    return rows.view(len(tokens), tokens.shape[1] - first_place, -1)
+
+
+def _hidden(model: GPT, tokens: torch.Tensor, first_place: int) -> torch.Tensor:
+    config, dtype = model.config, model.compute_dtype
+    x0 = Embed.apply(
+        tokens,
+        bigram_bucket(tokens, F.pad(tokens[:, :-1], (1, 0), value=-1), config.bigram_buckets),
+        model.token_embedding,
+        # A row of the product is the product of a row: the tables are projected, not the tokens.
+        model.bigram_scale * F.linear(model.bigram_embedding, model.bigram_projection),
+        torch.sigmoid(model.smear_gate),
+        dtype,
+    )
+    values = None
+    if config.value_layers:
+        table = model.value_scale * F.linear(model.value_embedding, model.value_projection)
+        values = F.embedding(tokens.flatten(), table.to(dtype))
+    rotation = rotary_angles(config, torch.arange(tokens.shape[1], device=tokens.device))
+    geometry = Geometry(config, model.attention_backend, *tokens.shape, first_place, *rotation)
+    return Blocks.apply(geometry, x0, values, *folded_weights(model))
+
+
+def folded_weights(model: GPT) -> Weights:
+    """The banks in the compute dtype with the scales around them folded in; differentiable."""
+    layers = model.config.layers
+    depth = torch.arange(1, layers + 1, device=model.mlp_up_bank.device).rsqrt().view(-1, 1)
+
+    def fold(bank: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if model.matrix_transform is not None:
+            bank = model.matrix_transform(bank)
+        return ScaleRows.apply(bank, rows.expand(bank.shape[:2]), model.compute_dtype)
+
+    query_rows = depth.expand(layers, model.config.width)
+    query_output = fold(model.query_output_bank, torch.cat((query_rows, model.attention_scale)))
+    key_value = fold(model.key_value_bank, torch.cat((depth, depth)))
+    parts = (query_output[:layers], key_value[:layers], key_value[layers:])
+    return Weights(
+        qkv=torch.cat(parts, dim=1),
+        attention_out=query_output[layers:],
+        up=fold(model.mlp_up_bank, depth),
+        down=fold(model.mlp_down_bank, model.mlp_scale),
+        mix=model.residual_mix,
+        skip=model.skip_weights,
+        gain=model.query_gain,
+        value_scales=model.value_layer_scales,
+    )
+
+
+class ScaleRows(torch.autograd.Function):
+    """bank [n, out, in] times scales [n, out], written in `dtype` without a float32 copy."""
+
+    @staticmethod
+    def forward(ctx, bank, scales, dtype):
+        ctx.save_for_backward(bank, scales)
+        out = torch.empty(bank.shape, dtype=dtype, device=bank.device)
+        return torch.mul(bank, scales.unsqueeze(2), out=out)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        bank, scales = ctx.saved_tensors
+        gradient = gradient.float()
+        along = (gradient * bank).sum(2) if ctx.needs_input_grad[1] else None
+        return gradient.mul_(scales.unsqueeze(2)), along, None
+
+
+class Embed(torch.autograd.Function):
+    """Token and bigram embeddings, normed, and SmearGate: x0 [M, C]."""
+
+    @staticmethod
+    def forward(ctx, tokens, buckets, table, bigram_table, gate, dtype):
+        ctx.save_for_backward(tokens, buckets, table, bigram_table, gate)
+        return kernels.embed(tokens, buckets, table, bigram_table, gate, dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        tokens, buckets, table, bigram_table, _ = ctx.saved_tensors
+        rows, gate_gradient = kernels.embed_backward(gradient, *ctx.saved_tensors)
+        scatter = torch.ops.aten.embedding_dense_backward
+        return (
+            None,
+            None,
+            scatter(rows, tokens.flatten(), len(table), -1, False).float(),
+            scatter(rows, buckets.flatten(), len(bigram_table), -1, False).float(),
+            gate_gradient,
+            None,
+        )
+
+
+class HeadLoss(torch.autograd.Function):
+    """Tied head, soft cap and mean cross-entropy; logits exist once, as their own gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, embedding, targets, cap):
+        head = embedding.to(hidden.dtype)
+        scores = hidden @ head.T
+        losses = kernels.cross_entropy(scores, targets.flatten(), cap)
+        ctx.save_for_backward(hidden, embedding, scores)
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, embedding, scores = ctx.saved_tensors
+        factor = gradient / len(hidden)
+        head = (embedding * factor).to(hidden.dtype)
+        return scores @ head, (scores.T @ hidden).float() * factor, None, None
+
+
+class Blocks(torch.autograd.Function):
+    """All blocks and the final norm: x0 [M, C] → hidden [B·(T − first_place), C].
+
+    values: the value embedding of each token, [M, K·D], or None. Gradients need first_place 0.
+    """
+
+    @staticmethod
+    def forward(ctx, geometry, x0, values, *weights):
+        weights, layers, x = Weights(*weights), [], x0
+        for index in range(geometry.config.layers):
+            layer = Layer(x, None, None)
+            layers.append(layer)
+            partner = geometry.skip_partner(index)
+            if partner is not None and index >= geometry.encoders:
+                layer.skip = layers[partner].x
+                layer.skip_weight = weights.skip[index - geometry.encoders]
+            x = _block(geometry, weights, index, layer, x0, values)
+            if not any(ctx.needs_input_grad):
+                layers[index] = Layer(layer.x, None, None)
+        hidden, inverse = kernels.rms_norm(x)
+        ctx.save_for_backward(hidden, inverse)
+        ctx.inputs = geometry, weights, layers, x0, values
+        return hidden
+
+    @staticmethod
+    def backward(ctx, gradient):
+        geometry, weights, layers, x0, values = ctx.inputs
+        assert geometry.first_place == 0, "gradients need all places"
+        gradients = Weights(*(torch.empty_like(weight) for weight in weights))
+        x0_gradient = torch.zeros_like(x0)
+        values_gradient = None if values is None else torch.zeros_like(values)
+        gradient = kernels.rms_norm_backward(gradient, *ctx.saved_tensors, x0_gradient)
+        skip_gradients: dict[int, torch.Tensor] = {}
+        for index in reversed(range(len(layers))):
+            layer = layers.pop()
+            gradient = _mlp_backward(weights, gradients, index, layer, gradient)
+            inner = _attention_backward(
+                geometry, weights, gradients, index, layer, gradient, values, values_gradient
+            )
+            partner = geometry.skip_partner(index)
+            taken = partner is not None and index <= geometry.encoders
+            found = kernels.mix_and_norm_backward(
+                gradient, inner, *layer.attention_input, layer.x, x0, weights.mix[index],
+                layer.skip, layer.skip_weight, skip_gradients.get(partner),
+                weights.skip[partner - geometry.encoders] if taken else None, x0_gradient,
+            )  # fmt: skip
+            skip_gradients[index], gradient, gradients.mix[index], skip_weight_gradient = found
+            if layer.skip is not None:
+                gradients.skip[index - geometry.encoders] = skip_weight_gradient
+        return None, x0_gradient.add_(gradient), values_gradient, *gradients
+
+
+def _block(geometry, weights, index, layer, x0, values) -> torch.Tensor:
+    """Block `index` from `layer`'s input to its output; notes in `layer` what it computed."""
+    x, *layer.attention_input = kernels.mix_and_norm(
+        layer.x, x0, weights.mix[index], layer.skip, layer.skip_weight
+    )
+    place = geometry.first_place if index == geometry.config.layers - 1 else 0
+    output = _attention(geometry, weights, index, layer, values, place)
+    x = _rows_from(x, geometry, place)
+    # Both sums go into the residual stream's own memory: the backward pass needs the norms'
+    # outputs, not their inputs.
+    x.addmm_(output, weights.attention_out[index].T)
+    layer.mlp_input = kernels.rms_norm(x)
+    up = layer.mlp_input[0] @ weights.up[index].T
+    layer.mlp = up, kernels.leaky_relu_squared(up)
+    return x.addmm_(layer.mlp[1], weights.down[index].T)
+
+
+def _attention(geometry, weights, index, layer, values, place) -> torch.Tensor:
+    """Attention without self of the places from `place` on, before its output matrix."""
+    config, (normed, _) = geometry.config, layer.attention_input
+    if place:
+        queries = _rows_from(normed, geometry, place) @ weights.qkv[index, : config.width].T
+        key_values = normed @ weights.qkv[index, config.width :].T
+        keys, own_values = (_heads(part, config) for part in key_values.chunk(2, dim=1))
+        queries = _heads(queries, config)
+    else:
+        layer.qkv = normed @ weights.qkv[index].T
+        queries, keys, own_values = _split_heads(layer.qkv, config)
+    if index in config.value_layers:
+        scale = weights.value_scales[config.value_layers.index(index)]
+        own_values += (scale * values).to(own_values.dtype).view(own_values.shape)
+    B, T, cos, sin = geometry.batch, geometry.length, geometry.cos, geometry.sin
+    queries = kernels.norm_and_rotate(
+        queries, cos[place:], sin[place:], weights.gain[index], T - place
+    )
+    keys = kernels.norm_and_rotate(keys, cos, sin, None, T)
+    inputs = [part.unflatten(0, (B, -1)).detach() for part in (queries, keys, own_values)]
+    with torch.enable_grad():
+        for part in inputs:
+            part.requires_grad_()
+        joined = attend(*inputs, geometry.attention_backend)
+    output = joined.detach().flatten(0, 1).contiguous()
+    excluded = kernels.exclude_self(output, inputs[2].detach()[:, place:].flatten(0, 1))
+    layer.attention = *inputs, joined, excluded
+    return excluded.flatten(1)
+
+
+def _mlp_backward(weights, gradients, index, layer, gradient) -> torch.Tensor:
+    """The gradient of the residual stream before the MLP, from the one after it."""
+    up, activation = layer.mlp
+    torch.mm(gradient.T, activation, out=gradients.down[index])
+    inner = kernels.leaky_relu_squared_backward(gradient @ weights.down[index], up)
+    torch.mm(inner.T, layer.mlp_input[0], out=gradients.up[index])
+    return kernels.rms_norm_backward(inner @ weights.up[index], *layer.mlp_input, gradient)
+
+
+def _attention_backward(
+    geometry, weights, gradients, index, layer, gradient, values, values_gradient
+) -> torch.Tensor:
+    """The gradient of attention's normed input, from that of the residual stream after it."""
+    config, (*inputs, joined, excluded) = geometry.config, layer.attention
+    torch.mm(gradient.T, excluded.flatten(1), out=gradients.attention_out[index])
+    inner = (gradient @ weights.attention_out[index]).view(excluded.shape)
+    output, own_values = joined.detach().flatten(0, 1), inputs[2].detach().flatten(0, 1)
+    inner, from_exclusion = kernels.exclude_self_backward(inner, output.contiguous(), own_values)
+    found = torch.autograd.grad(joined, inputs, inner.view(joined.shape))
+    query_gradient, key_gradient, value_gradient = (part.flatten(0, 1) for part in found)
+
+    qkv_gradient = torch.empty_like(layer.qkv)
+    queries, keys, _ = _split_heads(layer.qkv, config)
+    to_queries, to_keys, to_values = _split_heads(qkv_gradient, config)
+    cos, sin, T = geometry.cos, geometry.sin, geometry.length
+    gradients.gain[index] = kernels.norm_and_rotate_backward(
+        query_gradient, queries, cos, sin, weights.gain[index], T, to_queries
+    )
+    kernels.norm_and_rotate_backward(key_gradient, keys, cos, sin, None, T, to_keys)
+    torch.add(value_gradient, from_exclusion, out=to_values)
+    if index in config.value_layers:
+        number = config.value_layers.index(index)
+        flat = to_values.flatten(1)
+        gradients.value_scales[number] = (flat * values).sum(dtype=torch.float32)
+        values_gradient += (weights.value_scales[number] * flat).to(flat.dtype)
+    torch.mm(qkv_gradient.T, layer.attention_input[0], out=gradients.qkv[index])
+    return qkv_gradient @ weights.qkv[index]
+
+
+def _split_heads(qkv: torch.Tensor, config: GPTConfig) -> tuple[torch.Tensor, ...]:
+    """Queries [M, H, D], keys and values [M, K, D] as views of qkv."""
+    parts = qkv.split((config.width, config.kv_width, config.kv_width), dim=1)
+    return tuple(_heads(part, config) for part in parts)
+
+
+def _heads(part: torch.Tensor, config: GPTConfig) -> torch.Tensor:
+    return part.unflatten(1, (-1, config.head_width))
+
+
+def _rows_from(x: torch.Tensor, geometry: Geometry, place: int) -> torch.Tensor:
+    """The rows of the places from `place` on, of every sequence; x itself where that is all."""
+    if place == 0:
+        return x
+    return x.unflatten(0, (geometry.batch, geometry.length))[:, place:].flatten(0, 1)

@@ -44,14 +44,16 @@ class Toy:
     def geometry(self) -> Geometry:
         return Geometry(self.window_tokens, self.stride_tokens, self.lanes, self.batch_windows)
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """int64 [rows, T] → float32 [rows, T, V]: the last token and the mean of all so far."""
+    def logits(self, inputs: Tensor, first_place: int = 0) -> Tensor:
+        """int64 [rows, T] → float32 [rows, T − first_place, V]: the last token and the mean of all
+        so far."""
         generator = torch.Generator().manual_seed(self.seed)
         bigram, embedding, output = torch.randn(
             3, self.vocab_size, self.vocab_size, generator=generator
         )
         counts = torch.arange(1, inputs.shape[1] + 1)[None, :, None]
-        return 0.5 * (bigram[inputs] + (embedding[inputs].cumsum(1) / counts) @ output)
+        logits = 0.5 * (bigram[inputs] + (embedding[inputs].cumsum(1) / counts) @ output)
+        return logits[:, first_place:]
 
     def next_token(self, prefix: Tensor) -> Tensor:
         start = context_start(self.geometry, len(prefix))

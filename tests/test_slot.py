@@ -44,10 +44,10 @@ def toy_model(memory: float = 2.0):
     embedding = torch.randn(VOCABULARY, 16, generator=generator)
     head = torch.randn(16, VOCABULARY, generator=generator) / 2
 
-    def model_logits(tokens: torch.Tensor) -> torch.Tensor:
+    def model_logits(tokens: torch.Tensor, first_place: int = 0) -> torch.Tensor:
         states = embedding[tokens]
         average = states.cumsum(1) / torch.arange(1, tokens.shape[1] + 1).reshape(1, -1, 1)
-        return (states + memory * average) @ head
+        return ((states + memory * average) @ head)[:, first_place:]
 
     return model_logits
 
@@ -386,10 +386,40 @@ def test_padding_rows_never_reach_the_scores():
     """Seven lanes in groups of four: the last group has an empty row, and runs end unevenly."""
     calls = []
 
-    def model(tokens):
+    def model(tokens, first_place):
         calls.append(tuple(tokens.shape))
-        return toy_model()(tokens)
+        return toy_model()(tokens, first_place)
 
     settings = replace(SETTINGS, lanes=7, forward_windows=4)
     list(score_stream(model, toy_stream(300), settings, BOS))
     assert set(calls) == {(4, 32)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "first", "later"),
+    [
+        ({"scope": "none"}, 26, 26),
+        ({"context_logits": "scored"}, 0, 26),
+        ({"context_logits": "scored", "focal_tokens": 12}, 20, 26),
+        ({"context_logits": "current"}, 0, 0),
+        ({"context_logits": "current", "focal_tokens": 12}, 20, 20),
+        ({"scope": "batch", "focal_tokens": 12}, 20, 20),
+    ],
+)
+def test_logits_are_asked_for_only_where_they_are_needed(changes, first, later):
+    """And where that is follows from the geometry, whatever the tokens are and the last windows."""
+    settings = replace(SETTINGS, **changes)
+    starts = []
+
+    def model(tokens, first_place):
+        starts.append(first_place)
+        return toy_model()(tokens, first_place)
+
+    # 260 targets end in a window that scores two, and 39 windows in lanes of unequal lengths.
+    for seed in (0, 1):
+        starts.clear()
+        for rank in range(2):
+            list(score_stream(model, toy_stream(261, seed), settings, BOS, rank, 2))
+        expected = {first, later} | {0}  # the stream's first window scores all its targets
+        assert set(starts) == expected
+        assert starts[0] == 0 and starts.count(later) > starts.count(0) * (later > 0)

@@ -6,6 +6,10 @@ softmax of the context serves a whole fit, and an evaluation of value and gradie
 matrix-vector products with q: no logits are exponentiated again.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -34,10 +38,7 @@ def fit_delta(
     that count. initial: float32 [B, V]. Minimizes, row by row and over its counted places,
     (sum of cross-entropies + l2 / 2 |delta|^2) / places.
     """
-    places = is_context.sum(dim=1)
-    share = is_context / places.clamp(min=1).unsqueeze(1)
-    wanted = torch.zeros_like(initial).scatter_add_(1, targets, share)
-    ridge = l2 / places.clamp(min=1)
+    share, wanted, ridge = loss_terms(targets, is_context, initial, l2)
 
     def objective(delta: Tensor) -> tuple[Tensor, Tensor]:
         growth = delta.exp()
@@ -47,7 +48,7 @@ def fit_delta(
         expected = rows_times(share / total, probabilities) * growth
         return value, expected - wanted + ridge.unsqueeze(1) * delta
 
-    has_context = (places > 0).unsqueeze(1)
+    has_context = is_context.any(dim=1, keepdim=True)
     result = minimize(
         objective,
         torch.where(has_context, initial, 0.0),
@@ -60,22 +61,58 @@ def fit_delta(
     return result._replace(x=result.x.clamp(-clamp, clamp))
 
 
+def loss_terms(
+    targets: Tensor, is_context: Tensor, initial: Tensor, l2: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the loss of `fit_delta` needs beside the probabilities.
+
+    share: float32 [B, P], each place's weight. wanted: float32 [B, V], the share of each token
+    among the targets. ridge: float32 [B], the prior's weight in the mean.
+    """
+    places = is_context.sum(dim=1).clamp(min=1)
+    share = is_context / places.unsqueeze(1)
+    wanted = torch.zeros_like(initial).scatter_add_(1, targets, share)
+    return share, wanted, l2 / places
+
+
+class FitKernels(NamedTuple):
+    """One way to compute a fit.
+
+    softmax: float32 logits [m, V] or [B, P, V] -> probabilities in the form that `fit` takes.
+    fit: `fit_delta` or one with its signature.
+    """
+
+    softmax: Callable[[Tensor], Tensor]
+    fit: Callable[..., Minimum]
+
+
+def fit_kernels(kernels: str) -> FitKernels:
+    """The fit of this file for "plain", that of one Triton kernel for "fused"."""
+    if kernels == "fused":
+        from fairway.adaptation import logit_delta_kernel  # there is no Triton without a GPU
+
+        return FitKernels(logit_delta_kernel.compact_softmax, logit_delta_kernel.fit_delta)
+    assert kernels == "plain", kernels
+    return FitKernels(partial(torch.softmax, dim=-1), fit_delta)
+
+
 class ContextBuffer:
     """The probabilities with which each row's last targets were scored, as a ring of P places.
 
-    probabilities: float32 [B, P, V]. positions: int64 [B, P], 0 where nothing was written yet.
+    probabilities: [B, P, V], as `FitKernels.softmax` makes them. positions: int64 [B, P], 0 where
+    nothing was written yet.
     """
 
-    def __init__(self, rows: int, places: int, vocabulary: int, device: torch.device):
-        self.probabilities = torch.zeros(rows, places, vocabulary, device=device)
-        self.positions = torch.zeros(rows, places, dtype=torch.int64, device=device)
+    def __init__(self, rows: int, places: int, like: Tensor):
+        self.probabilities = like.new_zeros(rows, places, like.shape[-1])
+        self.positions = torch.zeros(rows, places, dtype=torch.int64, device=like.device)
 
     def contents(self) -> tuple[Tensor, Tensor]:
         """probabilities and positions."""
         return self.probabilities, self.positions
 
-    def write(self, rows: Tensor, positions: Tensor, logits: Tensor) -> None:
-        """Store float32 logits [m, V] of targets int64 [m] in the given rows int64 [m]."""
+    def write(self, rows: Tensor, positions: Tensor, probabilities: Tensor) -> None:
+        """Store probabilities [m, V] of targets int64 [m] in the given rows int64 [m]."""
         places = positions % self.positions.shape[1]
-        self.probabilities[rows, places] = torch.softmax(logits, dim=1)
+        self.probabilities[rows, places] = probabilities
         self.positions[rows, places] = positions

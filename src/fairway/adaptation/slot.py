@@ -13,19 +13,20 @@ m scored targets. Sources: Hu et al., "SLOT" (2025); the record's description fo
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fairway.adaptation.lbfgs import Minimum
-from fairway.adaptation.logit_delta import ContextBuffer, fit_delta
+from fairway.adaptation.logit_delta import ContextBuffer, FitKernels, fit_kernels
 from fairway.config import check_slot
 from fairway.errors import UserError
 from fairway.evaluation.windows import Windows, lane_runs, sliding_windows
 
-ModelLogits = Callable[[Tensor], Tensor]
-"""tokens int64 [B, T] -> logits float32 [B, T, V]."""
+ModelLogits = Callable[[Tensor, int], Tensor]
+"""tokens int64 [B, T], first place F -> logits float32 [B, T − F, V] of the places from F on."""
 
 MOST_LANES = np.iinfo(np.int16).max  # the width of the lane column in tokens.parquet
 
@@ -122,6 +123,17 @@ class _Stream:
     windows: Windows
     bos_id: int
     settings: SlotSettings
+    kernels: FitKernels
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int64 [windows + 1], each window's start, on the tokens' device; the last is padding."""
+        return _on_device([*self.windows.starts, 0], self.tokens.device)
+
+    @cached_property
+    def scored(self) -> Tensor:
+        """int64 [windows + 1], how many targets each window scores; padding, the last, none."""
+        return _on_device([*self.windows.scored, 0], self.tokens.device)
 
     @property
     def context_places(self) -> int:
@@ -133,26 +145,36 @@ class _Rows:
     """The windows of one forward pass; windows [B] of −1 are padding, which scores nothing.
 
     Padding keeps the shape, and so the arithmetic of every row, the same from step to step.
-    row, place: int64 [m], where the scored targets' logits are in [B, T, V]. positions: int64 [m],
-    their indices in the stream.
+    first_place: the first place of [0, T) whose logits are needed; it follows from the windows
+    alone, never from their tokens, since it changes the shapes.
+    row, place: int64 [m], the row and place of each scored target. positions: int64 [m], their
+    indices in the stream. real: bool [B, 1]. real_rows: int64, the rows that are not padding.
     """
 
-    def __init__(self, stream: _Stream, windows: Sequence[int]):
-        device, length = stream.tokens.device, stream.windows.length
-        self.stream = stream
-        self.windows = np.asarray(windows, dtype=np.int64)
-        self.is_real = self.windows >= 0
-        self.scored = np.where(self.is_real, stream.windows.scored[self.windows], 0)
-        starts = np.where(self.is_real, stream.windows.starts[self.windows], 0)
-        row = np.repeat(np.arange(len(starts)), self.scored)
-        seen = np.arange(len(row)) - (np.cumsum(self.scored) - self.scored)[row]
+    def __init__(self, stream: _Stream, windows: np.ndarray, index: Tensor, needs_context: bool):
+        """windows: int64 [B] on the host. index: the same on the device, so that nothing waits."""
+        length = stream.windows.length
+        is_real = windows >= 0
+        counts = stream.windows.scored[windows[is_real]]
+        self.stream, self.index = stream, index
+        self.num_windows, self.num_scored = len(counts), int(counts.sum())
+        self.fewest_scored = int(counts.min())
+        # The stream's last window may score less than a stride; its shapes are those of the others.
+        places = max(int(counts.max()), stream.settings.stride_tokens)
+        if needs_context:
+            places = max(places, stream.context_places)
+        self.first_place = max(length - places, 0)
 
-        self.row = torch.from_numpy(row).to(device)
-        self.place = torch.from_numpy(seen + (length - self.scored)[row]).to(device)
-        self.ends = torch.from_numpy(starts + length).to(device).unsqueeze(1)
-        self.real = torch.from_numpy(self.is_real).to(device).unsqueeze(1)
+        self.real = (index >= 0).unsqueeze(1)
+        self.real_rows = torch.repeat_interleave(self.real[:, 0].long(), output_size=len(counts))
+        scored = stream.scored[index]
+        self.row = torch.repeat_interleave(scored, output_size=self.num_scored)
+        seen = torch.arange(self.num_scored, device=index.device)
+        seen = seen - (scored.cumsum(0) - scored)[self.row]
+        self.place = seen + (length - scored)[self.row]
+        self.ends = (stream.starts[index] + length).unsqueeze(1)
         self.positions = self.ends[self.row, 0] - length + self.place + 1
-        self.first_scored = self.ends - torch.from_numpy(self.scored).to(device).unsqueeze(1) + 1
+        self.first_scored = self.ends - scored.unsqueeze(1) + 1
         self.slice_documents = stream.documents[self.first_scored - 1]
         inputs = stream.tokens[self.last_positions(length) - 1]
         self.inputs = torch.where(self.real, inputs, stream.bos_id)
@@ -182,24 +204,24 @@ class _Rows:
         Places that every real row scores are left out: that is geometry, not content.
         """
         places = self.stream.context_places
-        count = max(places - int(self.scored[self.is_real].min()), 0)
-        first = self.stream.windows.length - places
-        probabilities = torch.softmax(logits[:, first : first + count], dim=2)
+        count = max(places - self.fewest_scored, 0)
+        first = logits.shape[1] - places
+        probabilities = self.stream.kernels.softmax(logits[:, first : first + count])
         return probabilities, self.last_positions(places)[:, :count]
 
     def score(
         self,
         logits: Tensor,
-        lanes: Sequence[int],
+        lanes: Tensor,
         delta: Tensor | None,
         iterations: Tensor,
         fitted: Tensor | None = None,
     ) -> Scored:
-        """Score the slices from logits [B, T, V], each row's lane [B] and delta [B, V].
+        """Score the slices from logits [B, T − F, V], each row's lane int64 [B] and delta [B, V].
 
         fitted: positions of the deltas' context targets, where scored ones can be among them.
         """
-        before = logits[self.row, self.place]
+        before = logits[self.row, self.place - self.first_place]
         after, in_own_loss = before, torch.zeros_like(self.positions, dtype=torch.bool)
         if delta is not None:
             applies = self.is_in_document(self.positions, self.slice_documents[self.row, 0])
@@ -208,19 +230,19 @@ class _Rows:
                 in_own_loss = torch.isin(self.positions, fitted) & applies
         return Scored(
             positions=self.positions,
-            windows=_at(self.windows, self.row),
-            lanes=_at(np.asarray(lanes), self.row),
+            windows=self.index[self.row],
+            lanes=lanes[self.row],
             targets=self.stream.tokens[self.positions],
             logits_before=before,
             logits_after=after,
             in_own_loss=in_own_loss,
-            num_windows=int(self.is_real.sum()),
+            num_windows=self.num_windows,
             iterations=iterations,
         )
 
 
-def _at(values: np.ndarray, index: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(index.device)[index]
+def _on_device(values: Sequence, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
 
 
 @torch.no_grad()
@@ -231,16 +253,18 @@ def score_stream(
     bos_id: int,
     rank: int = 0,
     world_size: int = 1,
+    kernels: str = "plain",
 ) -> Iterator[Scored]:
     """Score every target of `tokens` int64 [n + 1], or this rank's share of them, once.
 
     Lanes are split in groups of `forward_windows` (scope batch: one) that never meet and always
     have the same shapes; rank r takes groups r, r + world_size, …, so the scores are bitwise the
-    same for any number of ranks. Within a lane targets come in order. Raises UserError where the
-    stream has fewer than two tokens.
+    same for any number of ranks. Within a lane targets come in order. kernels: how deltas are
+    fitted, "plain" or "fused". Raises UserError where the stream has fewer than two tokens.
     """
     windows = sliding_windows(len(tokens) - 1, settings.window_tokens, settings.stride_tokens)
-    stream = _Stream(tokens, (tokens == bos_id).cumsum(0), windows, bos_id, settings)
+    documents = (tokens == bos_id).cumsum(0)
+    stream = _Stream(tokens, documents, windows, bos_id, settings, fit_kernels(kernels))
     groups = lane_groups(len(windows), settings)
     for group in groups[rank::world_size]:
         if settings.scope == "batch":
@@ -261,24 +285,29 @@ def _score_lanes(
 ) -> Iterator[Scored]:
     """Step k scores the k-th window of every lane in the group, each with its own delta or none."""
     settings = stream.settings
-    lanes = _padded([lane for lane, _ in group], size)
+    device = stream.tokens.device
+    table = _steps([run for _, run in group], size)
+    index = _on_device(table, device)
+    lanes = _on_device(_padded([lane for lane, _ in group], size), device)
     delta = buffer = None
-    for step in range(max(len(run) for _, run in group)):
-        windows = [run[step] if step < len(run) else -1 for _, run in group]
-        rows = _Rows(stream, _padded(windows, size))
-        logits = model_logits(rows.inputs)
+    for step in range(len(table)):
+        fits = settings.scope == "window"
+        needs_context = fits and (step == 0 or settings.context_logits == "current")
+        rows = _Rows(stream, table[step], index[step], needs_context)
+        logits = model_logits(rows.inputs, rows.first_place)
         iterations = rows.positions.new_zeros(0)
-        if settings.scope == "window":
+        if fits:
             if step == 0:
                 delta = logits.new_zeros(size, logits.shape[2])
                 buffer = _lane_buffer(rows, logits)
             probabilities, positions = buffer.contents() if buffer else rows.context(logits)
             fit = _fit(stream, probabilities, positions, rows.is_context(positions), delta)
-            delta, iterations = fit.x, fit.iterations[rows.real.squeeze(1)]
+            delta, iterations = fit.x, fit.iterations[rows.real_rows]
         scored = rows.score(logits, lanes, delta, iterations)
         yield scored
         if buffer and step > 0:
-            buffer.write(rows.row, scored.positions, scored.logits_before)
+            probabilities = stream.kernels.softmax(scored.logits_before)
+            buffer.write(rows.row, scored.positions, probabilities)
 
 
 def _score_batches(
@@ -289,15 +318,19 @@ def _score_batches(
     These windows overlap, so that one's context is another's scored slice: this leaks.
     """
     settings = stream.settings
+    device = stream.tokens.device
     size = min(settings.forward_windows, settings.batch_windows)
+    lanes = _on_device([lane] * size, device)
     delta = None
     for first in range(0, len(run), settings.batch_windows):
         batch = run[first : first + settings.batch_windows]
+        passes = [batch[start : start + size] for start in range(0, len(batch), size)]
+        table = np.array([_padded(part, size) for part in passes])
         parts = [
-            _Rows(stream, _padded(batch[start : start + size], size))
-            for start in range(0, len(batch), size)
+            _Rows(stream, windows, index, needs_context=True)
+            for windows, index in zip(table, _on_device(table, device), strict=True)
         ]
-        logits = [model_logits(rows.inputs) for rows in parts]
+        logits = [model_logits(rows.inputs, rows.first_place) for rows in parts]
         contexts = [rows.context(part) for rows, part in zip(parts, logits, strict=True)]
         is_context = [
             rows.is_context(positions) for rows, (_, positions) in zip(parts, contexts, strict=True)
@@ -307,13 +340,21 @@ def _score_batches(
         positions = torch.cat([part.flatten() for _, part in contexts]).unsqueeze(0)
         counted = torch.cat([part.flatten() for part in is_context]).unsqueeze(0)
         if delta is None:
-            delta = probabilities.new_zeros(1, probabilities.shape[2])
+            delta = logits[0].new_zeros(1, probabilities.shape[2])
         fit = _fit(stream, probabilities, positions, counted, delta)
         delta, iterations = fit.x, fit.iterations
-        fitted = positions[counted]
+        fitted = torch.where(counted, positions, 0)  # no target is at 0
         for rows, part in zip(parts, logits, strict=True):
-            yield rows.score(part, [lane] * size, delta.expand(size, -1), iterations, fitted)
+            yield rows.score(part, lanes, delta.expand(size, -1), iterations, fitted)
             iterations = iterations[:0]
+
+
+def _steps(runs: Sequence[range], size: int) -> np.ndarray:
+    """int64 [steps, size]: the k-th window of every run, −1 where there is none."""
+    table = np.full((max(len(run) for run in runs), size), -1)
+    for column, run in enumerate(runs):
+        table[: len(run), column] = run
+    return table
 
 
 def _padded(values: Sequence[int], size: int) -> list[int]:
@@ -326,9 +367,10 @@ def _lane_buffer(rows: _Rows, logits: Tensor) -> ContextBuffer | None:
     if stream.settings.context_logits != "scored":
         return None
     size, places = len(logits), stream.context_places
-    buffer = ContextBuffer(size, places, logits.shape[2], logits.device)
+    probabilities = stream.kernels.softmax(logits[:, logits.shape[1] - places :])
+    buffer = ContextBuffer(size, places, like=probabilities)
     row = torch.arange(size, device=logits.device).repeat_interleave(places)
-    buffer.write(row, rows.last_positions(places).flatten(), logits[:, -places:].flatten(0, 1))
+    buffer.write(row, rows.last_positions(places).flatten(), probabilities.flatten(0, 1))
     return buffer
 
 
@@ -336,7 +378,7 @@ def _fit(
     stream: _Stream, probabilities: Tensor, positions: Tensor, is_context: Tensor, initial: Tensor
 ) -> Minimum:
     settings = stream.settings
-    return fit_delta(
+    return stream.kernels.fit(
         probabilities,
         stream.tokens[positions],
         is_context,

@@ -14,7 +14,11 @@ from fairway.progress import progress
 
 
 def make_evaluator(
-    model_logits: ModelLogits, settings: SlotSettings, bos_id: int, world_size: int = 1
+    model_logits: ModelLogits,
+    settings: SlotSettings,
+    bos_id: int,
+    world_size: int = 1,
+    kernels: str = "plain",
 ) -> Callable[[Tensor], Scores]:
     """What `score_stream` scores with, in the form that the audit examines.
 
@@ -27,7 +31,9 @@ def make_evaluator(
     def evaluate(tokens: Tensor) -> Scores:
         log_probs, account = None, []
         for rank in range(world_size):
-            for scored in score_stream(model_logits, tokens, settings, bos_id, rank, world_size):
+            for scored in score_stream(
+                model_logits, tokens, settings, bos_id, rank, world_size, kernels
+            ):
                 after = scored.logits_after
                 if log_probs is None:
                     log_probs = after.new_full((len(tokens) - 1, after.shape[1]), torch.nan)

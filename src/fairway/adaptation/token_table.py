@@ -47,13 +47,14 @@ def score_rank(
     rank: int,
     world_size: int,
     advance: Callable[[int], object],
+    kernels: str = "plain",
 ) -> RankScores:
     """Score this rank's share of tokens int64 [n + 1]; `advance` is told how many windows are done.
 
     Results stay on the device until the end, so that no step waits for a copy.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in (*COLUMNS, "iterations")}
-    for scored in score_stream(model_logits, tokens, settings, bos_id, rank, world_size):
+    for scored in score_stream(model_logits, tokens, settings, bos_id, rank, world_size, kernels):
         row = {
             "position": scored.positions,
             "token": scored.targets,
@@ -131,9 +132,9 @@ class TimedLogits:
         self._is_cuda = device.type == "cuda"
         self._marks: list[tuple] = []
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, first_place: int) -> Tensor:
         begin = self._mark()
-        logits = self._model_logits(tokens)
+        logits = self._model_logits(tokens, first_place)
         self._marks.append((begin, self._mark()))
         return logits
 

@@ -1,0 +1,361 @@
+"""The fit of logit_delta.py as one Triton kernel: a whole L-BFGS fit for each row, in one launch.
+
+One program fits one row from its start to its end. It reads nothing of another row, so rows are
+independent by construction; a row that has converged leaves its multiprocessor to the next, and
+nothing waits for the host. The algorithm is that of lbfgs.py, written for a single problem, with
+the two-loop recursion in place of the triangular systems (the same direction in exact arithmetic).
+
+An evaluation streams the row's probabilities once: a tile of places serves both for its sums
+sum_u q_u exp(delta_u) and for the gradient. So the fit's time is that of reading the
+probabilities, and they are kept in half precision. In units of 2^-15 every probability above
+2e-9 has 11 significant bits there. An error of 2^-12 in each q moves a fitted entry by less than
+that, in nats, and the loss, flat at its minimum, by the square of it.
+
+Sources: Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5, 3.6, 7.4 and 7.5.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fairway.adaptation.lbfgs import (
+    BRACKET_MARGIN,
+    CURVATURE,
+    LARGEST_EXTRAPOLATION,
+    SUFFICIENT_DECREASE,
+    Minimum,
+)
+from fairway.adaptation.logit_delta import (
+    MAX_LINE_SEARCH_STEPS,
+    TOLERANCE_CHANGE,
+    TOLERANCE_GRADIENT,
+    loss_terms,
+)
+
+TILE_ELEMENTS = 16384  # probabilities that a program holds in registers at a time
+NUM_WARPS = 8
+NUM_STAGES = 3  # tiles on their way from memory
+
+UNITS_PER_ONE = 2.0**15  # float16 ends at 65504
+
+_UNIT = tl.constexpr(1 / UNITS_PER_ONE)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_EPSILON = tl.constexpr(torch.finfo(torch.float32).eps)
+_SUFFICIENT_DECREASE = tl.constexpr(SUFFICIENT_DECREASE)
+_CURVATURE = tl.constexpr(CURVATURE)
+_LARGEST_EXTRAPOLATION = tl.constexpr(LARGEST_EXTRAPOLATION)
+_BRACKET_MARGIN = tl.constexpr(BRACKET_MARGIN)
+_TOLERANCE_GRADIENT = tl.constexpr(TOLERANCE_GRADIENT)
+_TOLERANCE_CHANGE = tl.constexpr(TOLERANCE_CHANGE)
+_MAX_LINE_SEARCH_STEPS = tl.constexpr(MAX_LINE_SEARCH_STEPS)
+
+
+def compact(probabilities: Tensor) -> Tensor:
+    """float32 [..., V] -> float16 [..., V] in units of 2^-15."""
+    return (probabilities * UNITS_PER_ONE).half()
+
+
+def compact_softmax(logits: Tensor) -> Tensor:
+    """compact(softmax(logits)) of float32 [m, V] or [B, P, V], whose last dimension is dense."""
+    assert logits.stride(-1) == 1 and logits.ndim in (2, 3)
+    places, vocabulary = logits.shape[-2:]
+    compacted = torch.empty(logits.shape, dtype=torch.float16, device=logits.device)
+    if compacted.numel():
+        _compact_softmax_kernel[(compacted.numel() // vocabulary,)](
+            logits,
+            compacted,
+            places,
+            logits.stride(0) if logits.ndim == 3 else 0,
+            logits.stride(-2),
+            vocabulary,
+            BLOCK_V=triton.next_power_of_2(vocabulary),
+            num_warps=4,
+        )
+    return compacted
+
+
+def fit_delta(
+    probabilities: Tensor,
+    targets: Tensor,
+    is_context: Tensor,
+    initial: Tensor,
+    *,
+    l2: float,
+    clamp: float,
+    iterations: int,
+    history: int,
+) -> Minimum:
+    """As `logit_delta.fit_delta`; `probabilities` also as `compact` makes them."""
+    if probabilities.dtype != torch.float16:
+        probabilities = compact(probabilities)
+    rows, num_places, vocabulary = probabilities.shape
+    block_vocabulary = triton.next_power_of_2(vocabulary)
+    block_places = max(1, min(64, TILE_ELEMENTS // block_vocabulary))
+    share, wanted, ridge = loss_terms(targets, is_context, initial, l2)
+    scratch = initial.new_empty(2, rows, history, vocabulary)
+    x, value = torch.empty_like(wanted), torch.empty_like(ridge)
+    counts = torch.empty(2, rows, dtype=torch.int64, device=x.device)
+    _fit_kernel[(rows,)](
+        probabilities.contiguous(),
+        share,
+        block_runs(share, block_places),
+        wanted,
+        ridge,
+        initial.contiguous(),
+        scratch[0],
+        scratch[1],
+        x,
+        value,
+        counts[0],
+        counts[1],
+        num_places,
+        clamp,
+        iterations,
+        V=vocabulary,
+        HISTORY=history,
+        BLOCK_V=block_vocabulary,
+        BLOCK_H=triton.next_power_of_2(history),
+        BLOCK_P=block_places,
+        STAGES=NUM_STAGES,
+        num_warps=NUM_WARPS,
+    )
+    return Minimum(x, value, *counts)
+
+
+def block_runs(share: Tensor, block_places: int) -> Tensor:
+    """Which blocks of places each row must visit: the first, and how many from there on.
+
+    share: float32 [B, P], 0 where a place does not count. Returns int32 [B, 2]. Blocks are taken
+    in a circle, so a run that goes on from the last place at the first, as in a ring buffer, is
+    one run. Blocks without a counted place inside it are visited too.
+    """
+    rows, places = share.shape
+    blocks = max(1, -(-places // block_places))
+    padded = torch.nn.functional.pad(share, (0, blocks * block_places - places))
+    counts = padded.view(rows, blocks, block_places).any(dim=2)
+    begins = counts & ~counts.roll(1, dims=1)
+    first = begins.int().argmax(dim=1, keepdim=True)
+    distance = (torch.arange(blocks, device=share.device) - first) % blocks
+    length = torch.where(counts, distance + 1, 0).amax(dim=1, keepdim=True)
+    return torch.cat([first, length], dim=1).int()
+
+
+@triton.jit
+def _compact_softmax_kernel(
+    logits, compacted, num_places, row_stride, place_stride, vocabulary, BLOCK_V: tl.constexpr
+):
+    """One place of a row: softmax in float32, stored in units of 2^-15 as float16."""
+    index = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_V)
+    inside = columns < vocabulary
+    source = logits + index // num_places * row_stride + index % num_places * place_stride
+    values = tl.load(source + columns, mask=inside, other=-float("inf"))
+    growth = tl.exp(values - tl.max(values))
+    scaled = growth * (1 / (tl.sum(growth) * _UNIT))
+    tl.store(compacted + index * vocabulary + columns, scaled.to(tl.float16), mask=inside)
+
+
+@triton.jit
+def _loss_and_gradient(
+    delta, probabilities, share, wanted, ridge, first_block, num_blocks, num_places,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Value and gradient [BLOCK_V] at `delta` [BLOCK_V], over the row's run of blocks."""
+    columns = tl.arange(0, BLOCK_V)
+    growth = tl.exp(delta) * _UNIT
+    losses = tl.zeros([BLOCK_P], tl.float32)
+    expected = tl.zeros([BLOCK_V], tl.float32)
+    all_blocks = tl.cdiv(num_places, BLOCK_P)
+    for index in tl.range(0, num_blocks, num_stages=STAGES):
+        block = first_block + index
+        block = tl.where(block < all_blocks, block, block - all_blocks)
+        places = block * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = places < num_places
+        weight = tl.load(share + places, mask=inside, other=0.0)
+        tile = tl.load(
+            probabilities + places[:, None] * V + columns[None, :],
+            mask=inside[:, None] & (columns < V)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        total = tl.sum(tile * growth[None, :], axis=1)
+        # Not tl.maximum: what is not a number must stay so, or a wild trial would look good.
+        total = tl.where(total < _TINY, _TINY, total)
+        losses += weight * tl.log(total)
+        expected += tl.sum(tile * (weight / total)[:, None], axis=0)
+    value = tl.sum(losses) - tl.sum(wanted * delta) + ridge / 2 * tl.sum(delta * delta)
+    return value, expected * growth - wanted + ridge * delta
+
+
+@triton.jit
+def _cubic_minimizer(
+    left_step, left_value, left_slope, right_step, right_value, right_slope, lowest, highest
+):
+    """As lbfgs.cubic_minimizer."""
+    width = right_step - left_step
+    d1 = left_slope + right_slope - 3 * (left_value - right_value) / (left_step - right_step)
+    root = tl.sqrt(d1 * d1 - left_slope * right_slope)
+    d2 = tl.where(width < 0, -root, root)
+    step = right_step - width * (right_slope + d2 - d1) / (right_slope - left_slope + 2 * d2)
+    step = tl.where(tl.abs(step) < float("inf"), step, (lowest + highest) / 2)
+    return tl.minimum(tl.maximum(step, lowest), highest)
+
+
+@triton.jit
+def _descent_direction(
+    gradient, steps, changes, curvatures, scale, pushed,
+    V: tl.constexpr, HISTORY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """-H g by the two-loop recursion over the pairs kept in memory, the newest pair first.
+
+    curvatures: [BLOCK_H], s . y of each place of the ring. pushed: pairs that were ever kept.
+    """
+    columns = tl.arange(0, BLOCK_V)
+    inside = columns < V
+    slots = tl.arange(0, BLOCK_H)
+    pairs = tl.minimum(pushed, HISTORY)
+    alphas = tl.zeros([BLOCK_H], tl.float32)
+    remainder = gradient
+    for age in range(0, pairs):
+        slot = (pushed - 1 - age) % HISTORY
+        step = tl.load(steps + slot * V + columns, mask=inside, other=0.0)
+        change = tl.load(changes + slot * V + columns, mask=inside, other=0.0)
+        curvature = tl.sum(tl.where(slots == slot, curvatures, 0.0))
+        alpha = tl.sum(step * remainder) / curvature
+        alphas = tl.where(slots == slot, alpha, alphas)
+        remainder -= alpha * change
+    remainder *= scale
+    for index in range(0, pairs):
+        slot = (pushed - pairs + index) % HISTORY
+        step = tl.load(steps + slot * V + columns, mask=inside, other=0.0)
+        change = tl.load(changes + slot * V + columns, mask=inside, other=0.0)
+        curvature = tl.sum(tl.where(slots == slot, curvatures, 0.0))
+        alpha = tl.sum(tl.where(slots == slot, alphas, 0.0))
+        remainder += (alpha - tl.sum(change * remainder) / curvature) * step
+    return -remainder
+
+
+@triton.jit
+def _fit_kernel(
+    probabilities, share, runs, wanted, ridge, initial, steps, changes,
+    x_out, value_out, iterations_out, evaluations_out, num_places, clamp, max_iterations,
+    V: tl.constexpr, HISTORY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """lbfgs.minimize for the row of this program. steps, changes: scratch [B, HISTORY, V]."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_V)
+    inside = columns < V
+    slots = tl.arange(0, BLOCK_H)
+    probabilities += row * num_places * V
+    share += row * num_places
+    steps += row * HISTORY * V
+    changes += row * HISTORY * V
+    first_block = tl.load(runs + 2 * row)
+    num_blocks = tl.load(runs + 2 * row + 1)
+    row_wanted = tl.load(wanted + row * V + columns, mask=inside, other=0.0)
+    row_ridge = tl.load(ridge + row)
+    x = tl.load(initial + row * V + columns, mask=inside & (num_blocks > 0), other=0.0)
+
+    value, gradient = _loss_and_gradient(
+        x, probabilities, share, row_wanted, row_ridge, first_block, num_blocks, num_places,
+        V, BLOCK_V, BLOCK_P, STAGES,
+    )  # fmt: skip
+    curvatures = tl.zeros([BLOCK_H], tl.float32)
+    scale = tl.full((), 1.0, tl.float32)
+    pushed = tl.full((), 0, tl.int32)
+    iterations = tl.full((), 0, tl.int32)
+    evaluations = tl.full((), 1, tl.int32)
+    direction = -gradient
+    slope = tl.sum(gradient * direction)
+    # A gradient says nothing about distance, so the very first step is a short one.
+    step = tl.minimum(1.0 / tl.sum(tl.abs(gradient)), 1.0)
+    active = tl.max(tl.abs(gradient)) > _TOLERANCE_GRADIENT
+
+    while active:
+        # The line search: lbfgs.LineSearch for one row. low_*, high_*: the ends of the bracket.
+        farthest_entry = tl.max(tl.abs(direction))
+        low_step = tl.full((), 0.0, tl.float32)
+        low_value, low_slope, low_gradient = value, slope, gradient
+        high_step = tl.full((), float("inf"), tl.float32)
+        high_value, high_slope = value, slope
+        trials = tl.full((), 0, tl.int32)
+        searching = active
+        while searching:
+            new_value, new_gradient = _loss_and_gradient(
+                x + step * direction, probabilities, share, row_wanted, row_ridge, first_block,
+                num_blocks, num_places, V, BLOCK_V, BLOCK_P, STAGES,
+            )  # fmt: skip
+            new_slope = tl.sum(new_gradient * direction)
+            trials += 1
+            bound = value + step * slope * _SUFFICIENT_DECREASE + _TOLERANCE_CHANGE
+            low_enough = new_value <= bound
+            accepted = low_enough & (tl.abs(new_slope) <= tl.abs(slope) * _CURVATURE)
+            too_high = (low_enough == 0) | ((new_value >= low_value) & (trials > 1))
+            uphill = tl.where(high_step < low_step, -new_slope, new_slope) >= 0
+            before_step, before_value, before_slope = low_step, low_value, low_slope
+            high_step = tl.where(too_high, step, tl.where(uphill, low_step, high_step))
+            high_value = tl.where(too_high, new_value, tl.where(uphill, low_value, high_value))
+            high_slope = tl.where(too_high, new_slope, tl.where(uphill, low_slope, high_slope))
+            # An accepted trial is the one to take, whatever its rank.
+            lower = accepted | (too_high == 0)
+            low_step = tl.where(lower, step, low_step)
+            low_value = tl.where(lower, new_value, low_value)
+            low_slope = tl.where(lower, new_slope, low_slope)
+            low_gradient = tl.where(lower, new_gradient, low_gradient)
+
+            # Interpolate inside the bracket; extrapolate where none is known yet.
+            bracketed = high_step < float("inf")
+            width = tl.abs(high_step - low_step)
+            nearest = tl.minimum(low_step, high_step)
+            margin = width * _BRACKET_MARGIN
+            beyond = step + 0.01 * (step - before_step)
+            step = _cubic_minimizer(
+                tl.where(bracketed, low_step, before_step),
+                tl.where(bracketed, low_value, before_value),
+                tl.where(bracketed, low_slope, before_slope),
+                tl.where(bracketed, high_step, step),
+                tl.where(bracketed, high_value, new_value),
+                tl.where(bracketed, high_slope, new_slope),
+                tl.where(bracketed, nearest + margin, beyond),
+                tl.where(bracketed, nearest + width - margin, step * _LARGEST_EXTRAPOLATION),
+            )
+            narrow = width * farthest_entry < _TOLERANCE_CHANGE
+            searching = (accepted | narrow | (trials >= _MAX_LINE_SEARCH_STEPS)) == 0
+
+        moved = low_step * direction
+        decrease = value - low_value
+        gradient_change = low_gradient - gradient
+        curvature = tl.sum(moved * gradient_change)
+        change_square = tl.sum(gradient_change * gradient_change)
+        if curvature > change_square * _EPSILON:
+            slot = pushed % HISTORY
+            tl.store(steps + slot * V + columns, moved, mask=inside)
+            tl.store(changes + slot * V + columns, gradient_change, mask=inside)
+            curvatures = tl.where(slots == slot, curvature, curvatures)
+            scale = curvature / change_square
+            pushed += 1
+            # The pair is read by other threads than those that wrote it.
+            tl.debug_barrier()
+        x += moved
+        value, gradient = low_value, low_gradient
+        iterations += 1
+        evaluations += trials
+        direction = _descent_direction(
+            gradient, steps, changes, curvatures, scale, pushed, V, HISTORY, BLOCK_V, BLOCK_H
+        )
+        slope = tl.sum(gradient * direction)
+        step = tl.full((), 1.0, tl.float32)
+        active = (
+            (tl.max(tl.abs(gradient)) > _TOLERANCE_GRADIENT)
+            & (tl.max(tl.abs(moved)) > _TOLERANCE_CHANGE)
+            & (tl.abs(decrease) >= _TOLERANCE_CHANGE)
+            & (slope < -_TOLERANCE_CHANGE)
+            & (iterations < max_iterations)
+        )
+
+    clamped = tl.minimum(tl.maximum(x, -clamp), clamp)
+    tl.store(x_out + row * V + columns, clamped, mask=inside)
+    tl.store(value_out + row, value)
+    tl.store(iterations_out + row, iterations)
+    tl.store(evaluations_out + row, evaluations)

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fairway.model.gpt import BANKS, GPT, GPTConfig, bigram_bucket, rotary_base
+from fairway.model.gpt import (
+    BANKS,
+    GPT,
+    NORM_EPSILON,
+    VALUE_NORM_EPSILON,
+    GPTConfig,
+    bigram_bucket,
+    rotary_base,
+)
 
 
 @contextmanager
@@ -35,7 +43,7 @@ def record_attention(device: torch.device) -> Iterator[None]:
 
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension."""
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON)
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -66,7 +74,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads
         )
-        own = F.normalize(v, dim=-1).unsqueeze(2)
+        own = F.normalize(v, dim=-1, eps=VALUE_NORM_EPSILON).unsqueeze(2)
         y = y.view(B, self.kv_heads, -1, T, y.size(-1))
         y = y - (y * own).sum(-1, keepdim=True) * own
         y = y.reshape(B, self.heads, T, -1).transpose(1, 2).reshape(B, T, C)

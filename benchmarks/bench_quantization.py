@@ -2,16 +2,16 @@
 
 import statistics
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from ceilings import generation_bytes, gptq_flops
 from context import Context, ran
-from record_evaluation import record_next_tokens
+from record_evaluation import record_logits, record_next_tokens
 from record_quantization import output_error, record_archive, record_gptq
 from results import Agreement, Bar, Row
-from timing import median_seconds, timed, warmed_up
+from timing import held_bytes, median_seconds, timed, warmed_up
 
 from fairway.model.gpt import BANKS, GPT
 from fairway.quantization.artifact import read_artifact, restored, storable, write_artifact
@@ -35,7 +35,9 @@ ERROR_SLACK = 0.02
 def self_generation(context: Context) -> list[Row]:
     """Sampling calibration sequences from the model itself."""
     settings = GptqSettings(**context.section("gptq"))
-    model, device = context.model(context.scattered_weights()), context.device
+    device = context.device
+    held = held_bytes(device)
+    model = context.model(context.scattered_weights())
     found: dict[str, torch.Tensor] = {}
 
     def generate() -> None:
@@ -49,7 +51,7 @@ def self_generation(context: Context) -> list[Row]:
             context.dataset.bos_id,
         )
 
-    side = warmed_up(device, lambda: lambda: [timed(device, generate)])
+    side = warmed_up(device, lambda: lambda: [timed(device, generate)], held)
     seconds = statistics.median(
         second for _ in range(context.options.repeats) for second in side.run()
     )
@@ -105,7 +107,8 @@ def _decoding_agrees(context: Context, model: GPT, tokens: torch.Tensor) -> Agre
     tokens = tokens[:, : CHECKED_TOKENS + 1].to(context.device)
     cache = model.new_cache(len(tokens), tokens.shape[1])
     steps = [model.decode_step(tokens[:, place], cache) for place in range(tokens.shape[1] - 1)]
-    whole = context.baseline(context.scattered_weights())(tokens[:, :-1])
+    baseline = context.baseline(context.scattered_weights())
+    whole = record_logits(baseline, compile_model=False)(tokens[:, :-1])
     nats = [
         -torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None]).squeeze(2).mean(1)
         for logits in (torch.stack(steps, dim=1), whole)
@@ -119,7 +122,9 @@ def _decoding_agrees(context: Context, model: GPT, tokens: torch.Tensor) -> Agre
 def gptq(context: Context) -> list[Row]:
     """Every bank with all clip candidates, the Hessians given."""
     settings = GptqSettings(**context.section("gptq"))
-    model, device = context.model(context.scattered_weights()), context.device
+    device = context.device
+    held = held_bytes(device)
+    model = context.model(context.scattered_weights())
     sequences = min(HESSIAN_SEQUENCES, settings.calibration_sequences)
     tokens = training_tokens(
         context.dataset, sequences, settings.calibration_tokens, context.options.seed
@@ -127,7 +132,9 @@ def gptq(context: Context) -> list[Row]:
     hessians = collect_hessians(model, tokens, min(sequences, settings.batch_sequences))
     banks = {name: getattr(model, name).detach() for name in BANKS}
     side = warmed_up(
-        device, lambda: lambda: [timed(device, lambda: quantize_banks(banks, hessians, settings))]
+        device,
+        lambda: lambda: [timed(device, lambda: quantize_banks(banks, hessians, settings))],
+        held,
     )
     seconds = statistics.median(
         second for _ in range(context.options.repeats) for second in side.run()
@@ -156,7 +163,7 @@ def _gptq_on_cpu(context, banks, hessians, settings) -> tuple[float, float]:
     for name, bank in banks.items():
         count = min(TIMED_MATRICES, len(bank))
         stack = torch.stack([hessians[name, index] for index in range(count)])
-        fast, _ = quantize_bank(name, bank[:count], stack, replace(settings))
+        fast, _ = quantize_bank(name, bank[:count], stack, settings)
         seconds = []
         for index in range(count):
             weights, hessian = bank[index].cpu(), stack[index].cpu()

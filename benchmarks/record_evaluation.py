@@ -82,17 +82,18 @@ def record_slot(logits: Logits, stream: Tensor, settings: SlotSettings) -> Tenso
         base = logits(inputs)
         if delta is None:
             delta = torch.zeros(1, 1, base.size(-1), device=base.device)
-        delta = record_fit(
-            base, targets, context_mask(windows, batch, settings, base), delta, settings
-        )
+        mask = context_mask(windows, batch, settings, base.device)
+        delta = record_fit(base, targets, mask, delta, settings)
         with torch.no_grad():
             parts += scored_slices(all_losses(base + delta, targets), windows, batch)
     return torch.cat(parts)
 
 
-def context_mask(windows: Windows, batch: range, settings: SlotSettings, like: Tensor) -> Tensor:
+def context_mask(
+    windows: Windows, batch: range, settings: SlotSettings, device: torch.device
+) -> Tensor:
     """float32 [B, T]: one where a focal position precedes its window's scored slice."""
-    mask = torch.zeros(len(batch), windows.length, device=like.device)
+    mask = torch.zeros(len(batch), windows.length, device=device)
     for row, index in enumerate(batch):
         last = windows.length - int(windows.scored[index])
         mask[row, max(0, windows.length - settings.focal) : last] = 1.0

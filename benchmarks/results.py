@@ -1,4 +1,4 @@
-"""Rows of the benchmark's table: what was measured, against which bar, and whether outputs agree."""
+"""Rows of the benchmark's table: what was measured, against which bar, and what agrees."""
 
 import json
 from collections.abc import Iterable, Sequence

@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side; medians count")
     parser.add_argument("--train-steps", type=int, default=100, help="before slot and artifact")
     parser.add_argument("--micro-batch-sequences", type=int, help="of train; default: the config's")
-    parser.add_argument("--windows", type=int, help="of the slot stages; default: 16 a lane")
+    parser.add_argument("--windows", type=int, help="of the slot stages; default: 8 a lane")
     return parser.parse_args(arguments)
 
 
@@ -108,7 +108,8 @@ def describe(context: Context) -> str:
     ceilings = context.ceilings
     return (
         f"{device_name(context)}, size {context.options.size}, "
-        f"{'compiled' if context.compiles else 'not compiled'}; ceilings: "
+        f"baseline {'compiled' if context.compiles_baseline else 'not compiled'}; "
+        "ceilings: "
         f"{ceilings.matmul_flops_per_second / 1e12:.4g} TFLOP/s ({ceilings.matmul_dtype} matmul of "
         f"{ceilings.matmul_size}), {ceilings.memory_bytes_per_second / 1e12:.4g} TB/s (copy)"
     )
@@ -132,7 +133,7 @@ def about(context: Context, failed: list[str], seconds: float) -> dict:
         "bars_apply": bars_apply(context),
         "seed": context.options.seed,
         "repeats": context.options.repeats,
-        "compiled": context.compiles,
+        "baseline_compiled": context.compiles_baseline,
         "runtime": asdict(context.runtime),
         "ceilings": asdict(context.ceilings),
         "commit": git_commit(),

@@ -45,10 +45,18 @@ def median_seconds(device: torch.device, function: Callable[[], object], repeats
     return statistics.median(timed(device, function) for _ in range(repeats))
 
 
-def warmed_up(device: torch.device, build: Callable[[], Run]) -> Side:
-    """Build a side and run it twice: the first run compiles, the second shows its memory."""
+def held_bytes(device: torch.device) -> int:
+    """GPU memory that live tensors hold, after what nothing needs was given back."""
     release_memory(device)
-    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def warmed_up(device: torch.device, build: Callable[[], Run], held: int | None = None) -> Side:
+    """Build a side and run it twice: the first run compiles, the second shows its memory.
+
+    held: `held_bytes` before anything of this side was made; None where `build` makes it all.
+    """
+    held = held_bytes(device) if held is None else held
     run = build()
     run()
     if device.type != "cuda":

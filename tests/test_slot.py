@@ -38,15 +38,16 @@ CONTEXTS = pytest.mark.parametrize(
 )
 
 
-def toy_model(memory: float = 2.0):
+def toy_model(memory: float = 2.0, device: str = "cpu"):
     """A causal model: the last token's logits plus `memory` times the window's average so far."""
     generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(VOCABULARY, 16, generator=generator)
-    head = torch.randn(16, VOCABULARY, generator=generator) / 2
+    embedding = torch.randn(VOCABULARY, 16, generator=generator).to(device)
+    head = (torch.randn(16, VOCABULARY, generator=generator) / 2).to(device)
 
     def model_logits(tokens: torch.Tensor, first_place: int = 0) -> torch.Tensor:
         states = embedding[tokens]
-        average = states.cumsum(1) / torch.arange(1, tokens.shape[1] + 1).reshape(1, -1, 1)
+        counts = torch.arange(1, tokens.shape[1] + 1, device=device).reshape(1, -1, 1)
+        average = states.cumsum(1) / counts
         return ((states + memory * average) @ head)[:, first_place:]
 
     return model_logits
@@ -67,9 +68,10 @@ def toy_stream(length: int, seed: int = 0, document_tokens: int = 40) -> torch.T
     return torch.cat(pieces)[:length]
 
 
-def collect(tokens, settings, model=None, rank=0, world_size=1):
+def collect(tokens, settings, model=None, rank=0, world_size=1, kernels="plain"):
     """Records of a whole stream as one dict of tensors, sorted by position."""
-    records = list(score_stream(model or toy_model(), tokens, settings, BOS, rank, world_size))
+    model = model or toy_model()
+    records = list(score_stream(model, tokens, settings, BOS, rank, world_size, kernels))
     names = ("positions", "windows", "lanes", "targets", "logits_before", "logits_after")
     columns = {
         name: torch.cat([getattr(record, name) for record in records])

@@ -128,12 +128,12 @@ class _Stream:
     @cached_property
     def starts(self) -> Tensor:
         """int64 [windows + 1], each window's start, on the tokens' device; the last is padding."""
-        return _on_device([*self.windows.starts, 0], self.tokens.device)
+        return _on_device(np.append(self.windows.starts, 0), self.tokens.device)
 
     @cached_property
     def scored(self) -> Tensor:
         """int64 [windows + 1], how many targets each window scores; padding, the last, none."""
-        return _on_device([*self.windows.scored, 0], self.tokens.device)
+        return _on_device(np.append(self.windows.scored, 0), self.tokens.device)
 
     @property
     def context_places(self) -> int:

@@ -11,7 +11,7 @@ from context import Context, ran
 from record_evaluation import record_logits, record_next_tokens
 from record_quantization import output_error, record_archive, record_gptq
 from results import Agreement, Bar, Row
-from timing import held_bytes, median_seconds, timed, warmed_up
+from timing import held_bytes, median_of, median_seconds, timed, warmed_up
 
 from fairway.model.gpt import BANKS, GPT
 from fairway.quantization.artifact import read_artifact, restored, storable, write_artifact
@@ -52,9 +52,7 @@ def self_generation(context: Context) -> list[Row]:
         )
 
     side = warmed_up(device, lambda: lambda: [timed(device, generate)], held)
-    seconds = statistics.median(
-        second for _ in range(context.options.repeats) for second in side.run()
-    )
+    seconds = median_of(side, context.options.repeats)
     baseline_seconds, lengths = _generation_without_cache(context, settings, found["tokens"])
     moved = generation_bytes(
         model.config,
@@ -136,9 +134,7 @@ def gptq(context: Context) -> list[Row]:
         lambda: lambda: [timed(device, lambda: quantize_banks(banks, hessians, settings))],
         held,
     )
-    seconds = statistics.median(
-        second for _ in range(context.options.repeats) for second in side.run()
-    )
+    seconds = median_of(side, context.options.repeats)
     baseline_seconds, worst = _gptq_on_cpu(context, banks, hessians, settings)
     flops = gptq_flops(model.config, len(settings.clip_percentiles))
     ceiling_seconds = flops / context.ceilings.matmul_flops_per_second

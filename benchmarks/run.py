@@ -15,8 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from bench_evaluation import sliding, slot_batch, slot_window
+from bench_evaluation import sliding
 from bench_quantization import artifact, gptq, self_generation
+from bench_slot import slot_batch, slot_window
 from bench_training import optimizer, train, ttt
 from ceilings import measure_ceilings
 from context import SIZES, Context, make_context, say

@@ -17,10 +17,12 @@ Run = Callable[[], list[float]]
 class Side:
     """One way of doing a stage, warmed up.
 
-    peak_bytes: the most GPU memory that it took beyond what lay there before; None on a CPU.
+    first: the seconds of the run after the one that compiled. peak_bytes: the most GPU memory that
+    it took beyond what lay there before; None on a CPU.
     """
 
     run: Run
+    first: list[float]
     peak_bytes: int | None
 
 
@@ -60,12 +62,18 @@ def warmed_up(device: torch.device, build: Callable[[], Run], held: int | None =
     run = build()
     run()
     if device.type != "cuda":
-        return Side(run, None)
+        return Side(run, run(), None)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    run()
+    first = run()
     torch.cuda.synchronize(device)
-    return Side(run, torch.cuda.max_memory_allocated(device) - held)
+    return Side(run, first, torch.cuda.max_memory_allocated(device) - held)
+
+
+def median_of(side: Side, repeats: int) -> float:
+    """Median seconds of `repeats` runs, the one that showed its memory among them."""
+    later = (second for _ in range(repeats - 1) for second in side.run())
+    return statistics.median([*side.first, *later])
 
 
 def alternate(sides: Mapping[str, Side], repeats: int) -> dict[str, float]:

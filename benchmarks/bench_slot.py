@@ -1,0 +1,192 @@
+"""Benchmarks of slot_eval with a delta, fitted to each window alone or to overlapping windows."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from bench_evaluation import (
+    Excerpt,
+    excerpt,
+    fast_logits,
+    fast_run,
+    fast_scores,
+    first_batches,
+    peaks,
+    slices_agree,
+    window_count,
+)
+from ceilings import window_flops
+from context import Context, ran
+from record_evaluation import Logits, record_logits, record_slot
+from results import Agreement, Bar, Row
+from timing import Run, Side, Stopwatch, alternate, held_bytes, timed, warmed_up
+
+from fairway.adaptation.slot import SlotSettings
+from fairway.model.gpt import GPT
+
+KERNEL_TOLERANCE = 2e-3
+"""Nats, mean over targets, between plain and fused fits of one problem."""
+
+FIT_TOLERANCE = 1e-2
+"""Nats of the mean loss, between two L-BFGS codes, each on its own model's logits."""
+
+AGREEMENT_L2 = 14.0
+"""Without a prior the best delta lies at infinity, and each code stops somewhere else."""
+
+CHECKED_BATCHES = 2
+
+
+def slot_window(context: Context) -> list[Row]:
+    """The causal fit: time over sliding windows alone, of the same windows."""
+    settings = _slot_settings(context, "causal", scope="window")
+    text = excerpt(context, settings, window_count(context, settings))
+    weights, device, found = context.trained_weights(), context.device, {}
+    held = held_bytes(device)
+    model = context.model(weights)
+    alone = replace(settings, scope="none")
+    sides = {
+        "alone": warmed_up(device, lambda: fast_run(context, model, alone, text, {}), held),
+        "fitted": warmed_up(device, lambda: fast_run(context, model, settings, text, found), held),
+    }
+    seconds = alternate(sides, context.options.repeats)
+    ratio = seconds["fitted"] / seconds["alone"]
+    gain = float((found["fast"]["nll_before"] - found["fast"]["nll_after"]).mean())
+    return [
+        Row(
+            "slot_window", "windows/s", text.windows / seconds["fitted"], None, None, "matmul",
+            _ceiling_seconds(context, settings, text) / seconds["fitted"],
+            None, sides["fitted"].peak_bytes, **ran(model),
+            note=f"{text.windows} windows in {settings.lanes} lanes; the fit gains {gain:.5f} nats",
+        ),
+        Row(
+            "slot_window", "time over sliding alone", ratio, **ran(model),
+            bars=(Bar("<= 1.15", ratio <= 1.15),),
+            agreements=_window_fits_agree(context, model, settings),
+            note=f"the fit's share is {1 - 1 / ratio:.1%}; the record's ratio: row slot_batch",
+        ),
+    ]  # fmt: skip
+
+
+def _slot_settings(context: Context, variant: str, **changes) -> SlotSettings:
+    known = variant if variant in context.config["variants"] else None
+    return SlotSettings(**{**context.section("slot", known), **changes})
+
+
+def _ceiling_seconds(context: Context, settings: SlotSettings, text: Excerpt) -> float:
+    """The forward passes at the matmul ceiling; a fit is not counted as useful operations."""
+    flops = window_flops(context.model_config(), settings.window_tokens, settings.focal)
+    return text.windows * flops / context.ceilings.matmul_flops_per_second
+
+
+def _window_fits_agree(
+    context: Context, model: GPT, settings: SlotSettings
+) -> tuple[Agreement, ...]:
+    """A fit leaves the scores before its delta alone; fused fits find what plain ones find."""
+    text = excerpt(context, settings, settings.batch_windows)
+    logits = fast_logits(context, model)
+    own = fast_scores(context, logits, settings, text, model.kernels)
+    plain = fast_scores(context, logits, settings, text, "plain")
+    alone = fast_scores(context, logits, replace(settings, scope="none"), text, "plain")
+    difference = float((own["nll_after"] - plain["nll_after"]).abs().mean())
+    return (
+        slices_agree(
+            context, own, alone["nll_before"], settings.stride_tokens, "with and without a fit"
+        ),
+        Agreement("loss after plain and fused fits, mean, nats", difference, KERNEL_TOLERANCE),
+    )
+
+
+def slot_batch(context: Context) -> list[Row]:
+    """One delta for overlapping windows, as the record's code has it."""
+    settings = _slot_settings(context, "published", scope="batch", lanes=1)
+    text = excerpt(context, settings, first_batches(settings, window_count(context, settings)))
+    weights, found = context.trained_weights(), {}
+    forward: dict[str, list[float]] = {"fast": [], "baseline": []}
+    models, logits, sides = {}, {}, {}
+    for name, make in (("fast", context.model), ("baseline", context.baseline)):
+        held = held_bytes(context.device)
+        models[name] = make(weights)
+        logits[name], scorer = _ways(context, models[name])
+        run = _measured(context, logits[name], scorer, settings, text, found, name, forward[name])
+        sides[name] = warmed_up(context.device, lambda run=run: run, held)
+        # The run that compiled does not count.
+        del forward[name][0]
+    seconds = alternate(sides, context.options.repeats)
+    agreement = _batch_fits_agree(context, logits, scorers, settings)
+    return _batch_rows(context, model, settings, text, sides, seconds, forward, found, agreement)
+
+
+Scorer = Callable[[Callable, SlotSettings, Excerpt], torch.Tensor]
+"""Nats of every target after the delta, float64 [n] on the CPU."""
+
+
+def _fast_scorer(context: Context, model: GPT) -> Scorer:
+    return lambda logits, settings, text: fast_scores(
+        context, logits, settings, text, model.kernels
+    )["nll_after"]
+
+
+def _record_scorer(logits: Logits, settings: SlotSettings, text: Excerpt) -> torch.Tensor:
+    return record_slot(logits, text.tokens, settings).double().cpu()
+
+
+def _measured(
+    context, logits: Callable, scorer: Scorer, settings, text, found, name, forward: list[float]
+) -> Run:
+    """Seconds of scoring the excerpt; those of its forward passes are appended to `forward`."""
+    watch = Stopwatch(context.device)
+    watched = watch.wrap(logits)
+
+    def score() -> None:
+        found[name] = scorer(watched, settings, text)
+
+    def run() -> list[float]:
+        seconds = timed(context.device, score)
+        forward.append(watch.take_seconds())
+        return [seconds]
+
+    return run
+
+
+def _batch_fits_agree(context, logits, scorers, settings: SlotSettings) -> Agreement:
+    """With a prior, so that there is one best delta to be found."""
+    prior = replace(settings, l2=AGREEMENT_L2)
+    windows = CHECKED_BATCHES * settings.batch_windows
+    text = excerpt(context, settings, min(windows, window_count(context, settings)))
+    after = {name: scorer(logits[name], prior, text) for name, scorer in scorers.items()}
+    difference = abs(float((after["fast"] - after["baseline"]).mean()))
+    return Agreement(
+        f"mean loss after a delta with l2 {AGREEMENT_L2:g}, nats", difference, FIT_TOLERANCE
+    )
+
+
+def _batch_rows(
+    context, model, settings, text, sides: dict[str, Side], seconds, forward, found, agreement
+) -> list[Row]:
+    batches = text.windows / settings.batch_windows
+    passes = {name: statistics.median(times) for name, times in forward.items()}
+    fits = {name: seconds[name] - passes[name] for name in seconds}
+    over = {name: seconds[name] / passes[name] for name in seconds}
+    ratio = seconds["baseline"] / seconds["fast"]
+    losses = ", ".join(f"{name} {float(found[name].mean()):.4f}" for name in ("fast", "baseline"))
+    per_batch = f"of {settings.batch_windows} windows"
+    return [
+        Row(
+            "slot_batch", f"ms a batch {per_batch}", seconds["fast"] / batches * 1e3,
+            seconds["baseline"] / batches * 1e3, ratio, "matmul",
+            _ceiling_seconds(context, settings, text) / seconds["fast"],
+            **peaks(sides), **ran(model),
+            bars=(Bar(">= 5x the record's way", ratio >= 5),),
+            agreements=(agreement,),
+            note=f"{batches:.0f} batches; mean loss after the leaking delta, nats: {losses}",
+        ),
+        Row(
+            "slot_batch", f"ms of fitting {per_batch}", fits["fast"] / batches * 1e3,
+            fits["baseline"] / batches * 1e3, fits["baseline"] / fits["fast"], **ran(model),
+        ),
+        Row(
+            "slot_batch", "time over the forward passes alone", over["fast"], over["baseline"],
+            over["baseline"] / over["fast"], **ran(model),
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,168 @@
+"""The benchmarks run, agree and give figures; how fast anything is, no test asks."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+STAGES = (
+    "train", "optimizer", "sliding", "slot_window", "slot_batch", "ttt", "self_generation", "gptq",
+    "artifact",
+)  # fmt: skip
+
+sys.path.append(str(BENCHMARKS))
+
+
+def run_benchmarks(dataset, config, *arguments):
+    command = [
+        sys.executable, str(BENCHMARKS / "run.py"), "--device", "cpu", "--size", "toy",
+        "--repeats", "1", "--train-steps", "3", "--dataset", str(dataset), "--config", str(config),
+        *map(str, arguments),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dataset, tiny_config_file, tmp_path_factory):
+    """The process that ran every stage, and the JSON that it wrote."""
+    output = tmp_path_factory.mktemp("benchmarks") / "bench.json"
+    done = run_benchmarks(tiny_dataset, tiny_config_file, "--output", output)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done, json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_gives_figures_and_agrees(finished, stage):
+    _, document = finished
+    rows = [row for row in document["rows"] if row["stage"] == stage]
+    assert rows
+    figures = [row[key] for row in rows for key in ("fast", "baseline", "ratio", "ceiling_share")]
+    assert all(math.isfinite(figure) and figure > 0 for figure in figures if figure is not None)
+    agreements = [check for row in rows for check in row["agreements"]]
+    assert agreements or stage == "optimizer"
+    assert all(check["difference"] <= check["tolerance"] for check in agreements)
+
+
+def test_the_run_says_what_it_ran_on(finished):
+    done, document = finished
+    assert document["device"] == "CPU" and document["failed_stages"] == []
+    assert not document["bars_apply"]
+    assert document["ceilings"]["matmul_flops_per_second"] > 0
+    assert {row["kernels"] for row in document["rows"]} == {"plain"}
+    table = done.stdout[done.stdout.index("of ceiling") :]
+    assert all(stage in table for stage in STAGES)
+    assert "DISAGREES" not in table and "not judged here" in table
+
+
+def test_an_unknown_stage_is_refused(tiny_dataset, tiny_config_file):
+    done = run_benchmarks(tiny_dataset, tiny_config_file, "--stages", "train,nonsense")
+    assert done.returncode == 2
+    assert "unknown stage nonsense: choose from train" in done.stderr
+
+
+def tiny_model(seed: int = 0):
+    from fairway.model.gpt import GPT, GPTConfig
+
+    config = GPTConfig(
+        vocab_size=64, sequence_tokens=32, layers=5, width=32, heads=4, kv_heads=2, mlp_width=64,
+        rotary_dimensions=4, rope_base=10000.0, rope_trained_tokens=16, bigram_buckets=64,
+        bigram_width=8, value_width=8, value_layers=(3, 4), logit_softcap=30.0, query_gain=5.0,
+    )  # fmt: skip
+    model = GPT(config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_the_baseline_is_the_same_function():
+    """Every parameter away from its initial value: logits and all gradients of the banks."""
+    from baseline import bank_gradients, from_fairway
+
+    model = tiny_model()
+    baseline = from_fairway(model)
+    tokens = torch.randint(64, (3, 33), generator=torch.Generator().manual_seed(1))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    torch.testing.assert_close(baseline(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+    model.loss(inputs, targets).backward()
+    baseline.loss(inputs, targets).backward()
+    ours, theirs = bank_gradients(model), bank_gradients(baseline)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-6)
+    count = sum(parameter.numel() for parameter in baseline.parameters())
+    assert count == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_record_optimizer_takes_the_librarys_step():
+    """Clipping, Muon, AdamW and the average: one step of each from the same gradients."""
+    from baseline import from_fairway
+    from record_training import RecordAverages, RecordOptimizer
+
+    from fairway.config import load_config
+    from fairway.training.averaging import WeightAverages
+    from fairway.training.optimizers import Optimizer
+    from fairway.training.trainer import TrainSettings
+
+    settings = TrainSettings(**load_config([ROOT / "config.yaml"])["train"])
+    model = tiny_model()
+    baseline = from_fairway(model)
+    averages = WeightAverages(model, [0.9], 50, 0.0), RecordAverages(baseline, [0.9])
+    tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(1))
+    for one in (model, baseline):
+        one.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    library = Optimizer(
+        model,
+        learning_rates={
+            "matrix": settings.matrix_learning_rate,
+            "embedding": settings.embedding_learning_rate,
+            "scalar": settings.scalar_learning_rate,
+        },
+        betas=tuple(settings.adam_betas),
+        weight_decay=settings.weight_decay,
+        newton_schulz_steps=settings.newton_schulz_steps,
+        gradient_clip=settings.gradient_clip,
+    )
+    library.step(1.0, settings.muon_momentum)
+    RecordOptimizer(baseline, settings).step()
+    averages[0].update(0, 1.0)
+    averages[1].update()
+    expected = from_fairway(model).state_dict()
+    for name, value in baseline.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        averages[1].averages[0.9]["mlp_up_bank"],
+        averages[0].ema["ema_0.9"]["mlp_up_bank"],
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+
+def test_operations_per_token_at_the_records_size():
+    """DESIGN: 6 · 25.95 M of matrices, 3 M of the head, 69 M of causal attention."""
+    from ceilings import matrix_parameters, train_flops_per_token
+
+    from fairway.config import load_config
+    from fairway.model.gpt import config_from_settings
+
+    settings = load_config([ROOT / "config.yaml", ROOT / "config/record.yaml"])["model"]
+    config = config_from_settings(settings, vocab_size=1024, sequence_tokens=2048)
+    assert matrix_parameters(config) == 25_952_256
+    flops = train_flops_per_token(config)
+    assert flops == pytest.approx(6 * 25.95e6 + 3.1e6 + 69.2e6, rel=1e-3)
+
+
+def test_a_disagreement_is_named_and_nan_is_one():
+    from results import Agreement, Row, disagreements, table
+
+    checks = (Agreement("loss", math.nan, 1.0), Agreement("weights", 0.0, 0.0))
+    row = Row("train", "tokens/s", 1.0, agreements=checks)
+    assert disagreements([row]) == ["train: loss"]
+    assert "differs by nan, allowed 1: DISAGREES" in table([row], bars_apply=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from baseline import BaselineGPT
 from bench_evaluation import (
     Excerpt,
     excerpt,
@@ -18,7 +19,7 @@ from bench_evaluation import (
 )
 from ceilings import window_flops
 from context import Context, ran
-from record_evaluation import Logits, record_logits, record_slot
+from record_evaluation import record_logits, record_slot
 from results import Agreement, Bar, Row
 from timing import Run, Side, Stopwatch, alternate, held_bytes, timed, warmed_up
 
@@ -103,39 +104,49 @@ def slot_batch(context: Context) -> list[Row]:
     text = excerpt(context, settings, first_batches(settings, window_count(context, settings)))
     weights, found = context.trained_weights(), {}
     forward: dict[str, list[float]] = {"fast": [], "baseline": []}
-    models, logits, sides = {}, {}, {}
+    models, ways, sides = {}, {}, {}
     for name, make in (("fast", context.model), ("baseline", context.baseline)):
         held = held_bytes(context.device)
         models[name] = make(weights)
-        logits[name], scorer = _ways(context, models[name])
-        run = _measured(context, logits[name], scorer, settings, text, found, name, forward[name])
+        ways[name] = _way(context, models[name])
+        run = _measured(context, ways[name], settings, text, found, name, forward[name])
         sides[name] = warmed_up(context.device, lambda run=run: run, held)
         # The run that compiled does not count.
         del forward[name][0]
     seconds = alternate(sides, context.options.repeats)
-    agreement = _batch_fits_agree(context, logits, scorers, settings)
-    return _batch_rows(context, model, settings, text, sides, seconds, forward, found, agreement)
+    agreement = _batch_fits_agree(context, ways, settings)
+    return _batch_rows(
+        context, models["fast"], settings, text, sides, seconds, forward, found, agreement
+    )
 
 
 Scorer = Callable[[Callable, SlotSettings, Excerpt], torch.Tensor]
 """Nats of every target after the delta, float64 [n] on the CPU."""
 
 
-def _fast_scorer(context: Context, model: GPT) -> Scorer:
-    return lambda logits, settings, text: fast_scores(
-        context, logits, settings, text, model.kernels
-    )["nll_after"]
+Way = tuple[Callable, Scorer]
 
 
-def _record_scorer(logits: Logits, settings: SlotSettings, text: Excerpt) -> torch.Tensor:
+def _way(context: Context, model: GPT | BaselineGPT) -> Way:
+    """The forward pass of either model, and what scores a text with it."""
+    if isinstance(model, BaselineGPT):
+        return record_logits(model, context.compiles_baseline), _record_scores
+
+    def scores(logits: Callable, settings: SlotSettings, text: Excerpt) -> torch.Tensor:
+        return fast_scores(context, logits, settings, text, model.kernels)["nll_after"]
+
+    return fast_logits(context, model), scores
+
+
+def _record_scores(logits: Callable, settings: SlotSettings, text: Excerpt) -> torch.Tensor:
     return record_slot(logits, text.tokens, settings).double().cpu()
 
 
 def _measured(
-    context, logits: Callable, scorer: Scorer, settings, text, found, name, forward: list[float]
+    context, way: Way, settings, text, found: dict, name: str, forward: list[float]
 ) -> Run:
     """Seconds of scoring the excerpt; those of its forward passes are appended to `forward`."""
-    watch = Stopwatch(context.device)
+    watch, (logits, scorer) = Stopwatch(context.device), way
     watched = watch.wrap(logits)
 
     def score() -> None:
@@ -149,12 +160,12 @@ def _measured(
     return run
 
 
-def _batch_fits_agree(context, logits, scorers, settings: SlotSettings) -> Agreement:
+def _batch_fits_agree(context: Context, ways: dict[str, Way], settings: SlotSettings) -> Agreement:
     """With a prior, so that there is one best delta to be found."""
     prior = replace(settings, l2=AGREEMENT_L2)
     windows = CHECKED_BATCHES * settings.batch_windows
     text = excerpt(context, settings, min(windows, window_count(context, settings)))
-    after = {name: scorer(logits[name], prior, text) for name, scorer in scorers.items()}
+    after = {name: scorer(logits, prior, text) for name, (logits, scorer) in ways.items()}
     difference = abs(float((after["fast"] - after["baseline"]).mean()))
     return Agreement(
         f"mean loss after a delta with l2 {AGREEMENT_L2:g}, nats", difference, FIT_TOLERANCE

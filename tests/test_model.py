@@ -12,7 +12,7 @@ from fairway.errors import UserError
 from fairway.model import gpt
 from fairway.model.attention import attend, available_backends, select_backend
 from fairway.model.gpt import GPT, GPTConfig, config_from_settings
-from fairway.model.runtime import RuntimeSettings, prepare
+from fairway.model.runtime import RuntimeSettings, prepare, select_kernels
 from fairway.model.weights import build_model, load_model, save_model
 
 CONFIG = GPTConfig(
@@ -57,7 +57,7 @@ def reference_logits(model: GPT, tokens: list[int]) -> torch.Tensor:
     D = c.width // c.heads
 
     def norm(x):
-        return x / torch.sqrt((x**2).mean() + torch.finfo(x.dtype).eps)
+        return x / torch.sqrt((x**2).mean() + gpt.NORM_EPSILON)
 
     def rope(x, position):
         base = c.rope_base * (c.sequence_tokens / c.rope_trained_tokens) ** (
@@ -210,7 +210,19 @@ def test_flash_attention_cannot_be_forced_where_it_is_absent():
         select_backend("flash_attn", torch.device("cpu"))
     assert select_backend("auto", torch.device("cpu")) == "sdpa"
     with pytest.raises(UserError, match="half precisions"):
-        prepare(GPT(CONFIG), RuntimeSettings("cpu", "flash_attn", "float32", "off"))
+        prepare(GPT(CONFIG), RuntimeSettings("cpu", "plain", "flash_attn", "float32", "off"))
+
+
+def test_logits_from_a_place_on_are_those_of_the_whole(model, tokens):
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, 17), model(tokens)[:, 17:], rtol=1e-12, atol=1e-12)
+
+
+def test_fused_kernels_cannot_be_forced_where_they_cannot_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match="runtime.kernels is 'fused' but the device is 'cpu'"):
+        select_kernels("fused", torch.device("cpu"))
+    assert select_kernels("auto", torch.device("cpu")) == "plain"
 
 
 def test_weights_survive_the_file(tmp_path, tokens):

@@ -25,7 +25,7 @@ CUDNN_CAPABILITY = (9, 0)
 
 
 def available_backends(device: torch.device) -> list[str]:
-    """The backends that can run on `device`, best first; `sdpa` is always the last."""
+    """The backends that can run on `device`; `auto` takes the first."""
     if device.type != "cuda":
         return ["sdpa"]
     has_cudnn = (
@@ -33,13 +33,13 @@ def available_backends(device: torch.device) -> list[str]:
         and torch.cuda.get_device_capability(device) >= CUDNN_CAPABILITY
     )
     flash = [name for name, module in FLASH_MODULES.items() if _is_installed(module)]
-    return [*(["cudnn"] if has_cudnn else []), *flash, "sdpa"]
+    return [*flash, "sdpa", *(["cudnn"] if has_cudnn else [])]
 
 
 def select_backend(wanted: str, device: torch.device) -> str:
     """Resolve `runtime.attention` (auto, sdpa, cudnn, flash_attn) to one backend's name.
 
-    Raises UserError where the one asked for cannot run; `auto` takes the best there is.
+    Raises UserError where the one asked for cannot run.
     """
     backends = available_backends(device)
     if wanted == "auto":

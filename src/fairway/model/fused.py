@@ -1,7 +1,7 @@
 """The model's forward and backward pass written out, for CUDA: the fast twin of `gpt.py`.
 
 The same function of the same parameters as the plain formulation, up to rounding. Between the
-matrix products stand the kernels of `kernels.py`; every per-channel scale next to a matrix is
+matrix products stand the kernels of `kernels/`; every per-channel scale next to a matrix is
 folded into it; residual sums are accumulated by the products themselves; and gradients are
 written by hand, so that no activation is read or stored more often than it must be.
 
@@ -15,9 +15,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fairway.model import kernels
 from fairway.model.attention import attend
 from fairway.model.gpt import GPT, GPTConfig, bigram_bucket, rotary_angles
+from fairway.model.kernels.embedding import embed, embed_backward
+from fairway.model.kernels.exclusion import exclude_self, exclude_self_backward
+from fairway.model.kernels.heads import norm_and_rotate, norm_and_rotate_backward
+from fairway.model.kernels.loss import cross_entropy
+from fairway.model.kernels.mlp import mlp_down_backward, mlp_up
+from fairway.model.kernels.residual import (
+    mix_and_norm,
+    mix_and_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
 
 
 class Weights(NamedTuple):
@@ -101,7 +111,7 @@ def hidden(model: GPT, tokens: torch.Tensor, first_place: int = 0) -> torch.Tens
 
 
 def _hidden(model: GPT, tokens: torch.Tensor, first_place: int) -> torch.Tensor:
-    config, dtype = model.config, model.compute_dtype
+    config, dtype, tokens = model.config, model.compute_dtype, tokens.contiguous()
     x0 = Embed.apply(
         tokens,
         bigram_bucket(tokens, F.pad(tokens[:, :-1], (1, 0), value=-1), config.bigram_buckets),
@@ -169,12 +179,12 @@ class Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, buckets, table, bigram_table, gate, dtype):
         ctx.save_for_backward(tokens, buckets, table, bigram_table, gate)
-        return kernels.embed(tokens, buckets, table, bigram_table, gate, dtype)
+        return embed(tokens, buckets, table, bigram_table, gate, dtype)
 
     @staticmethod
     def backward(ctx, gradient):
         tokens, buckets, table, bigram_table, _ = ctx.saved_tensors
-        rows, gate_gradient = kernels.embed_backward(gradient, *ctx.saved_tensors)
+        rows, gate_gradient = embed_backward(gradient, *ctx.saved_tensors)
         scatter = torch.ops.aten.embedding_dense_backward
         return (
             None,
@@ -193,7 +203,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, embedding, targets, cap):
         head = embedding.to(hidden.dtype)
         scores = hidden @ head.T
-        losses = kernels.cross_entropy(scores, targets.flatten(), cap)
+        losses = cross_entropy(scores, targets.flatten(), cap)
         ctx.save_for_backward(hidden, embedding, scores)
         return losses.mean()
 
@@ -224,7 +234,7 @@ class Blocks(torch.autograd.Function):
             x = _block(geometry, weights, index, layer, x0, values)
             if not any(ctx.needs_input_grad):
                 layers[index] = Layer(layer.x, None, None)
-        hidden, inverse = kernels.rms_norm(x)
+        hidden, inverse = rms_norm(x)
         ctx.save_for_backward(hidden, inverse)
         ctx.inputs = geometry, weights, layers, x0, values
         return hidden
@@ -236,7 +246,7 @@ class Blocks(torch.autograd.Function):
         gradients = Weights(*(torch.empty_like(weight) for weight in weights))
         x0_gradient = torch.zeros_like(x0)
         values_gradient = None if values is None else torch.zeros_like(values)
-        gradient = kernels.rms_norm_backward(gradient, *ctx.saved_tensors, x0_gradient)
+        gradient = rms_norm_backward(gradient, *ctx.saved_tensors, x0_gradient)
         skip_gradients: dict[int, torch.Tensor] = {}
         for index in reversed(range(len(layers))):
             layer = layers.pop()
@@ -246,7 +256,7 @@ class Blocks(torch.autograd.Function):
             )
             partner = geometry.skip_partner(index)
             taken = partner is not None and index <= geometry.encoders
-            found = kernels.mix_and_norm_backward(
+            found = mix_and_norm_backward(
                 gradient, inner, *layer.attention_input, layer.x, x0, weights.mix[index],
                 layer.skip, layer.skip_weight, skip_gradients.get(partner),
                 weights.skip[partner - geometry.encoders] if taken else None, x0_gradient,
@@ -259,7 +269,7 @@ class Blocks(torch.autograd.Function):
 
 def _block(geometry, weights, index, layer, x0, values) -> torch.Tensor:
     """Block `index` from `layer`'s input to its output; notes in `layer` what it computed."""
-    x, *layer.attention_input = kernels.mix_and_norm(
+    x, *layer.attention_input = mix_and_norm(
         layer.x, x0, weights.mix[index], layer.skip, layer.skip_weight
     )
     place = geometry.first_place if index == geometry.config.layers - 1 else 0
@@ -268,9 +278,8 @@ def _block(geometry, weights, index, layer, x0, values) -> torch.Tensor:
     # Both sums go into the residual stream's own memory: the backward pass needs the norms'
     # outputs, not their inputs.
     x.addmm_(output, weights.attention_out[index].T)
-    layer.mlp_input = kernels.rms_norm(x)
-    up = layer.mlp_input[0] @ weights.up[index].T
-    layer.mlp = up, kernels.leaky_relu_squared(up)
+    layer.mlp_input = rms_norm(x)
+    layer.mlp = mlp_up(layer.mlp_input[0], weights.up[index])
     return x.addmm_(layer.mlp[1], weights.down[index].T)
 
 
@@ -289,17 +298,15 @@ def _attention(geometry, weights, index, layer, values, place) -> torch.Tensor:
         scale = weights.value_scales[config.value_layers.index(index)]
         own_values += (scale * values).to(own_values.dtype).view(own_values.shape)
     B, T, cos, sin = geometry.batch, geometry.length, geometry.cos, geometry.sin
-    queries = kernels.norm_and_rotate(
-        queries, cos[place:], sin[place:], weights.gain[index], T - place
-    )
-    keys = kernels.norm_and_rotate(keys, cos, sin, None, T)
+    queries = norm_and_rotate(queries, cos[place:], sin[place:], weights.gain[index], T - place)
+    keys = norm_and_rotate(keys, cos, sin, None, T)
     inputs = [part.unflatten(0, (B, -1)).detach() for part in (queries, keys, own_values)]
     with torch.enable_grad():
         for part in inputs:
             part.requires_grad_()
         joined = attend(*inputs, geometry.attention_backend)
     output = joined.detach().flatten(0, 1).contiguous()
-    excluded = kernels.exclude_self(output, inputs[2].detach()[:, place:].flatten(0, 1))
+    excluded = exclude_self(output, inputs[2].detach()[:, place:].flatten(0, 1))
     layer.attention = *inputs, joined, excluded
     return excluded.flatten(1)
 
@@ -308,9 +315,9 @@ def _mlp_backward(weights, gradients, index, layer, gradient) -> torch.Tensor:
     """The gradient of the residual stream before the MLP, from the one after it."""
     up, activation = layer.mlp
     torch.mm(gradient.T, activation, out=gradients.down[index])
-    inner = kernels.leaky_relu_squared_backward(gradient @ weights.down[index], up)
+    inner = mlp_down_backward(gradient, weights.down[index], up)
     torch.mm(inner.T, layer.mlp_input[0], out=gradients.up[index])
-    return kernels.rms_norm_backward(inner @ weights.up[index], *layer.mlp_input, gradient)
+    return rms_norm_backward(inner @ weights.up[index], *layer.mlp_input, gradient)
 
 
 def _attention_backward(
@@ -321,7 +328,7 @@ def _attention_backward(
     torch.mm(gradient.T, excluded.flatten(1), out=gradients.attention_out[index])
     inner = (gradient @ weights.attention_out[index]).view(excluded.shape)
     output, own_values = joined.detach().flatten(0, 1), inputs[2].detach().flatten(0, 1)
-    inner, from_exclusion = kernels.exclude_self_backward(inner, output.contiguous(), own_values)
+    inner, from_exclusion = exclude_self_backward(inner, output.contiguous(), own_values)
     found = torch.autograd.grad(joined, inputs, inner.view(joined.shape))
     query_gradient, key_gradient, value_gradient = (part.flatten(0, 1) for part in found)
 
@@ -329,10 +336,10 @@ def _attention_backward(
     queries, keys, _ = _split_heads(layer.qkv, config)
     to_queries, to_keys, to_values = _split_heads(qkv_gradient, config)
     cos, sin, T = geometry.cos, geometry.sin, geometry.length
-    gradients.gain[index] = kernels.norm_and_rotate_backward(
+    gradients.gain[index] = norm_and_rotate_backward(
         query_gradient, queries, cos, sin, weights.gain[index], T, to_queries
     )
-    kernels.norm_and_rotate_backward(key_gradient, keys, cos, sin, None, T, to_keys)
+    norm_and_rotate_backward(key_gradient, keys, cos, sin, None, T, to_keys)
     torch.add(value_gradient, from_exclusion, out=to_values)
     if index in config.value_layers:
         number = config.value_layers.index(index)

@@ -47,13 +47,13 @@ def prepare(model: GPT, settings: RuntimeSettings) -> GPT:
 
 
 def select_kernels(wanted: str, device: torch.device) -> str:
-    """Resolve `runtime.kernels` (auto, plain, fused): auto is fused on CUDA where Triton is.
+    """Resolve `runtime.kernels` (auto, plain, fused): auto is plain until fused is measured.
 
     Raises UserError where fused is asked for and cannot run.
     """
     has_triton = find_spec("triton") is not None
     if wanted == "auto":
-        return "fused" if device.type == "cuda" and has_triton else "plain"
+        return "plain"
     # Triton's interpreter runs the kernels on the CPU, slowly; tests use it.
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     if wanted == "fused" and not (has_triton and (device.type == "cuda" or interprets)):

@@ -109,6 +109,8 @@ class Trainer:
             model, settings.ema_decays, settings.swa_every_steps, settings.swa_scale
         )
         self.progress = Progress()
+        self.batch: tuple | None = None
+        self.loader_state = loader.state()
         self.loss: Callable = (
             torch.compile(model.loss, dynamic=False) if compile_model else model.loss
         )
@@ -178,7 +180,7 @@ class Trainer:
         settings = self.settings
         late = scale < settings.late_qat_scale
         self.model.matrix_transform = fake_quantize_int6 if late else None
-        loss = self._accumulate_gradients(*self.loader.next_batch())
+        loss = self._accumulate_gradients(*(self.batch or self.loader.next_batch()))
         momentum = muon_momentum(
             step,
             start=settings.muon_momentum_start,
@@ -186,7 +188,17 @@ class Trainer:
             warmup_steps=settings.muon_momentum_warmup_steps,
         )
         self.optimizer.step(scale, momentum)
+        self._prefetch()
         return loss
+
+    def _prefetch(self) -> None:
+        """Gather the next batch now, while the GPU is still at work on what was launched."""
+        self.loader_state = self.loader.state()
+        self.batch = self.loader.next_batch()
+
+    def _rewind_loader(self, state: dict[str, Any]) -> None:
+        self.loader.load_state(state)
+        self.loader_state, self.batch = state, None
 
     def _accumulate_gradients(self, inputs, targets) -> torch.Tensor:
         device, rows = self.world.device, self.settings.micro_batch_sequences
@@ -237,14 +249,14 @@ class Trainer:
         if steps == 0:
             return
         weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        loader_state = self.loader.state()
+        loader_state = self.loader_state
         for step in range(steps):
             late = step >= steps // 2 and self.settings.late_qat_scale > 0
             float(self._step(step, scale=self.settings.late_qat_scale / 2 if late else 1.0))
         self.model.load_state_dict(weights)
         self.optimizer.load_state_tensors({})
         self.averages.reset()
-        self.loader.load_state(loader_state)
+        self._rewind_loader(loader_state)
 
     def _save(self) -> None:
         optimizer_state = self.optimizer.state_tensors()
@@ -258,7 +270,7 @@ class Trainer:
         state: dict[str, Any] = {
             "seconds": self.progress.seconds,
             "history": self.progress.history,
-            "loader": self.loader.state(),
+            "loader": self.loader_state,
             "swa_count": self.averages.swa_count,
         }
         folder = self.checkpoints.save(self.progress.step, tensors, state)
@@ -272,7 +284,7 @@ class Trainer:
         self.model.load_state_dict(_under(tensors, "model."))
         self.optimizer.load_state_tensors(_under(tensors, "optimizer."))
         self.averages.load_state_tensors(_under(tensors, "average."), state["swa_count"])
-        self.loader.load_state(state["loader"])
+        self._rewind_loader(state["loader"])
         self.progress = Progress(state["step"], state["seconds"], state["history"])
         if self.world.is_main:
             print(f"resumed after step {state['step']}", file=sys.stderr, flush=True)

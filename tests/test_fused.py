@@ -1,0 +1,144 @@
+"""The fused kernels against the plain formulation and float64, on a GPU or in the interpreter."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from test_model import CONFIG
+
+from fairway.model import gpt
+from fairway.model.gpt import GPT
+from fairway.quantization.integers import fake_quantize_int6
+
+pytest.importorskip("triton")
+from fairway.model.kernels.loss import cross_entropy
+from fairway.model.kernels.residual import rms_norm, rms_norm_backward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+# Widths that no tile divides; encoder and decoder halves with and without a block of their own.
+CONFIGS = {
+    "odd": replace(CONFIG, width=36, heads=6, kv_heads=3),
+    "even": replace(CONFIG, layers=4, value_layers=(0,)),
+    "no value embedding": replace(CONFIG, layers=3, value_layers=()),
+    "all dimensions rotated": replace(CONFIG, layers=2, value_layers=(1,), rotary_dimensions=6),
+}
+
+
+def random_model(config: gpt.GPTConfig, kernel_kind: str) -> GPT:
+    model = GPT(config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.kernels = kernel_kind
+    return model.to(DEVICE)
+
+
+def batch(rows: int = 3, length: int = 13) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 50, (rows, length + 1), generator=generator).to(DEVICE)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("transform", [None, fake_quantize_int6], ids=["", "late QAT"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_the_plain_ones(name, transform):
+    found = {}
+    for kind in ("plain", "fused"):
+        model = random_model(CONFIGS[name], kind)
+        model.matrix_transform = transform
+        loss = model.loss(*batch())
+        (2 * loss).backward()
+        found[kind] = loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+    torch.testing.assert_close(found["fused"][0], found["plain"][0], rtol=1e-6, atol=0)
+    for parameter, plain in found["plain"][1].items():
+        if plain is None:  # nothing of this parameter exists in this configuration
+            continue
+        error = (found["fused"][1][parameter] - plain).norm() / plain.norm()
+        assert error < 2e-5, f"{parameter}: {error}"
+
+
+def test_logits_of_all_places_and_of_the_last_ones():
+    tokens, _ = batch()
+    with torch.no_grad():
+        plain, fused = (random_model(CONFIG, kind) for kind in ("plain", "fused"))
+        expected = plain(tokens)
+        torch.testing.assert_close(fused(tokens), expected, **TOLERANCE)
+        torch.testing.assert_close(fused(tokens, 9), expected[:, 9:], **TOLERANCE)
+
+
+def test_later_tokens_change_no_earlier_logit_to_the_bit():
+    model, (tokens, _) = random_model(CONFIG, "fused"), batch()
+    with torch.no_grad():
+        before = model(tokens)
+        tokens[1, 7] = (tokens[1, 7] + 1) % 50
+        after = model(tokens)
+    changed = (before != after).any(-1)
+    assert not changed[1, :7].any() and changed[1, 7:].all()
+    assert not changed[0].any() and not changed[2].any(), "rows must not meet"
+
+
+def test_gradients_add_up_over_micro_batches():
+    model, (x, y) = random_model(CONFIG, "fused"), batch(rows=4)
+    model.loss(x, y).backward()
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for rows in (slice(0, 2), slice(2, 4)):
+        (0.5 * model.loss(x[rows], y[rows])).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], **TOLERANCE)
+
+
+def test_cross_entropy_far_from_zero_against_float64():
+    scores = 40 * random(9, 50)
+    targets = torch.arange(9, device=DEVICE) * 5
+    reference = scores.double().requires_grad_()
+    capped = 30 * torch.tanh(reference / 30)
+    expected = F.cross_entropy(capped, targets, reduction="none")
+    expected.sum().backward()
+    losses = cross_entropy(scores, targets, 30.0)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.double(), reference.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_norm_of_any_number_of_rows_against_float64(rows):
+    x, gradient, residual = (random(rows, 40, seed=seed) for seed in range(3))
+    reference = x.double().requires_grad_()
+    expected = F.rms_norm(reference, (40,), eps=gpt.NORM_EPSILON)
+    expected.backward(gradient.double())
+    normed, inverse = rms_norm(x)
+    torch.testing.assert_close(normed.double(), expected.detach(), **TOLERANCE)
+    found = rms_norm_backward(gradient, normed, inverse, residual)
+    torch.testing.assert_close(found.double(), reference.grad + residual, **TOLERANCE)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_hopper_without_spilling():
+    """In its own process: the interpreter must not have replaced the compiler."""
+    command = [sys.executable, str(ROOT / "tests/compile_kernels.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=compiler_environment()
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) >= 15
+    spilling = [line for line in lines if not line.endswith(" 0 bytes spilled")]
+    assert not spilling, spilling
+
+
+def compiler_environment() -> dict[str, str]:
+    import os
+
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return {**environment, "PYTHONPATH": str(ROOT / "src")}

@@ -142,7 +142,8 @@ def optimizer(context: Context) -> list[Row]:
         Row(
             "optimizer", "share of the step", share, **about,
             bars=(Bar("<= 6 % of the step", share <= 0.06),),
-            note=f"of a whole step of {whole:.4g} s",
+            note=f"of a whole step of {whole:.4g} s in "
+            f"{settings.batch_sequences // settings.micro_batch_sequences} micro-batches",
         ),
     ]  # fmt: skip
 

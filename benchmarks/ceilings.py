@@ -78,11 +78,18 @@ def train_flops_per_token(config: GPTConfig) -> float:
     return 6.0 * (matrix_parameters(config) + config.vocab_size * config.width + attention)
 
 
-def window_flops(config: GPTConfig, window_tokens: int, scored_tokens: int) -> float:
-    """One forward pass of a window whose head is needed for its scored tokens only."""
-    attention = config.layers * config.width * window_tokens
-    head = config.vocab_size * config.width * scored_tokens
-    return 2.0 * (window_tokens * (matrix_parameters(config) + attention) + head)
+def window_flops(config: GPTConfig, window_tokens: int, needed_tokens: int) -> float:
+    """One forward pass of a window whose last `needed_tokens` logits are wanted.
+
+    Of the last block only keys and values serve the other places.
+    """
+    block = matrix_parameters(config) // config.layers
+    shared = 2 * config.kv_width * config.width
+    head = config.vocab_size * config.width
+    everywhere = (config.layers - 1) * (block + config.width * window_tokens) + shared
+    visible = 2 * window_tokens - needed_tokens
+    at_the_end = block - shared + head + config.width * visible
+    return 2.0 * (window_tokens * everywhere + needed_tokens * at_the_end)
 
 
 def generation_bytes(config: GPTConfig, sequences: int, tokens: int, number_bytes: int) -> float:

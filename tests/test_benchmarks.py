@@ -147,7 +147,7 @@ def test_the_record_optimizer_takes_the_librarys_step():
 
 def test_operations_per_token_at_the_records_size():
     """DESIGN: 6 · 25.95 M of matrices, 3 M of the head, 69 M of causal attention."""
-    from ceilings import matrix_parameters, train_flops_per_token
+    from ceilings import matrix_parameters, train_flops_per_token, window_flops
 
     from fairway.config import load_config
     from fairway.model.gpt import config_from_settings
@@ -157,6 +157,8 @@ def test_operations_per_token_at_the_records_size():
     assert matrix_parameters(config) == 25_952_256
     flops = train_flops_per_token(config)
     assert flops == pytest.approx(6 * 25.95e6 + 3.1e6 + 69.2e6, rel=1e-3)
+    assert window_flops(config, 2048, 2048) == pytest.approx(2048 * flops / 3)
+    assert 0.9 < window_flops(config, 2048, 64) / window_flops(config, 2048, 2048) < 0.95
 
 
 def test_a_disagreement_is_named_and_nan_is_one():

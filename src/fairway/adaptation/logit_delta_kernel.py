@@ -1,15 +1,16 @@
 """The fit of logit_delta.py as one Triton kernel: a whole L-BFGS fit for each row, in one launch.
 
-One program fits one row from its start to its end. It reads nothing of another row, so rows are
-independent by construction; a row that has converged leaves its multiprocessor to the next, and
-nothing waits for the host. The algorithm is that of lbfgs.py, written for a single problem, with
-the two-loop recursion in place of the triangular systems (the same direction in exact arithmetic).
+One program fits one row from its start to its end, or a few programs that share its places where
+there are too few rows for the GPU. No program reads anything of another row, so rows are
+independent by construction, and nothing waits for the host. The algorithm is that of lbfgs.py,
+written for a single problem, with the two-loop recursion in place of the triangular systems (the
+same direction in exact arithmetic).
 
 An evaluation streams the row's probabilities once: a tile of places serves both for its sums
 sum_u q_u exp(delta_u) and for the gradient. So the fit's time is that of reading the
 probabilities, and they are kept in half precision. In units of 2^-15 every probability above
-2e-9 has 11 significant bits there. An error of 2^-12 in each q moves a fitted entry by less than
-that, in nats, and the loss, flat at its minimum, by the square of it.
+2e-9 has 11 significant bits there. Relative errors of up to 2^-12 in the q move a fitted entry by
+about as much, in nats, at most, and the loss, flat at its minimum, by the order of their square.
 
 Sources: Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5, 3.6, 7.4 and 7.5.
 """
@@ -19,13 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fairway.adaptation.lbfgs import (
-    BRACKET_MARGIN,
-    CURVATURE,
-    LARGEST_EXTRAPOLATION,
-    SUFFICIENT_DECREASE,
-    Minimum,
-)
+from fairway.adaptation.lbfgs import CURVATURE, SUFFICIENT_DECREASE, Minimum
+from fairway.adaptation.lbfgs_kernel import choose_trial, descent_direction, next_step
 from fairway.adaptation.logit_delta import (
     MAX_LINE_SEARCH_STEPS,
     TOLERANCE_CHANGE,
@@ -36,16 +32,17 @@ from fairway.adaptation.logit_delta import (
 TILE_ELEMENTS = 16384  # probabilities that a program holds in registers at a time
 NUM_WARPS = 8
 NUM_STAGES = 3  # tiles on their way from memory
+MOST_PARTS = 1  # programs that share a row where there are fewer rows than multiprocessors
 
 UNITS_PER_ONE = 2.0**15  # float16 ends at 65504
+EXCHANGE_PADDING = 16  # floats after a part's gradient; the first is its loss
 
 _UNIT = tl.constexpr(1 / UNITS_PER_ONE)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_EXCHANGE_PADDING = tl.constexpr(EXCHANGE_PADDING)
 _EPSILON = tl.constexpr(torch.finfo(torch.float32).eps)
 _SUFFICIENT_DECREASE = tl.constexpr(SUFFICIENT_DECREASE)
 _CURVATURE = tl.constexpr(CURVATURE)
-_LARGEST_EXTRAPOLATION = tl.constexpr(LARGEST_EXTRAPOLATION)
-_BRACKET_MARGIN = tl.constexpr(BRACKET_MARGIN)
 _TOLERANCE_GRADIENT = tl.constexpr(TOLERANCE_GRADIENT)
 _TOLERANCE_CHANGE = tl.constexpr(TOLERANCE_CHANGE)
 _MAX_LINE_SEARCH_STEPS = tl.constexpr(MAX_LINE_SEARCH_STEPS)
@@ -93,34 +90,48 @@ def fit_delta(
     block_vocabulary = triton.next_power_of_2(vocabulary)
     block_places = max(1, min(64, TILE_ELEMENTS // block_vocabulary))
     share, wanted, ridge = loss_terms(targets, is_context, initial, l2)
-    scratch = initial.new_empty(2, rows, history, vocabulary)
+    parts = _parts(rows, initial.device)
+    pairs = initial.new_empty(2, rows, parts, history, vocabulary)
+    exchange = initial.new_empty(rows, 2, parts, block_vocabulary + EXCHANGE_PADDING)
+    arrivals = torch.zeros(rows, dtype=torch.int32, device=initial.device)
     x, value = torch.empty_like(wanted), torch.empty_like(ridge)
     counts = torch.empty(2, rows, dtype=torch.int64, device=x.device)
-    _fit_kernel[(rows,)](
+    _fit_kernel[(rows, parts)](
         probabilities.contiguous(),
         share,
         block_runs(share, block_places),
         wanted,
         ridge,
         initial.contiguous(),
-        scratch[0],
-        scratch[1],
+        *pairs,
+        exchange,
+        arrivals,
         x,
         value,
         counts[0],
         counts[1],
         num_places,
-        clamp,
+        float(clamp),
         iterations,
         V=vocabulary,
         HISTORY=history,
         BLOCK_V=block_vocabulary,
         BLOCK_H=triton.next_power_of_2(history),
         BLOCK_P=block_places,
+        PARTS=parts,
         STAGES=NUM_STAGES,
         num_warps=NUM_WARPS,
+        launch_cooperative_grid=parts > 1,  # programs that wait for others must all be running
     )
     return Minimum(x, value, *counts)
+
+
+def _parts(rows: int, device: torch.device) -> int:
+    """How many programs share a row; never a matter of content: it orders the sums."""
+    if device.type != "cuda" or rows == 0:
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(MOST_PARTS, processors // rows))
 
 
 def block_runs(share: Tensor, block_places: int) -> Tensor:
@@ -157,17 +168,48 @@ def _compact_softmax_kernel(
 
 
 @triton.jit
+def _sum_over_parts(
+    loss, expected, exchange, arrivals, evaluation, BLOCK_V: tl.constexpr, PARTS: tl.constexpr
+):
+    """What all programs of a row found, in each of them the same bits: added in one order.
+
+    exchange: scratch [2, PARTS, BLOCK_V + padding]. Two pages suffice: before a program writes to
+    a page again, all have arrived at the other one, and so have read this one. arrivals: counts.
+    """
+    columns = tl.arange(0, BLOCK_V)
+    page = exchange + evaluation % 2 * PARTS * (BLOCK_V + _EXCHANGE_PADDING)
+    own = page + tl.program_id(1) * (BLOCK_V + _EXCHANGE_PADDING)
+    tl.store(own + columns, expected)
+    tl.store(own + BLOCK_V, loss)
+    tl.debug_barrier()
+    tl.atomic_add(arrivals, 1, sem="release")
+    while tl.atomic_add(arrivals, 0, sem="acquire") < (evaluation + 1) * PARTS:
+        pass
+    loss = tl.full((), 0.0, tl.float32)
+    expected = tl.zeros([BLOCK_V], tl.float32)
+    for part in tl.static_range(PARTS):
+        other = page + part * (BLOCK_V + _EXCHANGE_PADDING)
+        expected += tl.load(other + columns, cache_modifier=".cg")
+        loss += tl.load(other + BLOCK_V, cache_modifier=".cg")
+    return loss, expected
+
+
+@triton.jit
 def _loss_and_gradient(
-    delta, probabilities, share, wanted, ridge, first_block, num_blocks, num_places,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+    delta, evaluation, problem, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
+    PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Value and gradient [BLOCK_V] at `delta` [BLOCK_V], over the row's run of blocks."""
+    """Value and gradient [BLOCK_V] at `delta` [BLOCK_V]; the evaluation-th of this row."""
+    (
+        probabilities, share, wanted, ridge, first_block, num_blocks, num_places,
+        exchange, arrivals,
+    ) = problem  # fmt: skip
     columns = tl.arange(0, BLOCK_V)
     growth = tl.exp(delta) * _UNIT
     losses = tl.zeros([BLOCK_P], tl.float32)
     expected = tl.zeros([BLOCK_V], tl.float32)
     all_blocks = tl.cdiv(num_places, BLOCK_P)
-    for index in tl.range(0, num_blocks, num_stages=STAGES):
+    for index in tl.range(tl.program_id(1), num_blocks, PARTS, num_stages=STAGES):
         block = first_block + index
         block = tl.where(block < all_blocks, block, block - all_blocks)
         places = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -183,84 +225,86 @@ def _loss_and_gradient(
         total = tl.where(total < _TINY, _TINY, total)
         losses += weight * tl.log(total)
         expected += tl.sum(tile * (weight / total)[:, None], axis=0)
-    value = tl.sum(losses) - tl.sum(wanted * delta) + ridge / 2 * tl.sum(delta * delta)
+    loss = tl.sum(losses)
+    if PARTS > 1:
+        loss, expected = _sum_over_parts(
+            loss, expected, exchange, arrivals, evaluation, BLOCK_V, PARTS
+        )
+    value = loss - tl.sum(wanted * delta) + ridge / 2 * tl.sum(delta * delta)
     return value, expected * growth - wanted + ridge * delta
 
 
 @triton.jit
-def _cubic_minimizer(
-    left_step, left_value, left_slope, right_step, right_value, right_slope, lowest, highest
-):
-    """As lbfgs.cubic_minimizer."""
-    width = right_step - left_step
-    d1 = left_slope + right_slope - 3 * (left_value - right_value) / (left_step - right_step)
-    root = tl.sqrt(d1 * d1 - left_slope * right_slope)
-    d2 = tl.where(width < 0, -root, root)
-    step = right_step - width * (right_slope + d2 - d1) / (right_slope - left_slope + 2 * d2)
-    step = tl.where(tl.abs(step) < float("inf"), step, (lowest + highest) / 2)
-    return tl.minimum(tl.maximum(step, lowest), highest)
-
-
-@triton.jit
-def _descent_direction(
-    gradient, steps, changes, curvatures, scale, pushed,
-    V: tl.constexpr, HISTORY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+def _line_search(
+    x, value, gradient, direction, slope, step, evaluations, problem, V: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """-H g by the two-loop recursion over the pairs kept in memory, the newest pair first.
-
-    curvatures: [BLOCK_H], s . y of each place of the ring. pushed: pairs that were ever kept.
-    """
-    columns = tl.arange(0, BLOCK_V)
-    inside = columns < V
-    slots = tl.arange(0, BLOCK_H)
-    pairs = tl.minimum(pushed, HISTORY)
-    alphas = tl.zeros([BLOCK_H], tl.float32)
-    remainder = gradient
-    for age in range(0, pairs):
-        slot = (pushed - 1 - age) % HISTORY
-        step = tl.load(steps + slot * V + columns, mask=inside, other=0.0)
-        change = tl.load(changes + slot * V + columns, mask=inside, other=0.0)
-        curvature = tl.sum(tl.where(slots == slot, curvatures, 0.0))
-        alpha = tl.sum(step * remainder) / curvature
-        alphas = tl.where(slots == slot, alpha, alphas)
-        remainder -= alpha * change
-    remainder *= scale
-    for index in range(0, pairs):
-        slot = (pushed - pairs + index) % HISTORY
-        step = tl.load(steps + slot * V + columns, mask=inside, other=0.0)
-        change = tl.load(changes + slot * V + columns, mask=inside, other=0.0)
-        curvature = tl.sum(tl.where(slots == slot, curvatures, 0.0))
-        alpha = tl.sum(tl.where(slots == slot, alphas, 0.0))
-        remainder += (alpha - tl.sum(change * remainder) / curvature) * step
-    return -remainder
+    """lbfgs.LineSearch: the step taken, value and gradient there, and how many were tried."""
+    farthest = tl.max(tl.abs(direction))
+    low = (tl.full((), 0.0, tl.float32), value, slope)
+    high = (tl.full((), float("inf"), tl.float32), value, slope)
+    low_gradient = gradient
+    trials = tl.full((), 0, tl.int32)
+    searching = trials == 0
+    while searching:
+        new_value, new_gradient = _loss_and_gradient(
+            x + step * direction, evaluations + trials, problem, V, BLOCK_V, BLOCK_P, PARTS, STAGES
+        )
+        new = (step, new_value, tl.sum(new_gradient * direction))
+        trials += 1
+        low_enough = new[1] <= value + step * slope * _SUFFICIENT_DECREASE + _TOLERANCE_CHANGE
+        accepted = low_enough & (tl.abs(new[2]) <= tl.abs(slope) * _CURVATURE)
+        too_high = (low_enough == 0) | ((new[1] >= low[1]) & (trials > 1))
+        uphill = tl.where(high[0] < low[0], -new[2], new[2]) >= 0
+        before = low
+        high = choose_trial(too_high, new, choose_trial(uphill, low, high))
+        # An accepted trial is the one to take, whatever its rank.
+        lower = accepted | (too_high == 0)
+        low = choose_trial(lower, new, low)
+        low_gradient = tl.where(lower, new_gradient, low_gradient)
+        step = next_step(before, low, high, new)
+        narrow = tl.abs(high[0] - low[0]) * farthest < _TOLERANCE_CHANGE
+        searching = (accepted | narrow | (trials >= _MAX_LINE_SEARCH_STEPS)) == 0
+    return low[0], low[1], low_gradient, trials
 
 
 @triton.jit
 def _fit_kernel(
-    probabilities, share, runs, wanted, ridge, initial, steps, changes,
+    probabilities, share, runs, wanted, ridge, initial, steps, changes, exchange, arrivals,
     x_out, value_out, iterations_out, evaluations_out, num_places, clamp, max_iterations,
     V: tl.constexpr, HISTORY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """lbfgs.minimize for the row of this program. steps, changes: scratch [B, HISTORY, V]."""
+    """lbfgs.minimize for the row of this program.
+
+    PARTS programs of a row share its places and are otherwise copies of one another, each with its
+    own history. steps, changes: scratch [B, PARTS, HISTORY, V].
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_V)
     inside = columns < V
     slots = tl.arange(0, BLOCK_H)
     probabilities += row * num_places * V
     share += row * num_places
-    steps += row * HISTORY * V
-    changes += row * HISTORY * V
-    first_block = tl.load(runs + 2 * row)
+    steps += (row * PARTS + tl.program_id(1)) * HISTORY * V
+    changes += (row * PARTS + tl.program_id(1)) * HISTORY * V
+    exchange += row * 2 * PARTS * (BLOCK_V + _EXCHANGE_PADDING)
+    arrivals += row
     num_blocks = tl.load(runs + 2 * row + 1)
-    row_wanted = tl.load(wanted + row * V + columns, mask=inside, other=0.0)
-    row_ridge = tl.load(ridge + row)
+    problem = (
+        probabilities,
+        share,
+        tl.load(wanted + row * V + columns, mask=inside, other=0.0),
+        tl.load(ridge + row),
+        tl.load(runs + 2 * row),
+        num_blocks,
+        num_places,
+        exchange,
+        arrivals,
+    )
     x = tl.load(initial + row * V + columns, mask=inside & (num_blocks > 0), other=0.0)
 
-    value, gradient = _loss_and_gradient(
-        x, probabilities, share, row_wanted, row_ridge, first_block, num_blocks, num_places,
-        V, BLOCK_V, BLOCK_P, STAGES,
-    )  # fmt: skip
+    value, gradient = _loss_and_gradient(x, 0, problem, V, BLOCK_V, BLOCK_P, PARTS, STAGES)
     curvatures = tl.zeros([BLOCK_H], tl.float32)
     scale = tl.full((), 1.0, tl.float32)
     pushed = tl.full((), 0, tl.int32)
@@ -273,56 +317,10 @@ def _fit_kernel(
     active = tl.max(tl.abs(gradient)) > _TOLERANCE_GRADIENT
 
     while active:
-        # The line search: lbfgs.LineSearch for one row. low_*, high_*: the ends of the bracket.
-        farthest_entry = tl.max(tl.abs(direction))
-        low_step = tl.full((), 0.0, tl.float32)
-        low_value, low_slope, low_gradient = value, slope, gradient
-        high_step = tl.full((), float("inf"), tl.float32)
-        high_value, high_slope = value, slope
-        trials = tl.full((), 0, tl.int32)
-        searching = active
-        while searching:
-            new_value, new_gradient = _loss_and_gradient(
-                x + step * direction, probabilities, share, row_wanted, row_ridge, first_block,
-                num_blocks, num_places, V, BLOCK_V, BLOCK_P, STAGES,
-            )  # fmt: skip
-            new_slope = tl.sum(new_gradient * direction)
-            trials += 1
-            bound = value + step * slope * _SUFFICIENT_DECREASE + _TOLERANCE_CHANGE
-            low_enough = new_value <= bound
-            accepted = low_enough & (tl.abs(new_slope) <= tl.abs(slope) * _CURVATURE)
-            too_high = (low_enough == 0) | ((new_value >= low_value) & (trials > 1))
-            uphill = tl.where(high_step < low_step, -new_slope, new_slope) >= 0
-            before_step, before_value, before_slope = low_step, low_value, low_slope
-            high_step = tl.where(too_high, step, tl.where(uphill, low_step, high_step))
-            high_value = tl.where(too_high, new_value, tl.where(uphill, low_value, high_value))
-            high_slope = tl.where(too_high, new_slope, tl.where(uphill, low_slope, high_slope))
-            # An accepted trial is the one to take, whatever its rank.
-            lower = accepted | (too_high == 0)
-            low_step = tl.where(lower, step, low_step)
-            low_value = tl.where(lower, new_value, low_value)
-            low_slope = tl.where(lower, new_slope, low_slope)
-            low_gradient = tl.where(lower, new_gradient, low_gradient)
-
-            # Interpolate inside the bracket; extrapolate where none is known yet.
-            bracketed = high_step < float("inf")
-            width = tl.abs(high_step - low_step)
-            nearest = tl.minimum(low_step, high_step)
-            margin = width * _BRACKET_MARGIN
-            beyond = step + 0.01 * (step - before_step)
-            step = _cubic_minimizer(
-                tl.where(bracketed, low_step, before_step),
-                tl.where(bracketed, low_value, before_value),
-                tl.where(bracketed, low_slope, before_slope),
-                tl.where(bracketed, high_step, step),
-                tl.where(bracketed, high_value, new_value),
-                tl.where(bracketed, high_slope, new_slope),
-                tl.where(bracketed, nearest + margin, beyond),
-                tl.where(bracketed, nearest + width - margin, step * _LARGEST_EXTRAPOLATION),
-            )
-            narrow = width * farthest_entry < _TOLERANCE_CHANGE
-            searching = (accepted | narrow | (trials >= _MAX_LINE_SEARCH_STEPS)) == 0
-
+        low_step, low_value, low_gradient, trials = _line_search(
+            x, value, gradient, direction, slope, step, evaluations, problem,
+            V, BLOCK_V, BLOCK_P, PARTS, STAGES,
+        )  # fmt: skip
         moved = low_step * direction
         decrease = value - low_value
         gradient_change = low_gradient - gradient
@@ -341,7 +339,7 @@ def _fit_kernel(
         value, gradient = low_value, low_gradient
         iterations += 1
         evaluations += trials
-        direction = _descent_direction(
+        direction = descent_direction(
             gradient, steps, changes, curvatures, scale, pushed, V, HISTORY, BLOCK_V, BLOCK_H
         )
         slope = tl.sum(gradient * direction)

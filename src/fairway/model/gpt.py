@@ -13,7 +13,7 @@ K key/value heads, D head width, V vocabulary, L blocks.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,17 @@ BANKS = ("query_output_bank", "key_value_bank", "mlp_up_bank", "mlp_down_bank")
 
 NORM_EPSILON = torch.finfo(torch.float32).eps
 VALUE_NORM_EPSILON = 1e-12
+
+
+class RowAdapter(Protocol):
+    """Changes to a model's function that differ between the rows of a batch (per-row LoRA)."""
+
+    def product(self, bank: str, index: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What to use for y [B, T, out], the product of x [B, T, in] and a bank's matrix."""
+
+    def scale(self, name: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        """What to use for a block's per-channel scale [C]: itself or [B, 1, C]."""
+
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -96,6 +107,7 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.attention_backend = "sdpa"
         self.kernels = "plain"
+        self.adapter: RowAdapter | None = None
         self.observer: Callable[[str, int, torch.Tensor], None] | None = None
         self.matrix_transform: Callable[[torch.Tensor], torch.Tensor] | None = None
         for name, shape in parameter_shapes(config).items():
@@ -136,9 +148,9 @@ class GPT(nn.Module):
     def hidden(self, tokens: torch.Tensor, first_place: int = 0) -> torch.Tensor:
         """tokens int64 [B, T] → the final, normalised residual stream [B, T − first_place, C].
 
-        An observer sees plain matrix products only, so with one the fused kernels stand aside.
+        The fused kernels know neither observers nor adapters, and stand aside where there is one.
         """
-        if self.kernels == "fused" and self.observer is None:
+        if self.kernels == "fused" and self.observer is None and self.adapter is None:
             from fairway.model import fused
 
             return fused.hidden(self, tokens, first_place)
@@ -219,9 +231,13 @@ class GPT(nn.Module):
         attention = self._attention(
             layer, depth_scale * rms_norm(x), value_embedding, banks, attend, place
         )
-        x = places_from(x, place) + self.attention_scale[layer].to(x.dtype) * attention
+        x = places_from(x, place) + self._scale("attention_scale", layer, x.dtype) * attention
         mlp = self._mlp(layer, depth_scale * rms_norm(x), banks)
-        return x + self.mlp_scale[layer].to(x.dtype) * mlp
+        return x + self._scale("mlp_scale", layer, x.dtype) * mlp
+
+    def _scale(self, name: str, layer: int, dtype: torch.dtype) -> torch.Tensor:
+        value = getattr(self, name)[layer]
+        return (value if self.adapter is None else self.adapter.scale(name, layer, value)).to(dtype)
 
     def _attention(self, layer, x, value_embedding, banks, attend, place):
         config, (B, T, _) = self.config, x.shape
@@ -244,7 +260,8 @@ class GPT(nn.Module):
     def _linear(self, x, banks, bank: str, index: int) -> torch.Tensor:
         if self.observer is not None:
             self.observer(bank, index, x)
-        return F.linear(x, banks[bank][index])
+        y = F.linear(x, banks[bank][index])
+        return y if self.adapter is None else self.adapter.product(bank, index, x, y)
 
     def _prepared_banks(self) -> dict[str, torch.Tensor]:
         """The banks as the forward pass uses them: transformed (late QAT), then cast."""

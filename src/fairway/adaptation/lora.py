@@ -1,0 +1,174 @@
+"""Low-rank additions to a frozen model, one set for each row of a batch, trained as it goes.
+
+Every row has its own factors, its own optimiser state and its own loss: a batched matrix product
+applies them, and nothing that one row holds reaches another. The base weights stay as they are.
+
+Shape suffixes: B rows, T places, P adapted parameters of a row, r rank.
+Sources: Hu et al., "LoRA" (2021); Sun et al., "Test-Time Training" (2020); Kingma & Ba (2015).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairway.errors import UserError
+from fairway.model.gpt import GPT
+
+# Projection → its bank, and whether it is in the bank's first or second half.
+PROJECTIONS = {
+    "query": ("query_output_bank", 0),
+    "output": ("query_output_bank", 1),
+    "key": ("key_value_bank", 0),
+    "value": ("key_value_bank", 1),
+    "up": ("mlp_up_bank", 0),
+    "down": ("mlp_down_bank", 0),
+}
+SCALES = ("attention_scale", "mlp_scale")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The config section `lora`."""
+
+    rank: int
+    projections: Sequence[str]
+    """Which matrices of every block, out of PROJECTIONS."""
+    scales: bool
+    """Whether the blocks' per-channel scales are adapted too."""
+    learning_rate: float
+    betas: Sequence[float]
+    gradient_clip: float
+    """Largest norm of a row's gradient."""
+    steps: int
+    """Optimiser steps on each chunk."""
+    chunk_tokens: int
+    """Scored tokens that are learned from at a time; a multiple of the stride."""
+    context_tokens: int
+    """Length of the text that a step reads; the chunk is its end."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.projections) - set(PROJECTIONS))
+        if unknown:
+            raise UserError(
+                f"lora.projections has {', '.join(unknown)}: expected some of "
+                f"{', '.join(PROJECTIONS)}"
+            )
+        if not self.projections and not self.scales:
+            raise UserError("lora adapts nothing: name lora.projections or set lora.scales")
+        if self.context_tokens < self.chunk_tokens:
+            raise UserError(
+                f"lora.context_tokens {self.context_tokens} is less than lora.chunk_tokens "
+                f"{self.chunk_tokens}: a step reads the chunk and what precedes it"
+            )
+
+
+class RowLora:
+    """The additions of `rows` rows; `model.adapter` while one of its methods runs the model."""
+
+    def __init__(self, model: GPT, rows: int, settings: LoraSettings, seed: int) -> None:
+        self.model, self.settings = model, settings
+        self.places: dict[tuple[str, int], tuple[int, ...]] = {}
+        initial = self._lay_out(torch.Generator().manual_seed(seed))
+        device = model.token_embedding.device
+        self.initial = initial.to(device)
+        self.values = self.initial.repeat(rows, 1).requires_grad_()
+        self.mean = torch.zeros_like(self.values, requires_grad=False)
+        self.square = torch.zeros_like(self.mean)
+        self.steps = torch.zeros(rows, 1, device=device)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+    def _lay_out(self, generator: torch.Generator) -> Tensor:
+        """Give every adapted tensor its place in a row; return a row's initial values [P]."""
+        parts: list[Tensor] = []
+        offset, layers, rank = 0, self.model.config.layers, self.settings.rank
+        for projection in self.settings.projections:
+            bank, half = PROJECTIONS[projection]
+            _, out_width, in_width = getattr(self.model, bank).shape
+            for layer in range(layers):
+                self.places[bank, half * layers + layer] = (offset, in_width, out_width)
+                # The second factor starts at zero, so that the addition does.
+                parts.append(
+                    torch.randn(rank * in_width, generator=generator) / math.sqrt(in_width)
+                )
+                parts.append(torch.zeros(out_width * rank))
+                offset += rank * (in_width + out_width)
+        if self.settings.scales:
+            for name in SCALES:
+                for layer in range(layers):
+                    self.places[name, layer] = (offset,)
+                    parts.append(torch.zeros(self.model.config.width))
+                    offset += self.model.config.width
+        return torch.cat(parts)
+
+    def product(self, bank: str, index: int, x: Tensor, y: Tensor) -> Tensor:
+        """y [B, T, out] plus the row's own low-rank product of x [B, T, in]."""
+        if (bank, index) not in self.places:
+            return y
+        offset, in_width, out_width = self.places[bank, index]
+        rank, middle = self.settings.rank, offset + self.settings.rank * in_width
+        values = self.values.to(x.dtype)
+        first = values[:, offset:middle].unflatten(1, (rank, in_width))
+        second = values[:, middle : middle + rank * out_width].unflatten(1, (out_width, rank))
+        return torch.baddbmm(y, torch.bmm(x, first.mT), second.mT)
+
+    def scale(self, name: str, layer: int, value: Tensor) -> Tensor:
+        """value [C] plus the row's own addition, [B, 1, C]; value where there is none."""
+        if (name, layer) not in self.places:
+            return value
+        (offset,) = self.places[name, layer]
+        return value + self.values[:, None, offset : offset + len(value)]
+
+    @torch.no_grad()
+    def reset(self, rows: Tensor) -> None:
+        """Start anew the rows in the mask bool [B]."""
+        rows = rows.unsqueeze(1)
+        self.values.copy_(torch.where(rows, self.initial, self.values))
+        for state in (self.mean, self.square, self.steps):
+            state.masked_fill_(rows, 0.0)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, first_place: int) -> Tensor:
+        """The adapted model's logits float32 [B, T − first_place, V] of int64 tokens [B, T]."""
+        return self._run(tokens, first_place)
+
+    def learn(self, tokens: Tensor, targets: Tensor, counted: Tensor) -> None:
+        """`settings.steps` Adam steps of each row on its own mean loss.
+
+        tokens int64 [B, T]; targets int64 [B, m] of the last m places; counted bool [B, m]: those
+        that a row learns from. A row without any stays as it is.
+        """
+        share = counted / counted.sum(1, keepdim=True).clamp(min=1)
+        learns = counted.any(1, keepdim=True)
+        for _ in range(self.settings.steps):
+            with torch.enable_grad():
+                logits = self._run(tokens, tokens.shape[1] - targets.shape[1])
+                losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+                loss = (losses.view_as(share) * share).sum()
+            (gradient,) = torch.autograd.grad(loss, self.values)
+            self._update(gradient, learns)
+
+    def _run(self, tokens: Tensor, first_place: int) -> Tensor:
+        self.model.adapter = self
+        try:
+            return self.model(tokens, first_place)
+        finally:
+            self.model.adapter = None
+
+    @torch.no_grad()
+    def _update(self, gradient: Tensor, learns: Tensor) -> None:
+        beta1, beta2 = self.settings.betas
+        norm = gradient.norm(dim=1, keepdim=True)
+        gradient = gradient * (self.settings.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+        self.steps += learns
+        self.mean.copy_(torch.where(learns, self.mean.lerp(gradient, 1 - beta1), self.mean))
+        square = self.square.lerp(gradient.square(), 1 - beta2)
+        self.square.copy_(torch.where(learns, square, self.square))
+        count = self.steps.clamp(min=1)
+        mean = self.mean / (1 - beta1**count)
+        root = (self.square / (1 - beta2**count)).sqrt() + 1e-8
+        self.values -= self.settings.learning_rate * torch.where(learns, mean / root, 0.0)

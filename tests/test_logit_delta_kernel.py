@@ -99,17 +99,6 @@ def test_a_row_is_bitwise_the_same_whatever_the_other_rows_hold():
     assert not torch.equal(one.x[3], two.x[3])
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs programs one after another")
-@pytest.mark.parametrize("parts", [2, 7])
-def test_programs_that_share_a_row_find_what_one_finds(parts, monkeypatch):
-    logits, targets, is_context, initial = problem(rows=5, places=700, vocabulary=256)
-    alone = fused_fit(logits, targets, is_context, initial)
-    monkeypatch.setattr(logit_delta_kernel, "MOST_PARTS", parts)
-    shared, again = (fused_fit(logits, targets, is_context, initial) for _ in range(2))
-    torch.testing.assert_close(shared.x, alone.x, rtol=0, atol=DELTA_TOLERANCE)
-    assert torch.equal(shared.x, again.x)
-
-
 def test_without_context_the_delta_is_zero():
     logits, targets, is_context, initial = problem(rows=4)
     fit = fused_fit(logits, targets, torch.zeros_like(is_context), initial)

@@ -1,7 +1,6 @@
 """The fit of logit_delta.py as one Triton kernel: a whole L-BFGS fit for each row, in one launch.
 
-One program fits one row from its start to its end, or a few programs that share its places where
-there are too few rows for the GPU. No program reads anything of another row, so rows are
+One program fits one row from its start to its end and reads nothing of another, so rows are
 independent by construction, and nothing waits for the host. The algorithm is that of lbfgs.py,
 written for a single problem, with the two-loop recursion in place of the triangular systems (the
 same direction in exact arithmetic).
@@ -32,14 +31,11 @@ from fairway.adaptation.logit_delta import (
 TILE_ELEMENTS = 16384  # probabilities that a program holds in registers at a time
 NUM_WARPS = 8
 NUM_STAGES = 3  # tiles on their way from memory
-MOST_PARTS = 1  # programs that share a row where there are fewer rows than multiprocessors
 
 UNITS_PER_ONE = 2.0**15  # float16 ends at 65504
-EXCHANGE_PADDING = 16  # floats after a part's gradient; the first is its loss
 
 _UNIT = tl.constexpr(1 / UNITS_PER_ONE)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-_EXCHANGE_PADDING = tl.constexpr(EXCHANGE_PADDING)
 _EPSILON = tl.constexpr(torch.finfo(torch.float32).eps)
 _SUFFICIENT_DECREASE = tl.constexpr(SUFFICIENT_DECREASE)
 _CURVATURE = tl.constexpr(CURVATURE)
@@ -90,13 +86,10 @@ def fit_delta(
     block_vocabulary = triton.next_power_of_2(vocabulary)
     block_places = max(1, min(64, TILE_ELEMENTS // block_vocabulary))
     share, wanted, ridge = loss_terms(targets, is_context, initial, l2)
-    parts = _parts(rows, initial.device)
-    pairs = initial.new_empty(2, rows, parts, history, vocabulary)
-    exchange = initial.new_empty(rows, 2, parts, block_vocabulary + EXCHANGE_PADDING)
-    arrivals = torch.zeros(rows, dtype=torch.int32, device=initial.device)
+    pairs = initial.new_empty(2, rows, history, vocabulary)
     x, value = torch.empty_like(wanted), torch.empty_like(ridge)
     counts = torch.empty(2, rows, dtype=torch.int64, device=x.device)
-    _fit_kernel[(rows, parts)](
+    _fit_kernel[(rows,)](
         probabilities.contiguous(),
         share,
         block_runs(share, block_places),
@@ -104,8 +97,6 @@ def fit_delta(
         ridge,
         initial.contiguous(),
         *pairs,
-        exchange,
-        arrivals,
         x,
         value,
         counts[0],
@@ -118,20 +109,10 @@ def fit_delta(
         BLOCK_V=block_vocabulary,
         BLOCK_H=triton.next_power_of_2(history),
         BLOCK_P=block_places,
-        PARTS=parts,
         STAGES=NUM_STAGES,
         num_warps=NUM_WARPS,
-        launch_cooperative_grid=parts > 1,  # programs that wait for others must all be running
     )
     return Minimum(x, value, *counts)
-
-
-def _parts(rows: int, device: torch.device) -> int:
-    """How many programs share a row; never a matter of content: it orders the sums."""
-    if device.type != "cuda" or rows == 0:
-        return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(MOST_PARTS, processors // rows))
 
 
 def block_runs(share: Tensor, block_places: int) -> Tensor:
@@ -168,48 +149,18 @@ def _compact_softmax_kernel(
 
 
 @triton.jit
-def _sum_over_parts(
-    loss, expected, exchange, arrivals, evaluation, BLOCK_V: tl.constexpr, PARTS: tl.constexpr
-):
-    """What all programs of a row found, in each of them the same bits: added in one order.
-
-    exchange: scratch [2, PARTS, BLOCK_V + padding]. Two pages suffice: before a program writes to
-    a page again, all have arrived at the other one, and so have read this one. arrivals: counts.
-    """
-    columns = tl.arange(0, BLOCK_V)
-    page = exchange + evaluation % 2 * PARTS * (BLOCK_V + _EXCHANGE_PADDING)
-    own = page + tl.program_id(1) * (BLOCK_V + _EXCHANGE_PADDING)
-    tl.store(own + columns, expected)
-    tl.store(own + BLOCK_V, loss)
-    tl.debug_barrier()
-    tl.atomic_add(arrivals, 1, sem="release")
-    while tl.atomic_add(arrivals, 0, sem="acquire") < (evaluation + 1) * PARTS:
-        pass
-    loss = tl.full((), 0.0, tl.float32)
-    expected = tl.zeros([BLOCK_V], tl.float32)
-    for part in tl.static_range(PARTS):
-        other = page + part * (BLOCK_V + _EXCHANGE_PADDING)
-        expected += tl.load(other + columns, cache_modifier=".cg")
-        loss += tl.load(other + BLOCK_V, cache_modifier=".cg")
-    return loss, expected
-
-
-@triton.jit
 def _loss_and_gradient(
-    delta, evaluation, problem, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
-    PARTS: tl.constexpr, STAGES: tl.constexpr,
+    delta, problem, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Value and gradient [BLOCK_V] at `delta` [BLOCK_V]; the evaluation-th of this row."""
-    (
-        probabilities, share, wanted, ridge, first_block, num_blocks, num_places,
-        exchange, arrivals,
-    ) = problem  # fmt: skip
+    """Value and gradient [BLOCK_V] at `delta` [BLOCK_V]."""
+    probabilities, share, wanted, ridge, first_block, num_blocks, num_places = problem
     columns = tl.arange(0, BLOCK_V)
     growth = tl.exp(delta) * _UNIT
     losses = tl.zeros([BLOCK_P], tl.float32)
     expected = tl.zeros([BLOCK_V], tl.float32)
     all_blocks = tl.cdiv(num_places, BLOCK_P)
-    for index in tl.range(tl.program_id(1), num_blocks, PARTS, num_stages=STAGES):
+    for index in tl.range(0, num_blocks, num_stages=STAGES):
         block = first_block + index
         block = tl.where(block < all_blocks, block, block - all_blocks)
         places = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -225,19 +176,14 @@ def _loss_and_gradient(
         total = tl.where(total < _TINY, _TINY, total)
         losses += weight * tl.log(total)
         expected += tl.sum(tile * (weight / total)[:, None], axis=0)
-    loss = tl.sum(losses)
-    if PARTS > 1:
-        loss, expected = _sum_over_parts(
-            loss, expected, exchange, arrivals, evaluation, BLOCK_V, PARTS
-        )
-    value = loss - tl.sum(wanted * delta) + ridge / 2 * tl.sum(delta * delta)
+    value = tl.sum(losses) - tl.sum(wanted * delta) + ridge / 2 * tl.sum(delta * delta)
     return value, expected * growth - wanted + ridge * delta
 
 
 @triton.jit
 def _line_search(
-    x, value, gradient, direction, slope, step, evaluations, problem, V: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    x, value, gradient, direction, slope, step, problem, V: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """lbfgs.LineSearch: the step taken, value and gradient there, and how many were tried."""
     farthest = tl.max(tl.abs(direction))
@@ -248,7 +194,7 @@ def _line_search(
     searching = trials == 0
     while searching:
         new_value, new_gradient = _loss_and_gradient(
-            x + step * direction, evaluations + trials, problem, V, BLOCK_V, BLOCK_P, PARTS, STAGES
+            x + step * direction, problem, V, BLOCK_V, BLOCK_P, STAGES
         )
         new = (step, new_value, tl.sum(new_gradient * direction))
         trials += 1
@@ -270,26 +216,20 @@ def _line_search(
 
 @triton.jit
 def _fit_kernel(
-    probabilities, share, runs, wanted, ridge, initial, steps, changes, exchange, arrivals,
+    probabilities, share, runs, wanted, ridge, initial, steps, changes,
     x_out, value_out, iterations_out, evaluations_out, num_places, clamp, max_iterations,
     V: tl.constexpr, HISTORY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_P: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """lbfgs.minimize for the row of this program.
-
-    PARTS programs of a row share its places and are otherwise copies of one another, each with its
-    own history. steps, changes: scratch [B, PARTS, HISTORY, V].
-    """
+    """lbfgs.minimize for the row of this program. steps, changes: scratch [B, HISTORY, V]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_V)
     inside = columns < V
     slots = tl.arange(0, BLOCK_H)
     probabilities += row * num_places * V
     share += row * num_places
-    steps += (row * PARTS + tl.program_id(1)) * HISTORY * V
-    changes += (row * PARTS + tl.program_id(1)) * HISTORY * V
-    exchange += row * 2 * PARTS * (BLOCK_V + _EXCHANGE_PADDING)
-    arrivals += row
+    steps += row * HISTORY * V
+    changes += row * HISTORY * V
     num_blocks = tl.load(runs + 2 * row + 1)
     problem = (
         probabilities,
@@ -299,12 +239,10 @@ def _fit_kernel(
         tl.load(runs + 2 * row),
         num_blocks,
         num_places,
-        exchange,
-        arrivals,
     )
     x = tl.load(initial + row * V + columns, mask=inside & (num_blocks > 0), other=0.0)
 
-    value, gradient = _loss_and_gradient(x, 0, problem, V, BLOCK_V, BLOCK_P, PARTS, STAGES)
+    value, gradient = _loss_and_gradient(x, problem, V, BLOCK_V, BLOCK_P, STAGES)
     curvatures = tl.zeros([BLOCK_H], tl.float32)
     scale = tl.full((), 1.0, tl.float32)
     pushed = tl.full((), 0, tl.int32)
@@ -318,9 +256,8 @@ def _fit_kernel(
 
     while active:
         low_step, low_value, low_gradient, trials = _line_search(
-            x, value, gradient, direction, slope, step, evaluations, problem,
-            V, BLOCK_V, BLOCK_P, PARTS, STAGES,
-        )  # fmt: skip
+            x, value, gradient, direction, slope, step, problem, V, BLOCK_V, BLOCK_P, STAGES
+        )
         moved = low_step * direction
         decrease = value - low_value
         gradient_change = low_gradient - gradient

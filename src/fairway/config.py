@@ -27,8 +27,8 @@ STAGE_SECTIONS = {
     "ema": ("ema", "runtime"),
     "ttt": ("ttt", "runtime"),
     "gptq": ("gptq", "budgets.artifact_bytes", "runtime"),
-    "slot": ("slot", "runtime"),
-    "audit": ("audit", "slot", "budgets", "runtime"),
+    "slot": ("evaluation", "slot", "lora", "runtime"),
+    "audit": ("audit", "evaluation", "slot", "lora", "budgets", "runtime"),
     "report": ("report", "budgets"),
 }
 
@@ -110,7 +110,8 @@ def _check(config: Mapping[str, Any], schema: Mapping[str, Any], prefix: str = "
 def _check_variant(config: Mapping[str, Any], schema: Mapping[str, Any], name: str) -> None:
     _check(config, schema, prefix=f"variants.{name}: ")
     try:
-        check_slot(config["slot"])
+        check_evaluation(config["evaluation"])
+        check_adapters(config["evaluation"], config["slot"], config["lora"])
         check_frozen_blocks(config["ttt"]["frozen_blocks"], config["model"]["layers"])
     except UserError as error:
         raise UserError(f"variants.{name}: {error}") from None
@@ -225,28 +226,75 @@ def _check_ema(ema: Mapping[str, Any], train: Mapping[str, Any]) -> None:
         )
 
 
-def check_slot(slot: Mapping[str, Any]) -> None:
-    """UserError where keys of the section `slot`, each allowed by itself, do not fit together."""
-    window, stride = slot["window_tokens"], slot["stride_tokens"]
-    focal = window if slot["focal_tokens"] == "all" else slot["focal_tokens"]
+def check_evaluation(evaluation: Mapping[str, Any]) -> None:
+    """UserError where keys of `evaluation`, each allowed by itself, do not fit together."""
+    window, stride = evaluation["window_tokens"], evaluation["stride_tokens"]
     if stride > window:
         raise UserError(
-            f"slot.stride_tokens {stride} is larger than slot.window_tokens {window}: targets "
-            "would be skipped; lower the stride"
+            f"evaluation.stride_tokens {stride} is larger than evaluation.window_tokens {window}: "
+            "targets would be skipped; lower the stride"
         )
+    adapters = list(evaluation["adapters"])
+    if not set(adapters) <= {"lora", "slot"} or len(set(adapters)) < len(adapters):
+        raise UserError(
+            f"evaluation.adapters is {adapters}: expected lora, slot, both or neither, each once"
+        )
+    if adapters == ["slot", "lora"]:
+        raise UserError(
+            "evaluation.adapters has slot before lora: slot adds to the model's logits and lora "
+            "changes the model, so list lora first"
+        )
+
+
+def check_adapters(
+    evaluation: Mapping[str, Any], slot: Mapping[str, Any], lora: Mapping[str, Any]
+) -> None:
+    """UserError where an adapter that is listed does not fit the evaluation's windows."""
+    if "slot" in evaluation["adapters"]:
+        _check_slot(evaluation, slot)
+    if "lora" in evaluation["adapters"]:
+        _check_lora(evaluation, lora)
+
+
+def _check_slot(evaluation: Mapping[str, Any], slot: Mapping[str, Any]) -> None:
+    window, stride = evaluation["window_tokens"], evaluation["stride_tokens"]
+    focal = window if slot["focal_tokens"] == "all" else slot["focal_tokens"]
     if focal > window:
         raise UserError(
-            f"slot.focal_tokens {focal} exceeds slot.window_tokens {window}: lower it, or use 'all'"
+            f"slot.focal_tokens {focal} exceeds evaluation.window_tokens {window}: lower it, or "
+            "use 'all'"
         )
-    if slot["scope"] != "none" and focal <= stride:
+    if focal <= stride:
         raise UserError(
             f"slot.focal_tokens {slot['focal_tokens']} leaves no context before the scored "
-            f"{stride} (slot.stride_tokens): expected more than that, or 'all'"
+            f"{stride} (evaluation.stride_tokens): expected more than that, or 'all'"
         )
     if slot["scope"] == "batch" and slot["context_logits"] == "scored":
         raise UserError(
             "slot.context_logits 'scored' needs slot.scope 'window', found 'batch': use 'current'"
         )
+    if slot["scope"] == "batch" and len(evaluation["adapters"]) > 1:
+        raise UserError(
+            "slot.scope 'batch' fits to targets before they are scored, so no other adapter goes "
+            f"with it: found evaluation.adapters {list(evaluation['adapters'])}, use [slot]"
+        )
+
+
+def _check_lora(evaluation: Mapping[str, Any], lora: Mapping[str, Any]) -> None:
+    chunk, stride = lora["chunk_tokens"], evaluation["stride_tokens"]
+    context, window = lora["context_tokens"], evaluation["window_tokens"]
+    if chunk % stride:
+        raise UserError(
+            f"lora.chunk_tokens {chunk} is not a multiple of evaluation.stride_tokens {stride}: a "
+            "chunk is learned from when it has been scored"
+        )
+    if not chunk <= context <= window:
+        raise UserError(
+            f"lora.context_tokens is {context}: expected lora.chunk_tokens ({chunk}) to "
+            f"evaluation.window_tokens ({window})"
+        )
+    if not lora["projections"] and not lora["scales"]:
+        raise UserError("lora adapts nothing: name lora.projections or set lora.scales")
 
 
 def check_frozen_blocks(frozen_blocks: int, layers: int) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairway.adaptation.slot import ModelLogits, SlotSettings
+from fairway.adaptation.scoring import evaluator_settings
 from fairway.adaptation.slot_evaluator import document_source, make_evaluator
+from fairway.adaptation.stream import ModelLogits
 from fairway.audit.account import Evaluation, read_evaluation
 from fairway.audit.checks import check_budgets
 from fairway.audit.lineage import check_lineage
@@ -114,26 +115,36 @@ def audit_subject(
 
     logits: the model as the slot stage ran it, compiled or not.
     """
-    slot = SlotSettings(**settings["slot"])
+    evaluator = evaluator_settings(settings)
+    cut = evaluator.evaluation
     stream = read_split(dataset, "val").astype(np.int64)
     tokens = torch.from_numpy(stream)
     num_targets = min(settings["audit"]["stream_tokens"], len(tokens) - 1)
     start = choose_excerpt(tokens, num_targets, dataset.bos_id)
     geometry = Geometry(
-        window_tokens=slot.window_tokens,
-        stride_tokens=slot.stride_tokens,
-        lanes=slot.lanes,
-        batch_windows=slot.batch_windows if slot.scope == "batch" else 1,
+        window_tokens=cut.window_tokens,
+        stride_tokens=cut.stride_tokens,
+        lanes=cut.lanes,
+        batch_windows=evaluator.slot.batch_windows if evaluator.shares_batches else 1,
     )
     ranks = slot_metrics["processes"]
+    plain = replace(evaluator, evaluation=replace(cut, adapters=[]))
     return Subject(
-        evaluator=make_evaluator(logits, slot, dataset.bos_id, ranks, model.kernels),
+        evaluator=make_evaluator(
+            logits,
+            evaluator,
+            dataset.bos_id,
+            ranks,
+            kernels=model.kernels,
+            model=model,
+            seed=options.seed,
+        ),  # fmt: skip
         tokens=tokens[start : start + num_targets + 1].to(model.token_embedding.device),
         vocab_size=dataset.vocab_size,
         bos_id=dataset.bos_id,
         geometry=geometry,
-        draw=document_source(model, slot.window_tokens, dataset.bos_id),
-        base=make_evaluator(logits, replace(slot, scope="none"), dataset.bos_id),
+        draw=document_source(model, cut.window_tokens, dataset.bos_id),
+        base=make_evaluator(logits, plain, dataset.bos_id),
         evaluation=whole_evaluation(options, stream, slot_metrics),
     )
 

@@ -1,4 +1,4 @@
-"""Score the validation split with an artifact: sliding windows, with a SLOT delta or without.
+"""Score the validation split with an artifact: sliding windows, and adapters that learn from them.
 
     python workflow/scripts/slot_eval.py --config config.yaml --variant causal --seed 42 \\
         --dataset results/data/embedded/manifest.json \\
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fairway.adaptation.slot import SlotSettings
+from fairway.adaptation.scoring import EvaluatorSettings, evaluator_settings
 from fairway.adaptation.token_table import (
     TimedLogits,
     score_rank,
@@ -41,34 +41,34 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--artifact", type=Path, required=True, help="folder of the gptq stage")
     options = parser.parse_args(arguments)
     settings = stage_settings(options)
-    slot = SlotSettings(**settings["slot"])
+    evaluator = evaluator_settings(settings)
     runtime = RuntimeSettings(**settings["runtime"])
     with distributed_world(runtime.device) as world:
-        evaluate(options, settings, slot, runtime, world)
+        evaluate(options, settings, evaluator, runtime, world)
 
 
-def evaluate(options, settings, slot, runtime, world) -> None:
+def evaluate(options, settings, evaluator, runtime, world) -> None:
     started = time.perf_counter()
     dataset = load_dataset(options.dataset)
     model = prepare(load_artifact(options.artifact / "artifact.bin", world.device), runtime)
     check_vocabulary(model, dataset, options)
-    logits = TimedLogits(
-        torch.compile(model) if compiles(runtime, model) else model, world.device
-    )
+    logits = TimedLogits(torch.compile(model) if compiles(runtime, model) else model, world.device)
     tokens = read_split(dataset, "val")
     stream = torch.from_numpy(tokens.astype("int64")).to(world.device)
-    share, windows = windows_of_rank(len(tokens) - 1, slot, world.rank, world.size)
-    warn_if_idle(share, slot, world)
+    share, windows = windows_of_rank(len(tokens) - 1, evaluator, world.rank, world.size)
+    warn_if_idle(share, evaluator, world)
     with progress(share, "slot_eval", "window", show=world.is_main) as bar:
         own = score_rank(
             logits,
             stream,
-            slot,
+            evaluator,
             dataset.bos_id,
             world.rank,
             world.size,
             advance=bar.update,
             kernels=model.kernels,
+            model=model,
+            seed=options.seed,
         )
     scoring_seconds, sliding_seconds = time.perf_counter() - started, logits.seconds()
     parts = gather_objects(world, own)
@@ -79,11 +79,12 @@ def evaluate(options, settings, slot, runtime, world) -> None:
         fits = [count for part in parts for count in part.iterations]
         metrics = {
             **table_metrics(table),
-            "scope": slot.scope,
+            "adapters": list(evaluator.evaluation.adapters),
+            "shares_batches": evaluator.shares_batches,
             "windows": windows,
             "mean_iterations": float(sum(fits) / len(fits)) if fits else 0.0,
             "sliding_seconds": sliding_seconds,
-            "slot_seconds": scoring_seconds - sliding_seconds,
+            "adapter_seconds": scoring_seconds - sliding_seconds,
             "evaluation_seconds": time.perf_counter() - started,
             **runtime_metrics(model, world),
         }
@@ -99,11 +100,12 @@ def check_vocabulary(model, dataset: Dataset, options) -> None:
         )
 
 
-def warn_if_idle(windows: int, slot: SlotSettings, world: World) -> None:
+def warn_if_idle(windows: int, settings: EvaluatorSettings, world: World) -> None:
     if windows == 0:
+        lanes, rows = settings.evaluation.lanes, settings.evaluation.forward_windows
         print(
-            f"rank {world.rank} has nothing to score: {slot.lanes} lanes (slot.lanes) in groups of "
-            f"{slot.forward_windows} (slot.forward_windows) do not reach {world.size} processes",
+            f"rank {world.rank} has nothing to score: {lanes} lanes (evaluation.lanes) in groups of "
+            f"{rows} (evaluation.forward_windows) do not reach {world.size} processes",
             file=sys.stderr,
         )
 

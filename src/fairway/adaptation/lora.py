@@ -1,7 +1,9 @@
-"""Low-rank additions to a frozen model, one set for each row of a batch, trained as it goes.
+"""Score-first test-time training: low-rank additions to a frozen model, one set for each lane.
 
-Every row has its own factors, its own optimiser state and its own loss: a batched matrix product
-applies them, and nothing that one row holds reaches another. The base weights stay as they are.
+Each lane, a row of the batch, has its own factors, its own optimiser state and its own loss: a
+batched matrix product applies them, and nothing that one row holds reaches another. The base
+weights stay as they are. A chunk of targets is learned from once it has been scored, and what was
+learned of a document is dropped where the next one begins.
 
 Shape suffixes: B rows, T places, P adapted parameters of a row, r rank.
 Sources: Hu et al., "LoRA" (2021); Sun et al., "Test-Time Training" (2020); Kingma & Ba (2015).
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairway.adaptation.stream import Rows
 from fairway.errors import UserError
 from fairway.model.gpt import GPT
 
@@ -57,13 +60,16 @@ class LoraSettings:
                 f"lora.projections has {', '.join(unknown)}: expected some of "
                 f"{', '.join(PROJECTIONS)}"
             )
-        if not self.projections and not self.scales:
-            raise UserError("lora adapts nothing: name lora.projections or set lora.scales")
-        if self.context_tokens < self.chunk_tokens:
-            raise UserError(
-                f"lora.context_tokens {self.context_tokens} is less than lora.chunk_tokens "
-                f"{self.chunk_tokens}: a step reads the chunk and what precedes it"
-            )
+        for key in (
+            "rank",
+            "steps",
+            "chunk_tokens",
+            "context_tokens",
+            "learning_rate",
+            "gradient_clip",
+        ):
+            if getattr(self, key) <= 0:
+                raise UserError(f"lora.{key} is {getattr(self, key)}: expected more than 0")
 
 
 class RowLora:
@@ -79,6 +85,7 @@ class RowLora:
         self.mean = torch.zeros_like(self.values, requires_grad=False)
         self.square = torch.zeros_like(self.mean)
         self.steps = torch.zeros(rows, 1, device=device)
+        self.cast = self.values
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -111,9 +118,8 @@ class RowLora:
             return y
         offset, in_width, out_width = self.places[bank, index]
         rank, middle = self.settings.rank, offset + self.settings.rank * in_width
-        values = self.values.to(x.dtype)
-        first = values[:, offset:middle].unflatten(1, (rank, in_width))
-        second = values[:, middle : middle + rank * out_width].unflatten(1, (out_width, rank))
+        first = self.cast[:, offset:middle].unflatten(1, (rank, in_width))
+        second = self.cast[:, middle : middle + rank * out_width].unflatten(1, (out_width, rank))
         return torch.baddbmm(y, torch.bmm(x, first.mT), second.mT)
 
     def scale(self, name: str, layer: int, value: Tensor) -> Tensor:
@@ -121,7 +127,7 @@ class RowLora:
         if (name, layer) not in self.places:
             return value
         (offset,) = self.places[name, layer]
-        return value + self.values[:, None, offset : offset + len(value)]
+        return value + self.cast[:, None, offset : offset + len(value)]
 
     @torch.no_grad()
     def reset(self, rows: Tensor) -> None:
@@ -153,11 +159,11 @@ class RowLora:
             self._update(gradient, learns)
 
     def _run(self, tokens: Tensor, first_place: int) -> Tensor:
-        self.model.adapter = self
+        self.model.adapter, self.cast = self, self.values.to(self.model.compute_dtype)
         try:
             return self.model(tokens, first_place)
         finally:
-            self.model.adapter = None
+            self.model.adapter, self.cast = None, self.values
 
     @torch.no_grad()
     def _update(self, gradient: Tensor, learns: Tensor) -> None:
@@ -172,3 +178,39 @@ class RowLora:
         mean = self.mean / (1 - beta1**count)
         root = (self.square / (1 - beta2**count)).sqrt() + 1e-8
         self.values -= self.settings.learning_rate * torch.where(learns, mean / root, 0.0)
+
+
+class LoraAdapter:
+    """LoRA as an adapter of the evaluation: changes what follows a chunk that has been scored."""
+
+    def __init__(self, model: GPT, rows: int, settings: LoraSettings, stride: int, seed: int):
+        self.lora = RowLora(model, rows, settings, seed)
+        self.settings = settings
+        self.steps_per_chunk = settings.chunk_tokens // stride
+
+    def needed_places(self, step: int) -> int:
+        """None beside the scored ones."""
+        return 0
+
+    def adapt(self, rows: Rows, logits: Tensor, scored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The adapted model's logits for the document that the slice begins in, else as given."""
+        if rows.step == 0:
+            self.lane_starts = rows.first_scored
+        adapted = self.lora.logits(rows.inputs, rows.first_place)
+        positions = rows.last_positions(logits.shape[1])
+        applies = rows.stream.in_document(positions, rows.slice_documents)
+        logits = torch.where(applies.unsqueeze(2), adapted, logits)
+        return logits, rows.at_scored(logits), rows.positions.new_zeros(0)
+
+    def learn(self, rows: Rows) -> None:
+        """Forget the document that ended; every few steps learn from the last scored chunk."""
+        document = rows.stream.documents[rows.ends]
+        self.lora.reset((document != rows.slice_documents)[:, 0])
+        if (rows.step + 1) % self.steps_per_chunk:
+            return
+        length = rows.stream.windows.length
+        positions = rows.last_positions(min(self.settings.chunk_tokens, length))
+        # A lane knows nothing of what another one has scored.
+        counted = rows.stream.in_document(positions, document) & (positions >= self.lane_starts)
+        inputs = rows.last_inputs(min(self.settings.context_tokens, length))
+        self.lora.learn(inputs, rows.stream.tokens[positions], counted & rows.real)

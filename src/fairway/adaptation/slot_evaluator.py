@@ -1,4 +1,4 @@
-"""The slot stage's model and scores as the audit wants them; slot.py itself must not need that."""
+"""The slot stage's model and scores as the audit wants them; scoring.py must not need that."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairway.adaptation.slot import ModelLogits, SlotSettings, score_stream, target_nll
+from fairway.adaptation.scoring import EvaluatorSettings, score_stream, target_nll
+from fairway.adaptation.stream import ModelLogits
 from fairway.audit.contract import Scores
 from fairway.audit.null import Draw
 from fairway.model.gpt import GPT
@@ -15,25 +16,29 @@ from fairway.progress import progress
 
 def make_evaluator(
     model_logits: ModelLogits,
-    settings: SlotSettings,
+    settings: EvaluatorSettings,
     bos_id: int,
     world_size: int = 1,
+    *,
     kernels: str = "plain",
+    model: GPT | None = None,
+    seed: int = 0,
 ) -> Callable[[Tensor], Scores]:
     """What `score_stream` scores with, in the form that the audit examines.
 
     The evaluator takes tokens int64 [n + 1] and returns log-probabilities float32 [n, V] on their
     device, row i being the distribution that scored tokens[i + 1], with the account of each score:
     its target, its nats and the lane that it was scored in. world_size > 1 plays the ranks one
-    after another; a lane belongs to one rank.
+    after another; a lane belongs to one rank. Other arguments as in `score_stream`.
     """
 
     def evaluate(tokens: Tensor) -> Scores:
         log_probs, account = None, []
         for rank in range(world_size):
             for scored in score_stream(
-                model_logits, tokens, settings, bos_id, rank, world_size, kernels
-            ):
+                model_logits, tokens, settings, bos_id, rank, world_size,
+                kernels=kernels, model=model, seed=seed,
+            ):  # fmt: skip
                 after = scored.logits_after
                 if log_probs is None:
                     log_probs = after.new_full((len(tokens) - 1, after.shape[1]), torch.nan)

@@ -9,16 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fairway.adaptation.slot import (
-    ModelLogits,
-    SlotSettings,
-    lane_groups,
-    score_stream,
-    target_nll,
-)
+from fairway.adaptation.scoring import EvaluatorSettings, score_stream, target_nll
+from fairway.adaptation.stream import ModelLogits, lane_groups
 from fairway.errors import UserError
 from fairway.evaluation.bits_per_byte import ByteCounts, bits_per_byte, token_bytes
 from fairway.evaluation.windows import sliding_windows
+from fairway.model.gpt import GPT
 
 COLUMNS = {
     "position": "int64",
@@ -42,26 +38,42 @@ class RankScores:
 def score_rank(
     model_logits: ModelLogits,
     tokens: Tensor,
-    settings: SlotSettings,
+    settings: EvaluatorSettings,
     bos_id: int,
     rank: int,
     world_size: int,
     advance: Callable[[int], object],
+    *,
     kernels: str = "plain",
+    model: GPT | None = None,
+    seed: int = 0,
 ) -> RankScores:
     """Score this rank's share of tokens int64 [n + 1]; `advance` is told how many windows are done.
 
-    Results stay on the device until the end, so that no step waits for a copy.
+    Other arguments as in `score_stream`. Results stay on the device until the end, so that no step
+    waits for a copy.
     """
-    parts: dict[str, list[Tensor]] = {name: [] for name in (*COLUMNS, "iterations")}
-    for scored in score_stream(model_logits, tokens, settings, bos_id, rank, world_size, kernels):
+    kinds = column_kinds(settings)
+    parts: dict[str, list[Tensor]] = {name: [] for name in (*kinds, "iterations")}
+    for scored in score_stream(
+        model_logits, tokens, settings, bos_id, rank, world_size,
+        kernels=kernels, model=model, seed=seed,
+    ):  # fmt: skip
+        losses = [target_nll(logits, scored.targets) for logits in scored.logits]
+        gains = {
+            gain_column(name): before - after
+            for name, before, after in zip(
+                settings.evaluation.adapters, losses, losses[1:], strict=True
+            )
+        }
         row = {
             "position": scored.positions,
             "token": scored.targets,
             "window": scored.windows,
             "lane": scored.lanes,
-            "nll_before": target_nll(scored.logits_before, scored.targets),
-            "nll_after": target_nll(scored.logits_after, scored.targets),
+            "nll_before": losses[0],
+            **gains,
+            "nll_after": losses[-1],
             "in_own_loss": scored.in_own_loss,
             "iterations": scored.iterations,
         }
@@ -73,16 +85,28 @@ def score_rank(
         for name, values in parts.items()
     }
     iterations = joined.pop("iterations")
-    columns = {name: joined[name].astype(dtype) for name, dtype in COLUMNS.items()}
+    columns = {name: joined[name].astype(kind) for name, kind in kinds.items()}
     return RankScores(columns, iterations)
 
 
+def gain_column(adapter: str) -> str:
+    """The column of the nats that an adapter took off each target's loss."""
+    return f"gain_{adapter}"
+
+
+def column_kinds(settings: EvaluatorSettings) -> dict[str, str]:
+    """Name → dtype of what the evaluation itself writes for each target."""
+    gains = [gain_column(name) for name in settings.evaluation.adapters]
+    return {**COLUMNS, **dict.fromkeys(gains, "float64")}
+
+
 def windows_of_rank(
-    num_targets: int, settings: SlotSettings, rank: int, world_size: int
+    num_targets: int, settings: EvaluatorSettings, rank: int, world_size: int
 ) -> tuple[int, int]:
     """How many windows this rank scores, and how many there are."""
-    windows = sliding_windows(num_targets, settings.window_tokens, settings.stride_tokens)
-    groups = lane_groups(len(windows), settings)[rank::world_size]
+    cut = settings.evaluation
+    windows = sliding_windows(num_targets, cut.window_tokens, cut.stride_tokens)
+    groups = lane_groups(len(windows), cut, settings.shares_batches)[rank::world_size]
     return sum(len(run) for group in groups for _, run in group), len(windows)
 
 
@@ -93,7 +117,8 @@ def token_table(
 
     tokens: integers [n + 1]. Raises UserError where a loss is not finite.
     """
-    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in COLUMNS}
+    names = parts[0].columns
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
     order = np.argsort(columns["position"], kind="stable")
     table = pd.DataFrame({name: column[order] for name, column in columns.items()})
     assert np.array_equal(table["position"], np.arange(1, len(tokens))), "a target was missed"
@@ -101,7 +126,7 @@ def token_table(
     if not finite.all():
         raise UserError(
             f"the loss of validation token {table['position'][finite.argmin()]} is not finite: "
-            "check the artifact, or raise slot.l2"
+            "check the artifact, raise slot.l2 or lower lora.learning_rate"
         )
     begun = np.cumsum(tokens == bos_id)
     table.insert(1, "document", (begun - begun[0])[1:].astype(np.int32))
@@ -110,15 +135,17 @@ def token_table(
 
 
 def table_metrics(table: pd.DataFrame) -> dict[str, float | int]:
-    """Sums over the table: loss and bits per byte with the delta and before it, and the gain."""
+    """Sums over the table: loss and bits per byte with the adapters and without, and the gains."""
     tokens, total_bytes = len(table), int(table["bytes"].sum())
     before, after = float(table["nll_before"].sum()), float(table["nll_after"].sum())
+    gains = [name for name in table.columns if name.startswith("gain_")]
     return {
         "val_loss": after / tokens,
         "val_bpb": bits_per_byte(after, total_bytes),
         "val_loss_before": before / tokens,
         "val_bpb_before": bits_per_byte(before, total_bytes),
         "gain_nats": (before - after) / tokens,
+        **{f"{name}_nats": float(table[name].sum()) / tokens for name in gains},
         "tokens": tokens,
         "bytes": total_bytes,
     }

@@ -21,6 +21,8 @@ SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow/schemas/config.sch
 
 VARIANT_STAGES = ("ttt", "gptq", "slot", "audit")
 
+ADAPTERS = ("lora", "slot")
+
 STAGE_SECTIONS = {
     "tokenize": ("data",),
     "train": ("model", "train", "runtime"),
@@ -98,6 +100,10 @@ def stage_settings(
     for name in STAGE_SECTIONS[stage]:
         section, _, key = name.partition(".")
         settings[section] = {key: seen[section][key]} if key else dict(seen[section])
+    # An adapter that is not listed is not read, so that its keys rerun nothing.
+    for name in ADAPTERS:
+        if name in settings and name not in seen["evaluation"]["adapters"]:
+            del settings[name]
     return settings
 
 
@@ -111,7 +117,7 @@ def _check_variant(config: Mapping[str, Any], schema: Mapping[str, Any], name: s
     _check(config, schema, prefix=f"variants.{name}: ")
     try:
         check_evaluation(config["evaluation"])
-        check_adapters(config["evaluation"], config["slot"], config["lora"])
+        check_adapters(config)
         check_frozen_blocks(config["ttt"]["frozen_blocks"], config["model"]["layers"])
     except UserError as error:
         raise UserError(f"variants.{name}: {error}") from None
@@ -235,7 +241,7 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
             "targets would be skipped; lower the stride"
         )
     adapters = list(evaluation["adapters"])
-    if not set(adapters) <= {"lora", "slot"} or len(set(adapters)) < len(adapters):
+    if not set(adapters) <= set(ADAPTERS) or len(set(adapters)) < len(adapters):
         raise UserError(
             f"evaluation.adapters is {adapters}: expected lora, slot, both or neither, each once"
         )
@@ -246,14 +252,16 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
         )
 
 
-def check_adapters(
-    evaluation: Mapping[str, Any], slot: Mapping[str, Any], lora: Mapping[str, Any]
-) -> None:
-    """UserError where an adapter that is listed does not fit the evaluation's windows."""
+def check_adapters(sections: Mapping[str, Any]) -> None:
+    """UserError where an adapter that is listed does not fit the evaluation's windows.
+
+    sections: the config's, `evaluation` and those of the listed adapters at least.
+    """
+    evaluation = sections["evaluation"]
     if "slot" in evaluation["adapters"]:
-        _check_slot(evaluation, slot)
+        _check_slot(evaluation, sections["slot"])
     if "lora" in evaluation["adapters"]:
-        _check_lora(evaluation, lora)
+        _check_lora(evaluation, sections["lora"])
 
 
 def _check_slot(evaluation: Mapping[str, Any], slot: Mapping[str, Any]) -> None:

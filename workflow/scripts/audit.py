@@ -138,7 +138,7 @@ def audit_subject(
             kernels=model.kernels,
             model=model,
             seed=options.seed,
-        ),  # fmt: skip
+        ),
         tokens=tokens[start : start + num_targets + 1].to(model.token_embedding.device),
         vocab_size=dataset.vocab_size,
         bos_id=dataset.bos_id,

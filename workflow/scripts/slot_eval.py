@@ -104,8 +104,8 @@ def warn_if_idle(windows: int, settings: EvaluatorSettings, world: World) -> Non
     if windows == 0:
         lanes, rows = settings.evaluation.lanes, settings.evaluation.forward_windows
         print(
-            f"rank {world.rank} has nothing to score: {lanes} lanes (evaluation.lanes) in groups of "
-            f"{rows} (evaluation.forward_windows) do not reach {world.size} processes",
+            f"rank {world.rank} has nothing to score: {lanes} lanes (evaluation.lanes) in groups "
+            f"of {rows} (evaluation.forward_windows) do not reach {world.size} processes",
             file=sys.stderr,
         )
 

@@ -53,11 +53,12 @@ class EvaluatorSettings:
     """The config sections that fix the evaluator's function."""
 
     evaluation: EvaluationSettings
-    slot: SlotSettings
-    lora: LoraSettings
+    slot: SlotSettings | None = None
+    lora: LoraSettings | None = None
+    """Sections of adapters that `evaluation` does not list may be left out."""
 
     def __post_init__(self) -> None:
-        check_adapters(asdict(self.evaluation), asdict(self.slot), asdict(self.lora))
+        check_adapters(asdict(self))
 
     @property
     def shares_batches(self) -> bool:
@@ -67,10 +68,9 @@ class EvaluatorSettings:
 
 def evaluator_settings(sections: Mapping[str, Mapping[str, Any]]) -> EvaluatorSettings:
     """From a stage's settings; UserError where they do not fit together."""
+    kinds = {"evaluation": EvaluationSettings, "slot": SlotSettings, "lora": LoraSettings}
     return EvaluatorSettings(
-        EvaluationSettings(**sections["evaluation"]),
-        SlotSettings(**sections["slot"]),
-        LoraSettings(**sections["lora"]),
+        **{name: kind(**sections[name]) for name, kind in kinds.items() if name in sections}
     )
 
 

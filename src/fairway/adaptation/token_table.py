@@ -60,12 +60,8 @@ def score_rank(
         kernels=kernels, model=model, seed=seed,
     ):  # fmt: skip
         losses = [target_nll(logits, scored.targets) for logits in scored.logits]
-        gains = {
-            gain_column(name): before - after
-            for name, before, after in zip(
-                settings.evaluation.adapters, losses, losses[1:], strict=True
-            )
-        }
+        steps = zip(settings.evaluation.adapters, losses[:-1], losses[1:], strict=True)
+        gains = {gain_column(name): before - after for name, before, after in steps}
         row = {
             "position": scored.positions,
             "token": scored.targets,

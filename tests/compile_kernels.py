@@ -60,9 +60,9 @@ def usage(kernel) -> str:
     return f"{registers} registers, {shared} bytes shared, {int(stack) + int(local)} bytes spilled"
 
 
-def compile_fit(slot: dict) -> None:
+def compile_fit(window_tokens: int, slot: dict) -> None:
     """The fit of one lane over a record's window, and of logits made into its probabilities."""
-    places, vocabulary = slot["window_tokens"], 1024
+    places, vocabulary = window_tokens, 1024
     probabilities = logit_delta_kernel.compact_softmax(torch.zeros(1, places, vocabulary))
     logit_delta_kernel.fit_delta(
         probabilities,
@@ -84,7 +84,7 @@ def main() -> None:
     model.loss(tokens, tokens).backward()
     with torch.no_grad():
         model(tokens, 32)
-    compile_fit(config["slot"])
+    compile_fit(config["evaluation"]["window_tokens"], config["slot"])
 
 
 if __name__ == "__main__":

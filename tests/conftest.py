@@ -63,6 +63,7 @@ TINY_CONFIG = {
         "causal": {},
         "published": {
             "ttt": {"data": "val"},
+            "evaluation": {"adapters": ["slot"]},
             "slot": {"scope": "batch", "focal_tokens": 16, "l2": 0.0, "same_document": False},
         },
     },
@@ -104,14 +105,15 @@ TINY_CONFIG = {
     },
     "ttt": {"epochs": 1, "batch_sequences": 8, "frozen_blocks": 1},
     "gptq": {"calibration_sequences": 4, "calibration_tokens": 32, "batch_sequences": 4},
-    "slot": {
+    "evaluation": {
+        "adapters": ["lora", "slot"],
         "window_tokens": 32,
         "stride_tokens": 8,
         "lanes": 4,
-        "batch_windows": 4,
         "forward_windows": 2,
-        "iterations": 5,
     },
+    "lora": {"rank": 2, "chunk_tokens": 16, "context_tokens": 32},
+    "slot": {"batch_windows": 4, "iterations": 5},
 }
 
 

@@ -1,14 +1,16 @@
 """SLOT as its description reads: plain loops, float64, PyTorch's own L-BFGS, one lane at a time."""
 
 import torch
+from evaluators import focal_places
 from torch.nn.functional import cross_entropy
 
 
 def reference_scores(model_logits, tokens, settings, bos_id, first_window=0, last_window=None):
     """{position: (log-probabilities before, after)} of one lane's windows, each float64 [V]."""
+    cut, slot, focal = settings.evaluation, settings.slot, focal_places(settings)
     tokens = tokens.tolist()
     scores, delta, seen_logits = {}, None, {}
-    windows = reference_windows(len(tokens) - 1, settings.window_tokens, settings.stride_tokens)
+    windows = reference_windows(len(tokens) - 1, cut.window_tokens, cut.stride_tokens)
     for start, length, scored in windows[first_window:last_window]:
         logits = model_logits(torch.tensor([tokens[start : start + length]]))[0].double()
         targets = range(start + 1, start + length + 1)
@@ -20,17 +22,17 @@ def reference_scores(model_logits, tokens, settings, bos_id, first_window=0, las
         context = [
             target
             for target in past
-            if target > targets[-1] - settings.focal
-            and (not settings.same_document or bos_count(tokens, target - 1, bos_id) == document)
+            if target > targets[-1] - focal
+            and (not slot.same_document or bos_count(tokens, target - 1, bos_id) == document)
         ]
-        source = current if settings.context_logits == "current" else seen_logits
+        source = current if slot.context_logits == "current" else seen_logits
         if delta is None:
             delta = torch.zeros_like(logits[0])
-        delta = fit(context, source, tokens, delta, settings)
+        delta = fit(context, source, tokens, delta, slot)
         for target in slice_targets:
             seen_logits[target] = current[target]
             applies = (
-                not settings.same_document or bos_count(tokens, target - 1, bos_id) == document
+                not slot.same_document or bos_count(tokens, target - 1, bos_id) == document
             )
             after = current[target] + delta if applies else current[target]
             scores[target] = (current[target].log_softmax(0), after.log_softmax(0))
@@ -54,7 +56,7 @@ def bos_count(tokens, last, bos_id) -> int:
     return tokens[: last + 1].count(bos_id)
 
 
-def fit(context, logits, tokens, initial, settings):
+def fit(context, logits, tokens, initial, slot):
     """Minimize (sum of cross-entropies + l2 / 2 |delta|^2) / targets from `initial`, then clamp."""
     if not context:
         return torch.zeros_like(initial)
@@ -63,9 +65,9 @@ def fit(context, logits, tokens, initial, settings):
     delta = initial.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [delta],
-        max_iter=settings.iterations,
-        max_eval=10 * settings.iterations,
-        history_size=settings.history,
+        max_iter=slot.iterations,
+        max_eval=10 * slot.iterations,
+        history_size=slot.history,
         tolerance_grad=1e-10,
         tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
@@ -74,9 +76,9 @@ def fit(context, logits, tokens, initial, settings):
     def closure():
         optimizer.zero_grad()
         total = cross_entropy(stacked + delta, wanted, reduction="sum")
-        loss = (total + settings.l2 / 2 * delta.square().sum()) / len(context)
+        loss = (total + slot.l2 / 2 * delta.square().sum()) / len(context)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return delta.detach().clamp(-settings.clamp, settings.clamp)
+    return delta.detach().clamp(-slot.clamp, slot.clamp)

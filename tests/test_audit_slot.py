@@ -6,9 +6,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from evaluators import SMALL, changed
 from mutants import Toy
 
-from fairway.adaptation.slot import SlotSettings
+from fairway.adaptation.scoring import EvaluatorSettings
 from fairway.adaptation.slot_evaluator import document_source, make_evaluator
 from fairway.audit.contract import FAIL
 from fairway.audit.null import draw_stream
@@ -22,31 +23,26 @@ AUDIT = AuditSettings(
 )
 
 
-def slot_settings(**changes) -> SlotSettings:
-    values = {
-        "scope": "window",
-        "window_tokens": 48,
-        "stride_tokens": 8,
-        "lanes": 4,
-        "batch_windows": 6,
-        "forward_windows": 3,
-        "focal_tokens": "all",
-        "l2": 2.0,
-        "clamp": 5.0,
-        "iterations": 6,
-        "history": 5,
-        "same_document": True,
-        "context_logits": "current",
-    }
-    return SlotSettings(**(values | changes))
+SETTINGS = changed(
+    SMALL,
+    window_tokens=48,
+    stride_tokens=8,
+    lanes=4,
+    forward_windows=3,
+    batch_windows=6,
+    l2=2.0,
+    iterations=6,
+    history=5,
+)
 
 
-def audit(settings: SlotSettings, world_size: int = 1, num_targets: int = 200):
+def audit(settings: EvaluatorSettings, world_size: int = 1, num_targets: int = 200):
+    cut = settings.evaluation
     geometry = Geometry(
-        settings.window_tokens,
-        settings.stride_tokens,
-        settings.lanes,
-        settings.batch_windows if settings.scope == "batch" else 1,
+        cut.window_tokens,
+        cut.stride_tokens,
+        cut.lanes,
+        settings.slot.batch_windows if settings.shares_batches else 1,
     )
     subject = Subject(
         evaluator=make_evaluator(TOY.logits, settings, TOY.bos_id, world_size),
@@ -56,10 +52,10 @@ def audit(settings: SlotSettings, world_size: int = 1, num_targets: int = 200):
         geometry=geometry,
         draw=partial(
             draw_stream,
-            replace(TOY, window_tokens=settings.window_tokens).next_token,
+            replace(TOY, window_tokens=cut.window_tokens).next_token,
             torch.tensor([TOY.bos_id]),
         ),
-        base=make_evaluator(TOY.logits, slot_settings(scope="none"), TOY.bos_id),
+        base=make_evaluator(TOY.logits, changed(SETTINGS, adapters=()), TOY.bos_id),
     )
     findings = audit_evaluator(subject, AUDIT, seed=1)
     return findings, {check.name for check in findings.checks if check.verdict == FAIL}
@@ -69,21 +65,21 @@ def audit(settings: SlotSettings, world_size: int = 1, num_targets: int = 200):
     "changes",
     [
         {},
-        {"scope": "none"},
+        {"adapters": ()},
         {"context_logits": "scored"},
         {"same_document": False, "focal_tokens": 20, "lanes": 1},
         {"forward_windows": 1, "lanes": 7},
     ],
 )
 def test_the_causal_evaluator_passes(changes):
-    findings, failed = audit(slot_settings(**changes))
+    findings, failed = audit(changed(SETTINGS, **changes))
     assert failed == set()
-    assert findings.track == ("fixed" if changes.get("scope") == "none" else "adaptive")
+    assert findings.track == ("fixed" if "adapters" in changes else "adaptive")
     assert (findings.reach["changed"] == 0).all()
 
 
 def test_two_ranks_pass_and_score_the_same_bits():
-    settings = slot_settings(forward_windows=2)
+    settings = changed(SETTINGS, forward_windows=2)
     _, failed = audit(settings, world_size=2)
     assert failed == set()
     tokens = TOY.stream(200)
@@ -92,18 +88,24 @@ def test_two_ranks_pass_and_score_the_same_bits():
 
 
 def test_the_batch_shared_delta_fails_and_its_reach_is_the_batch():
-    settings = slot_settings(
-        scope="batch", lanes=1, focal_tokens=16, l2=0.0, same_document=False, batch_windows=12
+    settings = changed(
+        SETTINGS,
+        scope="batch",
+        lanes=1,
+        focal_tokens=16,
+        l2=0.0,
+        same_document=False,
+        batch_windows=12,
     )
     findings, failed = audit(settings)
     assert {"flip", "self_influence", "null"} <= failed
-    changed = findings.reach[findings.reach["changed"] > 0]["distance_tokens"]
+    reached = findings.reach[findings.reach["changed"] > 0]["distance_tokens"]
     # The first batch scores one whole window and eleven slices; no later batch reaches as far.
-    assert 8 * 8 < changed.max() < 48 + 11 * 8
+    assert 8 * 8 < reached.max() < 48 + 11 * 8
 
 
 def test_a_stream_shorter_than_a_window_passes():
-    _, failed = audit(slot_settings(), num_targets=30)
+    _, failed = audit(SETTINGS, num_targets=30)
     assert failed == set()
 
 

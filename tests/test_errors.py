@@ -48,7 +48,7 @@ def project(checkout):
         ({"variants": {"causal": {"slot": {"l3": 1}}}}, "variants.causal: slot: unknown key l3"),
         ({"train": {"matrix_learning_rate": "1e-3"}}, "YAML reads 1e-3 as text: write 1.0e-3"),
         ({"model": {"heads": 3}}, "model.heads 3 does not divide model.width 32"),
-        ({"slot": {"stride_tokens": 33}}, "slot.stride_tokens"),
+        ({"evaluation": {"stride_tokens": 33}}, "evaluation.stride_tokens"),
         ({"ttt": {"frozen_blocks": 4}}, "ttt.frozen_blocks"),
         ({"data": {"paths": []}}, "data.source is 'jsonl' but data.paths is empty: list the files"),
         ({"data": {"paths": ["nowhere.jsonl"]}}, "Missing input files for rule tokenize_text"),

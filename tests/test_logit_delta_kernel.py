@@ -3,10 +3,9 @@
 On a GPU, or else in Triton's interpreter, where sizes must be tiny.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
+from evaluators import changed
 from test_slot import SETTINGS, collect, toy_model, toy_stream
 from torch.nn.functional import cross_entropy
 
@@ -161,7 +160,7 @@ def test_block_runs_are_the_shortest_in_a_circle():
     ],
 )
 def test_the_scores_are_those_of_the_plain_fit(changes):
-    settings = replace(SETTINGS, lanes=3, iterations=6, **changes)
+    settings = changed(SETTINGS, lanes=3, iterations=6, **changes)
     tokens, model = toy_stream(90).to(DEVICE), toy_model(device=DEVICE)
     plain = collect(tokens, settings, model)
     fused = collect(tokens, settings, model, kernels="fused")

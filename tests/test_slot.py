@@ -1,37 +1,23 @@
 """SLOT: the scores of its description, every target once, and nothing from the future."""
 
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from evaluators import SMALL, changed
 from reference_slot import reference_scores
 from torch.nn.functional import cross_entropy
 
 from fairway.adaptation.logit_delta import fit_delta
-from fairway.adaptation.slot import SlotSettings, score_stream, target_nll
+from fairway.adaptation.scoring import score_stream, target_nll
 from fairway.adaptation.slot_evaluator import make_evaluator
 from fairway.errors import UserError
 from fairway.evaluation.windows import lane_runs, sliding_windows
 
 BOS = 1
 VOCABULARY = 24
-SETTINGS = SlotSettings(
-    scope="window",
-    window_tokens=32,
-    stride_tokens=6,
-    lanes=5,
-    batch_windows=4,
-    forward_windows=2,
-    focal_tokens="all",
-    l2=3.0,
-    clamp=5.0,
-    iterations=25,
-    history=10,
-    same_document=True,
-    context_logits="current",
-)
+SETTINGS = SMALL
 CONTEXTS = pytest.mark.parametrize(
     ("same_document", "context_logits"),
     [(True, "current"), (False, "current"), (True, "scored"), (False, "scored")],
@@ -71,12 +57,10 @@ def toy_stream(length: int, seed: int = 0, document_tokens: int = 40) -> torch.T
 def collect(tokens, settings, model=None, rank=0, world_size=1, kernels="plain"):
     """Records of a whole stream as one dict of tensors, sorted by position."""
     model = model or toy_model()
-    records = list(score_stream(model, tokens, settings, BOS, rank, world_size, kernels))
-    names = ("positions", "windows", "lanes", "targets", "logits_before", "logits_after")
-    columns = {
-        name: torch.cat([getattr(record, name) for record in records])
-        for name in (*names, "in_own_loss")
-    }
+    records = list(score_stream(model, tokens, settings, BOS, rank, world_size, kernels=kernels))
+    names = ("positions", "windows", "lanes", "targets", "logits_after", "in_own_loss")
+    columns = {name: torch.cat([getattr(record, name) for record in records]) for name in names}
+    columns["logits_before"] = torch.cat([record.logits[0] for record in records])
     order = columns["positions"].argsort(stable=True)
     return {name: column[order] for name, column in columns.items()}
 
@@ -89,7 +73,7 @@ def collect(tokens, settings, model=None, rank=0, world_size=1, kernels="plain")
 def test_one_lane_agrees_with_the_slow_float64_reference(
     same_document, context_logits, focal_tokens
 ):
-    settings = replace(
+    settings = changed(
         SETTINGS,
         lanes=1,
         focal_tokens=focal_tokens,
@@ -102,11 +86,11 @@ def test_one_lane_agrees_with_the_slow_float64_reference(
 
 @CONTEXTS
 def test_every_lane_is_the_reference_run_on_its_own_windows(same_document, context_logits):
-    settings = replace(SETTINGS, same_document=same_document, context_logits=context_logits)
+    settings = changed(SETTINGS, same_document=same_document, context_logits=context_logits)
     tokens = toy_stream(201, seed=3)
     columns = collect(tokens, settings)
-    num_windows = len(sliding_windows(200, settings.window_tokens, settings.stride_tokens))
-    for lane, run in enumerate(lane_runs(num_windows, settings.lanes)):
+    num_windows = len(sliding_windows(200, settings.evaluation.window_tokens, settings.evaluation.stride_tokens))
+    for lane, run in enumerate(lane_runs(num_windows, settings.evaluation.lanes)):
         own = {name: column[columns["lanes"] == lane] for name, column in columns.items()}
         check_against_reference(tokens, settings, own, windows=(run.start, run.stop))
 
@@ -158,7 +142,7 @@ def test_without_context_the_delta_is_zero():
 
 
 def test_the_delta_is_clamped():
-    settings = replace(SETTINGS, l2=0.0, clamp=0.25, same_document=False)
+    settings = changed(SETTINGS, l2=0.0, clamp=0.25, same_document=False)
     columns = collect(toy_stream(150), settings)
     delta = columns["logits_after"] - columns["logits_before"]
     assert 0.24 < delta.abs().max() < 0.25 + 1e-5
@@ -182,12 +166,12 @@ def test_the_delta_is_dropped_from_the_first_bos_of_the_slice_on():
 # --- coverage -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["window", "batch", "none"])
+@pytest.mark.parametrize("changes", [{"scope": "window"}, {"scope": "batch"}, {"adapters": ()}])
 @pytest.mark.parametrize("length", [2, 3, 20, 32, 33, 34, 39, 63, 100])
 @pytest.mark.parametrize("lanes", [1, 3, 40])
-def test_every_target_is_scored_once_whatever_the_length(scope, length, lanes):
+def test_every_target_is_scored_once_whatever_the_length(changes, length, lanes):
     tokens = toy_stream(length)
-    columns = collect(tokens, replace(SETTINGS, scope=scope, lanes=lanes))
+    columns = collect(tokens, changed(SETTINGS, lanes=lanes, **changes))
     assert columns["positions"].tolist() == list(range(1, length))
     assert torch.equal(columns["targets"], tokens[1:])
     for name in ("logits_before", "logits_after"):
@@ -196,13 +180,13 @@ def test_every_target_is_scored_once_whatever_the_length(scope, length, lanes):
 
 def test_the_scored_buffer_covers_short_streams_too():
     for length in (2, 20, 33, 70):
-        columns = collect(toy_stream(length), replace(SETTINGS, context_logits="scored"))
+        columns = collect(toy_stream(length), changed(SETTINGS, context_logits="scored"))
         assert columns["positions"].tolist() == list(range(1, length))
 
 
 def test_without_a_delta_the_scores_are_those_of_plain_sliding_windows():
     tokens = toy_stream(150)
-    plain = collect(tokens, replace(SETTINGS, scope="none"))
+    plain = collect(tokens, changed(SETTINGS, adapters=()))
     fitted = collect(tokens, SETTINGS)
     assert torch.equal(plain["logits_before"], plain["logits_after"])
     assert torch.equal(plain["logits_before"], fitted["logits_before"])
@@ -211,10 +195,10 @@ def test_without_a_delta_the_scores_are_those_of_plain_sliding_windows():
 
 def test_windows_and_lanes_are_recorded():
     columns = collect(toy_stream(200), SETTINGS)
-    windows = sliding_windows(199, SETTINGS.window_tokens, SETTINGS.stride_tokens)
+    windows = sliding_windows(199, SETTINGS.evaluation.window_tokens, SETTINGS.evaluation.stride_tokens)
     counts = Counter(columns["windows"].tolist())
     assert [counts[window] for window in range(len(windows))] == windows.scored.tolist()
-    for lane, run in enumerate(lane_runs(len(windows), SETTINGS.lanes)):
+    for lane, run in enumerate(lane_runs(len(windows), SETTINGS.evaluation.lanes)):
         assert set(columns["windows"][columns["lanes"] == lane].tolist()) == set(run)
 
 
@@ -223,7 +207,7 @@ def test_windows_and_lanes_are_recorded():
 
 @pytest.mark.parametrize("scope", ["window", "batch"])
 def test_the_scores_are_bitwise_the_same_for_any_number_of_ranks(scope):
-    tokens, settings = toy_stream(260), replace(SETTINGS, scope=scope)
+    tokens, settings = toy_stream(260), changed(SETTINGS, scope=scope)
     alone = collect(tokens, settings)
     for world_size in (2, 3):
         shares = [
@@ -260,20 +244,20 @@ def leaks(settings, tokens, flips, world_size=1) -> list[int]:
 
 @CONTEXTS
 def test_no_distribution_depends_on_its_target_or_on_what_follows(same_document, context_logits):
-    settings = replace(SETTINGS, same_document=same_document, context_logits=context_logits, l2=1.0)
+    settings = changed(SETTINGS, same_document=same_document, context_logits=context_logits, l2=1.0)
     assert leaks(settings, toy_stream(150, seed=5), flips=9) == []
 
 
 def test_it_stays_causal_without_a_prior_and_over_ranks():
-    settings = replace(SETTINGS, l2=0.0, focal_tokens=16, same_document=False, iterations=12)
+    settings = changed(SETTINGS, l2=0.0, focal_tokens=16, same_document=False, iterations=12)
     assert leaks(settings, toy_stream(110, seed=6), flips=4, world_size=2) == []
 
 
 def test_scope_batch_leaks_over_its_batch_and_no_further():
-    settings = replace(SETTINGS, scope="batch", lanes=1, l2=1.0, same_document=False)
+    settings = changed(SETTINGS, scope="batch", lanes=1, l2=1.0, same_document=False)
     reaches = leaks(settings, toy_stream(150, seed=7), flips=9)
-    assert max(reaches) > settings.stride_tokens
-    assert max(reaches) < settings.window_tokens + settings.batch_windows * settings.stride_tokens
+    assert max(reaches) > settings.evaluation.stride_tokens
+    assert max(reaches) < settings.evaluation.window_tokens + settings.slot.batch_windows * settings.evaluation.stride_tokens
 
 
 # --- the leak, measured -------------------------------------------------------------------------
@@ -298,24 +282,24 @@ def gain(columns) -> float:
 def test_only_the_leaking_scope_gains_on_draws_from_the_model_itself():
     model = toy_model(memory=0.0)
     tokens = null_stream(model, 1200)
-    honest = gain(collect(tokens, replace(SETTINGS, l2=14.0), model))
+    honest = gain(collect(tokens, changed(SETTINGS, l2=14.0), model))
     leaking = gain(
-        collect(tokens, replace(SETTINGS, scope="batch", l2=1.0, same_document=False), model)
+        collect(tokens, changed(SETTINGS, scope="batch", l2=1.0, same_document=False), model)
     )
     assert honest < 0.002
     assert leaking > 0.05
 
 
 def test_in_own_loss_is_exact():
-    settings = replace(SETTINGS, scope="batch", same_document=True, focal_tokens=14)
+    settings = changed(SETTINGS, scope="batch", same_document=True, focal_tokens=14)
     tokens = toy_stream(260, document_tokens=60)
     columns = collect(tokens, settings)
-    windows = sliding_windows(259, settings.window_tokens, settings.stride_tokens)
+    windows = sliding_windows(259, settings.evaluation.window_tokens, settings.evaluation.stride_tokens)
     documents = (tokens == BOS).cumsum(0).tolist()
     expected = {}
-    for run in lane_runs(len(windows), settings.lanes):
-        for first in range(0, len(run), settings.batch_windows):
-            batch = run[first : first + settings.batch_windows]
+    for run in lane_runs(len(windows), settings.evaluation.lanes):
+        for first in range(0, len(run), settings.slot.batch_windows):
+            batch = run[first : first + settings.slot.batch_windows]
             fitted = set()
             for window in batch:
                 begin = windows.first_scored[window]
@@ -333,7 +317,7 @@ def test_in_own_loss_is_exact():
     found = dict(zip(columns["positions"].tolist(), columns["in_own_loss"].tolist(), strict=True))
     assert found == expected
     assert 0 < sum(expected.values()) < len(expected)
-    assert not collect(tokens, replace(settings, scope="window"))["in_own_loss"].any()
+    assert not collect(tokens, changed(settings, scope="window"))["in_own_loss"].any()
 
 
 # --- the evaluator of the audit, and settings ----------------------------------------------------
@@ -356,11 +340,11 @@ def test_the_evaluator_gives_the_distributions_of_the_very_scores():
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"stride_tokens": 33}, "slot.stride_tokens"),
-        ({"stride_tokens": 0}, "slot.stride_tokens"),
-        ({"lanes": 0}, "slot.lanes"),
-        ({"lanes": 40_000}, "slot.lanes"),
-        ({"forward_windows": 0}, "slot.forward_windows"),
+        ({"stride_tokens": 33}, "evaluation.stride_tokens"),
+        ({"stride_tokens": 0}, "evaluation.stride_tokens"),
+        ({"lanes": 0}, "evaluation.lanes"),
+        ({"lanes": 40_000}, "evaluation.lanes"),
+        ({"forward_windows": 0}, "evaluation.forward_windows"),
         ({"batch_windows": 0}, "slot.batch_windows"),
         ({"focal_tokens": 6}, "slot.focal_tokens"),
         ({"focal_tokens": 33}, "slot.focal_tokens"),
@@ -376,7 +360,7 @@ def test_the_evaluator_gives_the_distributions_of_the_very_scores():
 )
 def test_settings_that_make_no_sense_are_refused_by_name(change, key):
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
-        replace(SETTINGS, **change)
+        changed(SETTINGS, **change)
 
 
 def test_a_stream_without_targets_is_refused():
@@ -392,7 +376,7 @@ def test_padding_rows_never_reach_the_scores():
         calls.append(tuple(tokens.shape))
         return toy_model()(tokens, first_place)
 
-    settings = replace(SETTINGS, lanes=7, forward_windows=4)
+    settings = changed(SETTINGS, lanes=7, forward_windows=4)
     list(score_stream(model, toy_stream(300), settings, BOS))
     assert set(calls) == {(4, 32)}
 
@@ -400,7 +384,7 @@ def test_padding_rows_never_reach_the_scores():
 @pytest.mark.parametrize(
     ("changes", "first", "later"),
     [
-        ({"scope": "none"}, 26, 26),
+        ({"adapters": ()}, 26, 26),
         ({"context_logits": "scored"}, 0, 26),
         ({"context_logits": "scored", "focal_tokens": 12}, 20, 26),
         ({"context_logits": "current"}, 0, 0),
@@ -410,7 +394,7 @@ def test_padding_rows_never_reach_the_scores():
 )
 def test_logits_are_asked_for_only_where_they_are_needed(changes, first, later):
     """And where that is follows from the geometry, whatever the tokens are and the last windows."""
-    settings = replace(SETTINGS, **changes)
+    settings = changed(SETTINGS, **changes)
     starts = []
 
     def model(tokens, first_place):

@@ -84,6 +84,8 @@ def test_each_target_has_one_row(causal, tiny_dataset):
         "nll_after": "float64",
         "bytes": "int16",
         "in_own_loss": "bool",
+        "gain_lora": "float64",
+        "gain_slot": "float64",
     }
 
 
@@ -96,11 +98,27 @@ def test_the_metrics_are_sums_over_the_table(causal):
     assert metrics["gain_nats"] == pytest.approx(
         metrics["val_loss_before"] - metrics["val_loss"], abs=1e-12
     )
-    assert metrics["scope"] == "window" and metrics["windows"] == table["window"].nunique()
+    for name in ("gain_lora", "gain_slot"):
+        assert metrics[f"{name}_nats"] == pytest.approx(table[name].mean(), abs=1e-12) != 0
+    assert metrics["adapters"] == ["lora", "slot"] and not metrics["shares_batches"]
+    assert metrics["windows"] == table["window"].nunique()
+    assert 0 < metrics["adapter_seconds"] < metrics["evaluation_seconds"]
     assert metrics["mean_iterations"] > 0
     assert not table["in_own_loss"].any()
     provenance = json.loads((causal / "provenance.json").read_text())
     assert provenance["splits"] == ["train"] and provenance["splits_read"] == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "adapters"), [("causal", ["lora", "slot"]), ("published", ["slot"])]
+)
+def test_the_gains_are_what_the_adapters_took_off_each_loss(variant, adapters, request):
+    table = pd.read_parquet(request.getfixturevalue(variant) / "tokens.parquet")
+    gains = table.filter(like="gain_")
+    assert gains.columns.tolist() == [f"gain_{name}" for name in adapters]
+    assert (gains != 0).any().all()
+    taken_off = table["nll_before"] - table["nll_after"]
+    np.testing.assert_allclose(gains.sum(axis=1), taken_off, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", ["causal", "published"])
@@ -119,6 +137,8 @@ def test_two_processes_write_the_same_table_as_one(evaluate, variant, request):
 def test_the_published_variant_is_marked_where_it_leaks(published):
     table = pd.read_parquet(published / "tokens.parquet")
     assert table["in_own_loss"].mean() > 0.3
+    metrics = json.loads((published / "metrics.json").read_text())
+    assert metrics["adapters"] == ["slot"] and metrics["shares_batches"]
 
 
 def test_an_artifact_of_another_vocabulary_is_refused(evaluate, model_settings, tmp_path):

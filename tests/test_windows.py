@@ -73,5 +73,5 @@ def test_lane_runs_are_contiguous_balanced_and_complete(num_windows, lanes):
 
 
 def test_no_lane_is_refused():
-    with pytest.raises(UserError, match=r"slot\.lanes"):
+    with pytest.raises(UserError, match=r"evaluation\.lanes"):
         lane_runs(10, 0)

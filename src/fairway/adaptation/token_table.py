@@ -126,7 +126,8 @@ def token_table(
         )
     begun = np.cumsum(tokens == bos_id)
     table.insert(1, "document", (begun - begun[0])[1:].astype(np.int32))
-    table.insert(len(table.columns) - 1, "bytes", token_bytes(tokens, counts).astype(np.int16))
+    place = table.columns.get_loc("in_own_loss")
+    table.insert(place, "bytes", token_bytes(tokens, counts).astype(np.int16))
     return table
 
 

@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from fairway.report.statistics import bootstrap_bpb_difference, describe, welch_gain
+from fairway.report.statistics import RESAMPLES, bootstrap_bpb_difference, describe, welch_gain
 
 # val_bpb of the record that Fairway follows, seeds 1337, 42 and 2025, as published.
 RECORD_SLOT_BPB = (1.00430, 1.00478, 1.00470)
@@ -93,13 +95,66 @@ def test_the_bootstraps_interval_agrees_with_scipy():
         lambda top, bottom, axis: top.sum(axis) / bottom.sum(axis),
         paired=True,
         vectorized=True,
-        n_resamples=9_999,
+        n_resamples=RESAMPLES,
         method="percentile",
         rng=np.random.default_rng(2),
-    ).confidence_interval
-    width = reference.high - reference.low
-    assert found.ci_low == pytest.approx(reference.low, abs=0.05 * width)
-    assert found.ci_high == pytest.approx(reference.high, abs=0.05 * width)
+    )
+    low, high = reference.confidence_interval
+    assert found.ci_low == pytest.approx(low, abs=0.05 * (high - low))
+    assert found.ci_high == pytest.approx(high, abs=0.05 * (high - low))
+    assert found.standard_error == pytest.approx(reference.standard_error, rel=0.05)
+
+
+def test_the_bootstrap_of_two_documents_is_known_in_closed_form():
+    """Gaps of −3 and +1 nats: both draws the first, one of each, both the second; 1 : 2 : 1."""
+    found = bootstrap_bpb_difference(np.array([2.0, 6.0]), np.array([5.0, 5.0]), [4, 4], seed=1)
+    unit = 1 / math.log(2) / 8  # the bits per byte of a nat
+    assert found.estimate == pytest.approx(-2 * unit)
+    assert (found.ci_low, found.ci_high) == pytest.approx((-6 * unit, 2 * unit))
+    assert found.p_not_below == pytest.approx(1 / 4, abs=0.02)
+    assert found.p == pytest.approx(1 / 2, abs=0.02)
+    assert found.standard_error == pytest.approx(math.sqrt(8) * unit, rel=0.02)
+
+
+def test_documents_of_equal_length_give_the_means_standard_error():
+    generator = np.random.default_rng(6)
+    before, gain = generator.normal(900, 200, 300), generator.normal(3, 20, 300)
+    found = bootstrap_bpb_difference(before - gain, before, np.full(300, 1000), seed=1)
+    exact = gain.std() / math.sqrt(300) / math.log(2) / 1000
+    assert found.standard_error == pytest.approx(exact, rel=0.03)
+    normal = stats.norm.cdf(found.estimate / exact)
+    assert found.p_not_below == pytest.approx(normal, abs=0.01)
+
+
+def test_no_change_at_all_is_no_gain():
+    nats = np.array([3.0, 4.0, 5.0])
+    found = bootstrap_bpb_difference(nats, nats, np.array([4, 5, 6]), seed=1)
+    assert (found.estimate, found.standard_error) == (0, 0)
+    assert found.p_not_below == found.p == 1
+
+
+@given(st.lists(st.floats(0, 1e4), min_size=12, max_size=12))
+def test_what_both_methods_share_changes_nothing(difficulty):
+    after, before, byte_counts = make_documents(np.random.default_rng(8), 12, 0.01)
+    alone = bootstrap_bpb_difference(after, before, byte_counts, seed=1)
+    both = np.array(difficulty)
+    found = bootstrap_bpb_difference(after + both, before + both, byte_counts, seed=1)
+    assert found.estimate == pytest.approx(alone.estimate)
+    assert (found.ci_low, found.ci_high) == pytest.approx((alone.ci_low, alone.ci_high))
+    assert found.p_not_below == pytest.approx(alone.p_not_below, abs=2e-4)
+
+
+@given(st.permutations(range(40)))
+def test_pairing_a_document_with_another_is_felt(order):
+    generator = np.random.default_rng(9)
+    before = generator.normal(900, 200, 40)
+    after, byte_counts = before - generator.normal(9, 2, 40), np.full(40, 1000)
+    paired = bootstrap_bpb_difference(after, before, byte_counts, seed=1)
+    mixed = bootstrap_bpb_difference(after, before[order], byte_counts, seed=1)
+    assert mixed.estimate == pytest.approx(paired.estimate)
+    moved = sum(place != one for place, one in enumerate(order))
+    if moved > 10:
+        assert mixed.standard_error > 2 * paired.standard_error
 
 
 def test_pairing_cancels_the_documents_difficulty():
@@ -116,10 +171,23 @@ def test_the_bootstraps_p_is_calibrated_without_a_difference():
         bootstrap_bpb_difference(*make_documents(generator, 40, 0.0), seed=trial)
         for trial in range(200)
     ]
-    rejected = sum(one.p < 0.05 for one in found)
+    for name in ("p", "p_not_below"):
+        assert 3 <= sum(getattr(one, name) < 0.05 for one in found) <= 24
     covered = sum(one.ci_low <= 0 <= one.ci_high for one in found)
-    assert 3 <= rejected <= 24
     assert covered >= 176
+
+
+def test_the_bootstraps_interval_covers_a_true_gain():
+    generator = np.random.default_rng(10)
+    truth = -0.02 / math.log(2) / 3  # a token stands for three bytes in make_documents
+    covered, errors, estimates = 0, [], []
+    for trial in range(200):
+        one = bootstrap_bpb_difference(*make_documents(generator, 60, 0.02), seed=trial)
+        covered += one.ci_low <= truth <= one.ci_high
+        errors.append(one.standard_error)
+        estimates.append(one.estimate)
+    assert 178 <= covered <= 199
+    assert np.mean(errors) == pytest.approx(np.std(estimates), rel=0.15)
 
 
 def test_one_document_cannot_be_resampled():
@@ -130,5 +198,5 @@ def test_one_document_cannot_be_resampled():
 
 def test_a_draw_of_nothing_but_empty_documents_is_dropped():
     found = bootstrap_bpb_difference(np.array([1.0, 0.0]), np.zeros(2), np.array([3, 0]), seed=1)
-    assert 0 < found.resamples < 9_999
+    assert 0 < found.resamples < RESAMPLES
     assert math.isfinite(found.ci_low)

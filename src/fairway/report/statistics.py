@@ -14,8 +14,8 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-RESAMPLES = 9_999
-_ROWS_PER_DRAW = 4_000_000  # resampled document indices held at once: 32 MB of int64
+RESAMPLES = 10_000
+_INDICES_PER_CHUNK = 1 << 17  # resampled document indices held at once: 1 MB, a cache's size
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,19 @@ class WelchTest:
 class Bootstrap:
     """A bootstrapped difference in bits per byte, with a 95 % percentile interval.
 
-    p is two-sided: how often the resampled difference strays from the estimate by at least the
-    estimate's own size. It cannot fall under 1 / (resamples + 1).
+    standard_error: standard deviation (ddof 1) of the resampled differences.
+    p_not_below: one-sided, that the difference is not below zero: the share of resampled
+    differences that are zero or more.
+    p: two-sided: how often the resampled difference strays from the estimate by at least the
+    estimate's own size. Both count the sample itself as one more resample, so neither falls under
+    1 / (resamples + 1).
     """
 
     estimate: float
+    standard_error: float
     ci_low: float
     ci_high: float
+    p_not_below: float
     p: float
     documents: int
     resamples: int
@@ -98,35 +104,49 @@ def bootstrap_bpb_difference(
     """Paired block bootstrap over documents of bpb minus the reference's bpb.
 
     nats, reference_nats: float64 [documents], each document's summed loss under either method.
-    byte_counts: [documents], the documents' bytes, the same text for both.
+    byte_counts: integers [documents], the documents' bytes, the same text for both.
     The statistic is a ratio of sums, Σ(nats − reference) / (ln 2 · Σ bytes). Documents are drawn
     with replacement, and both methods are evaluated on the same draw (Efron & Tibshirani,
-    An Introduction to the Bootstrap, 1993). Interval and p are NaN for fewer than two documents.
+    An Introduction to the Bootstrap, 1993). All but the estimate is NaN for fewer than two
+    documents.
     """
     gap = (np.asarray(nats, np.float64) - np.asarray(reference_nats, np.float64)) / math.log(2)
     weight = np.asarray(byte_counts, dtype=np.float64)
     assert gap.shape == weight.shape and gap.ndim == 1 and weight.sum() > 0
     documents, estimate = len(gap), float(gap.sum() / weight.sum())
     if documents < 2:
-        return Bootstrap(estimate, math.nan, math.nan, math.nan, documents, 0)
+        return Bootstrap(estimate, *[math.nan] * 5, documents, 0)
     draws = _resampled_ratios(gap, weight, np.random.default_rng(seed))
     low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    strays = int(np.count_nonzero(np.abs(draws - estimate) >= abs(estimate)))
-    p = (1 + strays) / (len(draws) + 1)
-    return Bootstrap(estimate, float(low), float(high), p, documents, len(draws))
+    return Bootstrap(
+        estimate=estimate,
+        standard_error=float(draws.std(ddof=1)),
+        ci_low=float(low),
+        ci_high=float(high),
+        p_not_below=_share_with_sample(draws >= 0),
+        p=_share_with_sample(np.abs(draws - estimate) >= abs(estimate)),
+        documents=documents,
+        resamples=len(draws),
+    )
+
+
+def _share_with_sample(found: np.ndarray) -> float:
+    """The share of true among bool [resamples] and one more, the sample itself, that is true."""
+    return (1 + int(np.count_nonzero(found))) / (1 + len(found))
 
 
 def _resampled_ratios(
     numerator: np.ndarray, denominator: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
     """float64 [≤ RESAMPLES] ratios of sums; a draw of nothing but empty documents is dropped."""
-    documents = len(numerator)
-    rows = max(1, _ROWS_PER_DRAW // documents)
-    ratios = []
+    documents, columns = len(numerator), np.column_stack([numerator, denominator])
+    rows = max(1, _INDICES_PER_CHUNK // documents)
+    sums = []
     for first in range(0, RESAMPLES, rows):
         count = min(rows, RESAMPLES - first)
         chosen = generator.integers(0, documents, size=(count, documents))
-        totals = denominator[chosen].sum(axis=1)
-        kept = totals > 0
-        ratios.append(numerator[chosen].sum(axis=1)[kept] / totals[kept])
-    return np.concatenate(ratios)
+        chosen += documents * np.arange(count)[:, None]  # each resample counts in its own range
+        times = np.bincount(chosen.ravel(), minlength=count * documents)
+        sums.append(times.reshape(count, documents) @ columns)
+    top, bottom = np.concatenate(sums).T
+    return top[bottom > 0] / bottom[bottom > 0]

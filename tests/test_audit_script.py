@@ -62,8 +62,8 @@ class Chain:
 def chain(tiny_config, tiny_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chain")
     config = folder / "config.json"
-    slot = tiny_config["variants"]["published"]["slot"] | {"lanes": 1}
-    published = tiny_config["variants"]["published"] | {"slot": slot}
+    published = tiny_config["variants"]["published"]
+    published = published | {"evaluation": published["evaluation"] | {"lanes": 1}}
     variants = {"causal": {}, "published": published}
     config.write_text(json.dumps({**tiny_config, "variants": variants, "audit": AUDIT}))
     chain = Chain(folder, config, tiny_dataset)

@@ -6,10 +6,11 @@ import pytest
 import yaml
 from conftest import ROOT, TINY_CONFIG
 
-from fairway.adaptation.slot import SlotSettings
+from fairway.adaptation.scoring import evaluator_settings
 from fairway.adaptation.ttt import TTTSettings
 from fairway.audit.verdict import AuditSettings
 from fairway.config import (
+    ADAPTERS,
     SCHEMA_PATH,
     STAGE_SECTIONS,
     load_config,
@@ -54,7 +55,8 @@ def test_shipped_configurations_make_every_stages_settings(names):
         EMASettings(**stages["ema"]["ema"])
         TTTSettings(**stages["ttt"]["ttt"])
         GptqSettings(**stages["gptq"]["gptq"])
-        SlotSettings(**stages["slot"]["slot"])
+        evaluator = evaluator_settings(stages["slot"])
+        assert evaluator == evaluator_settings(stages["audit"])
         AuditSettings(**stages["audit"]["audit"])
 
 
@@ -90,11 +92,12 @@ def test_later_files_go_over_earlier_ones_key_by_key(tmp_path):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     data = {"data": {"paths": ["text.jsonl"]}}
     first.write_text(yaml.safe_dump(merge(TINY_CONFIG, data)))
-    second.write_text("seeds: [1, 2]\nslot: {l2: 3.5}\n")
+    second.write_text("seeds: [1, 2]\nevaluation: {lanes: 9}\nslot: {l2: 3.5}\n")
     merged = load_config([first, second])
     assert merged["seeds"] == [1, 2]
     assert merged["slot"]["l2"] == 3.5
-    assert merged["slot"]["window_tokens"] == TINY_CONFIG["slot"]["window_tokens"]
+    assert merged["slot"]["batch_windows"] == TINY_CONFIG["slot"]["batch_windows"]
+    assert merged["evaluation"] == {**TINY_CONFIG["evaluation"], "lanes": 9}
 
 
 def test_a_variants_changes_are_its_own(config):
@@ -112,11 +115,28 @@ def test_a_stage_sees_its_own_sections_only(config):
     assert gptq["budgets"] == {"artifact_bytes": 16_000_000}
 
 
+def test_an_adapters_section_is_seen_only_where_it_is_listed(config):
+    for stage in ("slot", "audit"):
+        own = {name for name in STAGE_SECTIONS[stage] if name not in ADAPTERS}
+        for variant, listed in (("causal", {"lora", "slot"}), ("published", {"slot"})):
+            assert set(stage_settings(config, stage, variant)) == own | listed
+        plain = merge(config, {"variants": {"plain": {"evaluation": {"adapters": []}}}})
+        settings = stage_settings(plain, stage, "plain")
+        assert set(settings) == own
+        assert evaluator_settings(settings).evaluation.adapters == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sead": 1}, "config: unknown key sead; allowed: run, results, seeds"),
-        ({"slot": {"windows": 1}}, "slot: unknown key windows; allowed: scope, window_tokens"),
+        ({"slot": {"windows": 1}}, "slot: unknown key windows; allowed: scope, batch_windows"),
+        ({"slot": {"lanes": 1}}, "slot: unknown key lanes; allowed: scope, batch_windows"),
+        (
+            {"evaluation": {"windows": 1}},
+            "evaluation: unknown key windows; allowed: adapters, window_tokens",
+        ),
+        ({"lora": {"alpha": 1}}, "lora: unknown key alpha; allowed: rank, projections"),
         (
             {"variants": {"published": {"slot": {"l3": 0.0}}}},
             "variants.published: slot: unknown key l3",
@@ -151,15 +171,43 @@ def test_a_stage_sees_its_own_sections_only(config):
         ({"train": {"batch_tokens": 250}}, "train.sequence_tokens 32 does not divide"),
         ({"ema": {"decay": 0.123}}, "ema.decay 0.123 is not tracked: choose auto or one of"),
         ({"ttt": {"frozen_blocks": 4}}, "ttt.frozen_blocks"),
-        ({"slot": {"stride_tokens": 64}}, "slot.stride_tokens"),
-        ({"slot": {"lanes": 0}}, "slot.lanes: found 0, expected at least 1"),
+        ({"evaluation": {"stride_tokens": 64}}, "evaluation.stride_tokens 64 is larger than"),
+        ({"evaluation": {"lanes": 0}}, "evaluation.lanes: found 0, expected at least 1"),
         ({"slot": {"focal_tokens": 8}}, "slot.focal_tokens"),
         ({"variants": {"published": {"slot": {"focal_tokens": 4}}}}, "slot.focal_tokens"),
+        ({"evaluation": {"adapters": ["ema"]}}, "evaluation.adapters.0: found 'ema', expected one"),
+        ({"evaluation": {"adapters": ["slot", "slot"]}}, "evaluation.adapters: found"),
+        ({"evaluation": {"adapters": ["slot", "lora"]}}, "evaluation.adapters has slot before lora"),
+        (
+            {"variants": {"published": {"evaluation": {"adapters": ["lora", "slot"]}}}},
+            "variants.published: slot.scope 'batch' fits to targets before they are scored, so no "
+            "other adapter goes with it: found evaluation.adapters ['lora', 'slot']",
+        ),
+        (
+            {"variants": {"published": {"slot": {"context_logits": "scored"}}}},
+            "variants.published: slot.context_logits 'scored' needs slot.scope 'window'",
+        ),
+        ({"lora": {"projections": ["gate"]}}, "lora.projections.0: found 'gate', expected one of"),
+        ({"lora": {"projections": ["up", "up"]}}, "lora.projections: found ['up', 'up']"),
+        ({"lora": {"projections": []}}, "name lora.projections or set lora.scales"),
+        ({"lora": {"chunk_tokens": 12}}, "lora.chunk_tokens 12 is not a multiple of evaluation.str"),
+        ({"lora": {"chunk_tokens": 40}}, "expected lora.chunk_tokens (40) to evaluation.window_tok"),
+        ({"lora": {"context_tokens": 8}}, "lora.context_tokens is 8: expected lora.chunk_tokens"),
+        ({"lora": {"context_tokens": 33}}, "lora.context_tokens is 33: expected lora.chunk_tokens"),
+        ({"lora": {"rank": 0}}, "lora.rank: found 0, expected at least 1"),
+        ({"lora": {"learning_rate": 0}}, "lora.learning_rate: found 0, expected more than 0"),
+        ({"lora": {"betas": [0.9, 1]}}, "lora.betas.1: found 1, expected less than 1"),
+        ({"lora": {"betas": [0.9]}}, "lora.betas: found [0.9], expected a list of at least 2"),
     ],
     ids=str,
 )
 def test_a_fault_is_told_in_one_line_with_its_key(changes, message):
     assert message in refused(changes)
+
+
+def test_an_adapter_that_no_variant_lists_may_be_set_to_anything_that_fits_by_itself(tiny_config):
+    changes = {"evaluation": {"adapters": ["slot"]}, "lora": {"chunk_tokens": 12}}
+    assert validated(merge(tiny_config, changes))["lora"]["chunk_tokens"] == 12
 
 
 @pytest.mark.parametrize("key", ["run", "seeds", "variants", "data", "model", "train"])

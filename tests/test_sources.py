@@ -69,7 +69,8 @@ def test_stages_do_not_share_what_they_need_not():
     assert "model/gpt.py" in names("train.py") and "model/gpt.py" not in names("tokenize_text.py")
     assert "quantization/gptq.py" not in names("train.py") | names("slot_eval.py")
     assert "training/trainer.py" not in names("ema.py") | names("ttt.py") | names("gptq.py")
-    assert "adaptation/slot.py" not in names("train.py") | names("gptq.py")
+    adapters = {"adaptation/slot.py", "adaptation/lora.py"}
+    assert not adapters & (names("train.py") | names("ttt.py") | names("gptq.py"))
     assert not any(name.startswith("audit/") for name in names("slot_eval.py"))
 
 

@@ -149,6 +149,7 @@ def reverse_keys(value):
         ({"ttt": {"learning_rate": 0.001}}, from_stage("ttt")),
         ({"gptq": {"temperature": 0.9}}, from_stage("gptq")),
         ({"budgets": {"artifact_bytes": 1_000_000}}, from_stage("gptq")),
+        ({"evaluation": {"forward_windows": 1}}, from_stage("slot_eval")),
         ({"slot": {"clamp": 4.0}}, from_stage("slot_eval")),
         ({"audit": {"flips": 3}}, from_stage("audit")),
         ({"budgets": {"training_seconds": 500}}, from_stage("audit")),
@@ -166,6 +167,16 @@ def test_a_key_that_a_variant_sets_for_itself_changes_the_others_only(project, d
     assert dry_runs.jobs(project) == jobs_of(from_stage("slot_eval"), variants=["causal"])
 
 
+def test_an_adapters_key_changes_the_variants_that_list_it(project, dry_runs):
+    change_config(project, {"lora": {"rank": 3}})
+    assert dry_runs.jobs(project) == jobs_of(from_stage("slot_eval"), variants=["causal"])
+
+
+def test_an_adapter_that_is_taken_off_the_list_changes_that_variant_only(project, dry_runs):
+    change_config(project, {"variants": {"causal": {"evaluation": {"adapters": ["slot"]}}}})
+    assert dry_runs.jobs(project) == jobs_of(from_stage("slot_eval"), variants=["causal"])
+
+
 def test_a_variants_own_key_changes_it_only(project, dry_runs):
     change_config(project, {"variants": {"published": {"ttt": {"epochs": 2}}}})
     assert dry_runs.jobs(project) == jobs_of(from_stage("ttt"), variants=["published"])
@@ -177,7 +188,7 @@ def test_an_added_seed_runs_only_itself(project, dry_runs):
 
 
 def test_an_added_variant_runs_only_itself(project, dry_runs):
-    change_config(project, {"variants": {"plain": {"slot": {"scope": "none"}}}})
+    change_config(project, {"variants": {"plain": {"evaluation": {"adapters": []}}}})
     assert dry_runs.jobs(project) == jobs_of(from_stage("ttt"), variants=["plain"])
 
 
@@ -203,6 +214,7 @@ def test_changed_text_reruns_everything_and_rewritten_text_nothing(project, dry_
         ("src/fairway/adaptation/ttt.py", from_stage("ttt")),
         ("src/fairway/quantization/gptq.py", from_stage("gptq")),
         ("src/fairway/adaptation/slot.py", from_stage("slot_eval")),
+        ("src/fairway/adaptation/lora.py", from_stage("slot_eval")),
         ("src/fairway/audit/flip.py", from_stage("audit")),
         ("src/fairway/report/page.py", "report"),
         ("workflow/scripts/ema.py", from_stage("ema")),

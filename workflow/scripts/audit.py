@@ -62,7 +62,7 @@ def audit(options: argparse.Namespace, settings: dict[str, Any]) -> None:
     model = prepare(load_artifact(options.gptq / "artifact.bin", world.device), runtime)
     metrics = {stage: read_json(getattr(options, stage) / "metrics.json") for stage in STAGES}
     dataset = load_dataset(options.dataset)
-    logits = torch.compile(model) if compiles(runtime, model) else model
+    logits = torch.compile(model, dynamic=False) if compiles(runtime, model) else model
     subject = audit_subject(options, settings, model, logits, dataset, metrics["slot"])
     audit_settings = AuditSettings(**settings["audit"])
     findings = audit_evaluator(subject, audit_settings, options.seed)

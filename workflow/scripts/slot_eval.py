@@ -52,7 +52,9 @@ def evaluate(options, settings, evaluator, runtime, world) -> None:
     dataset = load_dataset(options.dataset)
     model = prepare(load_artifact(options.artifact / "artifact.bin", world.device), runtime)
     check_vocabulary(model, dataset, options)
-    logits = TimedLogits(torch.compile(model) if compiles(runtime, model) else model, world.device)
+    logits = TimedLogits(
+        torch.compile(model, dynamic=False) if compiles(runtime, model) else model, world.device
+    )
     tokens = read_split(dataset, "val")
     stream = torch.from_numpy(tokens.astype("int64")).to(world.device)
     share, windows = windows_of_rank(len(tokens) - 1, evaluator, world.rank, world.size)

@@ -6,7 +6,8 @@ weights stay as they are. A chunk of targets is learned from once it has been sc
 learned of a document is dropped where the next one begins.
 
 Shape suffixes: B rows, T places, P adapted parameters of a row, r rank.
-Sources: Hu et al., "LoRA" (2021); Sun et al., "Test-Time Training" (2020); Kingma & Ba (2015).
+Sources: Hu et al., "LoRA" (2021); Sun et al., "Test-Time Training" (2020); Kingma & Ba, "Adam"
+(2015); Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019).
 """
 
 import math
@@ -44,6 +45,8 @@ class LoraSettings:
     """Whether the blocks' per-channel scales are adapted too."""
     learning_rate: float
     betas: Sequence[float]
+    weight_decay: float
+    """Pulls a row's values back to where they began, decoupled from the gradient."""
     gradient_clip: float
     """Largest norm of a row's gradient."""
     steps: int
@@ -70,6 +73,8 @@ class LoraSettings:
         ):
             if getattr(self, key) <= 0:
                 raise UserError(f"lora.{key} is {getattr(self, key)}: expected more than 0")
+        if self.weight_decay < 0:
+            raise UserError(f"lora.weight_decay is {self.weight_decay}: expected at least 0")
 
 
 class RowLora:
@@ -177,7 +182,8 @@ class RowLora:
         count = self.steps.clamp(min=1)
         mean = self.mean / (1 - beta1**count)
         root = (self.square / (1 - beta2**count)).sqrt() + 1e-8
-        self.values -= self.settings.learning_rate * torch.where(learns, mean / root, 0.0)
+        drift = self.settings.weight_decay * (self.values - self.initial)
+        self.values -= self.settings.learning_rate * torch.where(learns, mean / root + drift, 0.0)
 
 
 class LoraAdapter:

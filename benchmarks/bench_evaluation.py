@@ -10,7 +10,7 @@ from record_evaluation import record_logits, record_sliding
 from results import Agreement, Bar, Row
 from timing import Run, alternate, held_bytes, timed, warmed_up
 
-from fairway.adaptation.slot import SlotSettings
+from fairway.adaptation.scoring import EvaluatorSettings, evaluator_settings
 from fairway.adaptation.token_table import score_rank
 from fairway.errors import UserError
 from fairway.model.gpt import GPT
@@ -28,22 +28,44 @@ class Excerpt:
     windows: int
 
 
-def excerpt(context: Context, settings: SlotSettings, windows: int) -> Excerpt:
+def slot_settings(
+    context: Context, variant: str | None, evaluation: dict | None = None, slot: dict | None = None
+) -> EvaluatorSettings:
+    """SLOT alone as `variant` has it, where the config knows that variant, with changed keys."""
+    known = variant if variant in context.config["variants"] else None
+    return evaluator_settings(
+        {
+            "evaluation": {
+                **context.section("evaluation", known), "adapters": ["slot"], **(evaluation or {})
+            },
+            "slot": {**context.section("slot", known), **(slot or {})},
+        }
+    )  # fmt: skip
+
+
+def without_adapters(settings: EvaluatorSettings) -> EvaluatorSettings:
+    """Sliding windows alone, the same."""
+    return replace(settings, evaluation=replace(settings.evaluation, adapters=[]))
+
+
+def excerpt(context: Context, settings: EvaluatorSettings, windows: int) -> Excerpt:
     """Text that `windows` full windows score without one being moved back."""
-    count = settings.window_tokens + settings.stride_tokens * (windows - 1) + 1
+    cut = settings.evaluation
+    count = cut.window_tokens + cut.stride_tokens * (windows - 1) + 1
     return Excerpt(context.stream("val", count), windows)
 
 
-def window_count(context: Context, settings: SlotSettings) -> int:
+def window_count(context: Context, settings: EvaluatorSettings) -> int:
     """--windows, or enough that every lane has several, in whole batches, as far as text goes."""
-    text = len(context.stream("val")) - 1 - settings.window_tokens
-    available = 1 + text // settings.stride_tokens
-    wanted = context.options.windows or settings.lanes * WINDOWS_PER_LANE
-    windows = min(wanted, available) // settings.batch_windows * settings.batch_windows
-    if windows < settings.batch_windows:
+    cut, batch_windows = settings.evaluation, settings.slot.batch_windows
+    text = len(context.stream("val")) - 1 - cut.window_tokens
+    available = 1 + text // cut.stride_tokens
+    wanted = context.options.windows or cut.lanes * WINDOWS_PER_LANE
+    windows = min(wanted, available) // batch_windows * batch_windows
+    if windows < batch_windows:
         raise UserError(
             f"the split val has room for {max(available, 0)} windows, one batch has "
-            f"{settings.batch_windows}: bring a larger dataset, or raise --windows"
+            f"{batch_windows}: bring a larger dataset, or raise --windows"
         )
     return windows
 
@@ -54,7 +76,7 @@ def fast_logits(context: Context, model: GPT) -> Callable[..., torch.Tensor]:
 
 
 def fast_scores(
-    context: Context, logits: Callable, settings: SlotSettings, text: Excerpt, kernels: str
+    context: Context, logits: Callable, settings: EvaluatorSettings, text: Excerpt, kernels: str
 ) -> dict[str, torch.Tensor]:
     """What slot_eval runs on one process: float64 nats before and after, in the stream's order."""
     scores = score_rank(
@@ -75,7 +97,8 @@ def fast_scores(
 
 def sliding(context: Context) -> list[Row]:
     """Windows without a delta: the forward passes and what slot_eval does around them."""
-    settings = replace(SlotSettings(**context.section("slot")), scope="none")
+    settings = without_adapters(slot_settings(context, None))
+    cut = settings.evaluation
     text = excerpt(context, settings, window_count(context, settings))
     # The baseline is slow, and its rate is constant.
     short = excerpt(context, settings, first_batches(settings, text.windows))
@@ -90,10 +113,10 @@ def sliding(context: Context) -> list[Row]:
     rates = {
         "fast": text.windows / seconds["fast"], "baseline": short.windows / seconds["baseline"]
     }  # fmt: skip
-    flops = window_flops(model.config, settings.window_tokens, settings.stride_tokens)
+    flops = window_flops(model.config, cut.window_tokens, cut.stride_tokens)
     ratio = rates["fast"] / rates["baseline"]
     agreement = slices_agree(
-        context, found["fast"], found["baseline"], settings.stride_tokens, "without a delta"
+        context, found["fast"], found["baseline"], cut.stride_tokens, "without a delta"
     )
     return [
         Row(
@@ -102,15 +125,15 @@ def sliding(context: Context) -> list[Row]:
             **peaks(sides), **ran(model),
             bars=(Bar(">= 1.5x the baseline", ratio >= 1.5),),
             agreements=(agreement,),
-            note=f"{text.windows} windows of {settings.window_tokens}, stride "
-            f"{settings.stride_tokens} (baseline: the first {short.windows})",
+            note=f"{text.windows} windows of {cut.window_tokens}, stride "
+            f"{cut.stride_tokens} (baseline: the first {short.windows})",
         )
     ]  # fmt: skip
 
 
-def first_batches(settings: SlotSettings, windows: int) -> int:
+def first_batches(settings: EvaluatorSettings, windows: int) -> int:
     """How many of `windows` the baseline runs."""
-    return min(windows, BASELINE_BATCHES * settings.batch_windows)
+    return min(windows, BASELINE_BATCHES * settings.slot.batch_windows)
 
 
 def slices_agree(
@@ -126,7 +149,9 @@ def slices_agree(
     )
 
 
-def fast_run(context: Context, model: GPT, settings: SlotSettings, text: Excerpt, found) -> Run:
+def fast_run(
+    context: Context, model: GPT, settings: EvaluatorSettings, text: Excerpt, found
+) -> Run:
     """Scores the excerpt as slot_eval does, and leaves the losses under `fast` in `found`."""
     logits = fast_logits(context, model)
 

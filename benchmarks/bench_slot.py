@@ -15,15 +15,17 @@ from bench_evaluation import (
     first_batches,
     peaks,
     slices_agree,
+    slot_settings,
     window_count,
+    without_adapters,
 )
 from ceilings import window_flops
 from context import Context, ran
-from record_evaluation import record_logits, record_slot
+from record_evaluation import focal_places, record_logits, record_slot
 from results import Agreement, Bar, Row
 from timing import Run, Side, Stopwatch, alternate, held_bytes, timed, warmed_up
 
-from fairway.adaptation.slot import SlotSettings
+from fairway.adaptation.scoring import EvaluatorSettings
 from fairway.model.gpt import GPT
 
 KERNEL_TOLERANCE = 2e-3
@@ -40,12 +42,12 @@ CHECKED_BATCHES = 2
 
 def slot_window(context: Context) -> list[Row]:
     """The causal fit: time over sliding windows alone, of the same windows."""
-    settings = _slot_settings(context, "causal", scope="window")
+    settings = slot_settings(context, "causal", slot={"scope": "window"})
     text = excerpt(context, settings, window_count(context, settings))
     weights, device, found = context.trained_weights(), context.device, {}
     held = held_bytes(device)
     model = context.model(weights)
-    alone = replace(settings, scope="none")
+    alone = without_adapters(settings)
     sides = {
         "alone": warmed_up(device, lambda: fast_run(context, model, alone, text, {}), held),
         "fitted": warmed_up(device, lambda: fast_run(context, model, settings, text, found), held),
@@ -58,7 +60,8 @@ def slot_window(context: Context) -> list[Row]:
             "slot_window", "windows/s", text.windows / seconds["fitted"], None, None, "matmul",
             _ceiling_seconds(context, settings, text) / seconds["fitted"],
             None, sides["fitted"].peak_bytes, **ran(model),
-            note=f"{text.windows} windows in {settings.lanes} lanes; the fit gains {gain:.5f} nats",
+            note=f"{text.windows} windows in {settings.evaluation.lanes} lanes; the fit gains "
+            f"{gain:.5f} nats",
         ),
         Row(
             "slot_window", "time over sliding alone", ratio, **ran(model),
@@ -69,38 +72,33 @@ def slot_window(context: Context) -> list[Row]:
     ]  # fmt: skip
 
 
-def _slot_settings(context: Context, variant: str, **changes) -> SlotSettings:
-    known = variant if variant in context.config["variants"] else None
-    return SlotSettings(**{**context.section("slot", known), **changes})
-
-
-def _ceiling_seconds(context: Context, settings: SlotSettings, text: Excerpt) -> float:
+def _ceiling_seconds(context: Context, settings: EvaluatorSettings, text: Excerpt) -> float:
     """The forward passes at the matmul ceiling; a fit is not counted as useful operations."""
-    flops = window_flops(context.model_config(), settings.window_tokens, settings.focal)
+    length = settings.evaluation.window_tokens
+    flops = window_flops(context.model_config(), length, focal_places(settings))
     return text.windows * flops / context.ceilings.matmul_flops_per_second
 
 
 def _window_fits_agree(
-    context: Context, model: GPT, settings: SlotSettings
+    context: Context, model: GPT, settings: EvaluatorSettings
 ) -> tuple[Agreement, ...]:
     """A fit leaves the scores before its delta alone; fused fits find what plain ones find."""
-    text = excerpt(context, settings, settings.batch_windows)
+    text = excerpt(context, settings, settings.slot.batch_windows)
     logits = fast_logits(context, model)
     own = fast_scores(context, logits, settings, text, model.kernels)
     plain = fast_scores(context, logits, settings, text, "plain")
-    alone = fast_scores(context, logits, replace(settings, scope="none"), text, "plain")
+    alone = fast_scores(context, logits, without_adapters(settings), text, "plain")
     difference = float((own["nll_after"] - plain["nll_after"]).abs().mean())
+    stride = settings.evaluation.stride_tokens
     return (
-        slices_agree(
-            context, own, alone["nll_before"], settings.stride_tokens, "with and without a fit"
-        ),
+        slices_agree(context, own, alone["nll_before"], stride, "with and without a fit"),
         Agreement("loss after plain and fused fits, mean, nats", difference, KERNEL_TOLERANCE),
     )
 
 
 def slot_batch(context: Context) -> list[Row]:
     """One delta for overlapping windows, as the record's code has it."""
-    settings = _slot_settings(context, "published", scope="batch", lanes=1)
+    settings = slot_settings(context, "published", evaluation={"lanes": 1}, slot={"scope": "batch"})
     text = excerpt(context, settings, first_batches(settings, window_count(context, settings)))
     weights, found = context.trained_weights(), {}
     forward: dict[str, list[float]] = {"fast": [], "baseline": []}
@@ -120,7 +118,7 @@ def slot_batch(context: Context) -> list[Row]:
     )
 
 
-Scorer = Callable[[Callable, SlotSettings, Excerpt], torch.Tensor]
+Scorer = Callable[[Callable, EvaluatorSettings, Excerpt], torch.Tensor]
 """Nats of every target after the delta, float64 [n] on the CPU."""
 
 
@@ -132,13 +130,13 @@ def _way(context: Context, model: GPT | BaselineGPT) -> Way:
     if isinstance(model, BaselineGPT):
         return record_logits(model, context.compiles_baseline), _record_scores
 
-    def scores(logits: Callable, settings: SlotSettings, text: Excerpt) -> torch.Tensor:
+    def scores(logits: Callable, settings: EvaluatorSettings, text: Excerpt) -> torch.Tensor:
         return fast_scores(context, logits, settings, text, model.kernels)["nll_after"]
 
     return fast_logits(context, model), scores
 
 
-def _record_scores(logits: Callable, settings: SlotSettings, text: Excerpt) -> torch.Tensor:
+def _record_scores(logits: Callable, settings: EvaluatorSettings, text: Excerpt) -> torch.Tensor:
     return record_slot(logits, text.tokens, settings).double().cpu()
 
 
@@ -160,10 +158,12 @@ def _measured(
     return run
 
 
-def _batch_fits_agree(context: Context, ways: dict[str, Way], settings: SlotSettings) -> Agreement:
+def _batch_fits_agree(
+    context: Context, ways: dict[str, Way], settings: EvaluatorSettings
+) -> Agreement:
     """With a prior, so that there is one best delta to be found."""
-    prior = replace(settings, l2=AGREEMENT_L2)
-    windows = CHECKED_BATCHES * settings.batch_windows
+    prior = replace(settings, slot=replace(settings.slot, l2=AGREEMENT_L2))
+    windows = CHECKED_BATCHES * settings.slot.batch_windows
     text = excerpt(context, settings, min(windows, window_count(context, settings)))
     after = {name: scorer(logits, prior, text) for name, (logits, scorer) in ways.items()}
     difference = abs(float((after["fast"] - after["baseline"]).mean()))
@@ -175,13 +175,13 @@ def _batch_fits_agree(context: Context, ways: dict[str, Way], settings: SlotSett
 def _batch_rows(
     context, model, settings, text, sides: dict[str, Side], seconds, forward, found, agreement
 ) -> list[Row]:
-    batches = text.windows / settings.batch_windows
+    batches = text.windows / settings.slot.batch_windows
     passes = {name: statistics.median(times) for name, times in forward.items()}
     fits = {name: seconds[name] - passes[name] for name in seconds}
     over = {name: seconds[name] / passes[name] for name in seconds}
     ratio = seconds["baseline"] / seconds["fast"]
     losses = ", ".join(f"{name} {float(found[name].mean()):.4f}" for name in ("fast", "baseline"))
-    per_batch = f"of {settings.batch_windows} windows"
+    per_batch = f"of {settings.slot.batch_windows} windows"
     return [
         Row(
             "slot_batch", f"ms a batch {per_batch}", seconds["fast"] / batches * 1e3,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from baseline import BaselineGPT, record_attention
 from torch import Tensor
 
+from fairway.adaptation.scoring import EvaluatorSettings
 from fairway.adaptation.slot import SlotSettings
 from fairway.evaluation.windows import Windows, sliding_windows
 
@@ -29,6 +30,18 @@ def record_logits(model: BaselineGPT, compile_model: bool) -> Logits:
             return forward(tokens)
 
     return logits
+
+
+def cut_windows(stream: Tensor, settings: EvaluatorSettings) -> Windows:
+    """Those that score `stream` int64 [n + 1]."""
+    cut = settings.evaluation
+    return sliding_windows(len(stream) - 1, cut.window_tokens, cut.stride_tokens)
+
+
+def focal_places(settings: EvaluatorSettings) -> int:
+    """The last positions of a window that a delta may be fitted to."""
+    focal = settings.slot.focal_tokens
+    return settings.evaluation.window_tokens if focal == "all" else int(focal)
 
 
 def batches_of(windows: Windows, size: int) -> list[range]:
@@ -60,43 +73,44 @@ def scored_slices(losses: Tensor, windows: Windows, batch: range) -> list[Tensor
 
 
 @torch.no_grad()
-def record_sliding(logits: Logits, stream: Tensor, settings: SlotSettings) -> Tensor:
+def record_sliding(logits: Logits, stream: Tensor, settings: EvaluatorSettings) -> Tensor:
     """Nats of every target of `stream` int64 [n + 1], float32 [n]."""
-    windows = sliding_windows(len(stream) - 1, settings.window_tokens, settings.stride_tokens)
+    windows = cut_windows(stream, settings)
     parts: list[Tensor] = []
-    for batch in batches_of(windows, settings.batch_windows):
+    for batch in batches_of(windows, settings.slot.batch_windows):
         inputs, targets = window_rows(stream, windows, batch)
         parts += scored_slices(all_losses(logits(inputs), targets), windows, batch)
     return torch.cat(parts)
 
 
-def record_slot(logits: Logits, stream: Tensor, settings: SlotSettings) -> Tensor:
+def record_slot(logits: Logits, stream: Tensor, settings: EvaluatorSettings) -> Tensor:
     """Nats of every target with one delta fitted to each batch of windows, float32 [n].
 
     The delta of a batch is where the next one's fit begins.
     """
-    windows = sliding_windows(len(stream) - 1, settings.window_tokens, settings.stride_tokens)
+    windows = cut_windows(stream, settings)
     delta, parts = None, []
-    for batch in batches_of(windows, settings.batch_windows):
+    for batch in batches_of(windows, settings.slot.batch_windows):
         inputs, targets = window_rows(stream, windows, batch)
         base = logits(inputs)
         if delta is None:
             delta = torch.zeros(1, 1, base.size(-1), device=base.device)
         mask = context_mask(windows, batch, settings, base.device)
-        delta = record_fit(base, targets, mask, delta, settings)
+        delta = record_fit(base, targets, mask, delta, settings.slot)
         with torch.no_grad():
             parts += scored_slices(all_losses(base + delta, targets), windows, batch)
     return torch.cat(parts)
 
 
 def context_mask(
-    windows: Windows, batch: range, settings: SlotSettings, device: torch.device
+    windows: Windows, batch: range, settings: EvaluatorSettings, device: torch.device
 ) -> Tensor:
     """float32 [B, T]: one where a focal position precedes its window's scored slice."""
+    focal = focal_places(settings)
     mask = torch.zeros(len(batch), windows.length, device=device)
     for row, index in enumerate(batch):
         last = windows.length - int(windows.scored[index])
-        mask[row, max(0, windows.length - settings.focal) : last] = 1.0
+        mask[row, max(0, windows.length - focal) : last] = 1.0
     return mask
 
 

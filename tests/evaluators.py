@@ -33,6 +33,7 @@ SMALL = EvaluatorSettings(
         scales=False,
         learning_rate=0.05,
         betas=(0.9, 0.95),
+        weight_decay=0.0,
         gradient_clip=1.0,
         steps=1,
         chunk_tokens=6,

@@ -31,9 +31,7 @@ def reference_scores(model_logits, tokens, settings, bos_id, first_window=0, las
         delta = fit(context, source, tokens, delta, slot)
         for target in slice_targets:
             seen_logits[target] = current[target]
-            applies = (
-                not slot.same_document or bos_count(tokens, target - 1, bos_id) == document
-            )
+            applies = not slot.same_document or bos_count(tokens, target - 1, bos_id) == document
             after = current[target] + delta if applies else current[target]
             scores[target] = (current[target].log_softmax(0), after.log_softmax(0))
     return scores

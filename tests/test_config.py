@@ -177,7 +177,7 @@ def test_an_adapters_section_is_seen_only_where_it_is_listed(config):
         ({"variants": {"published": {"slot": {"focal_tokens": 4}}}}, "slot.focal_tokens"),
         ({"evaluation": {"adapters": ["ema"]}}, "evaluation.adapters.0: found 'ema', expected one"),
         ({"evaluation": {"adapters": ["slot", "slot"]}}, "evaluation.adapters: found"),
-        ({"evaluation": {"adapters": ["slot", "lora"]}}, "evaluation.adapters has slot before lora"),
+        ({"evaluation": {"adapters": ["slot", "lora"]}}, "adapters has slot before lora"),
         (
             {"variants": {"published": {"evaluation": {"adapters": ["lora", "slot"]}}}},
             "variants.published: slot.scope 'batch' fits to targets before they are scored, so no "
@@ -190,8 +190,8 @@ def test_an_adapters_section_is_seen_only_where_it_is_listed(config):
         ({"lora": {"projections": ["gate"]}}, "lora.projections.0: found 'gate', expected one of"),
         ({"lora": {"projections": ["up", "up"]}}, "lora.projections: found ['up', 'up']"),
         ({"lora": {"projections": []}}, "name lora.projections or set lora.scales"),
-        ({"lora": {"chunk_tokens": 12}}, "lora.chunk_tokens 12 is not a multiple of evaluation.str"),
-        ({"lora": {"chunk_tokens": 40}}, "expected lora.chunk_tokens (40) to evaluation.window_tok"),
+        ({"lora": {"chunk_tokens": 12}}, "lora.chunk_tokens 12 is not a multiple of evaluation"),
+        ({"lora": {"chunk_tokens": 40}}, "expected lora.chunk_tokens (40) to evaluation.window"),
         ({"lora": {"context_tokens": 8}}, "lora.context_tokens is 8: expected lora.chunk_tokens"),
         ({"lora": {"context_tokens": 33}}, "lora.context_tokens is 33: expected lora.chunk_tokens"),
         ({"lora": {"rank": 0}}, "lora.rank: found 0, expected at least 1"),

@@ -65,6 +65,11 @@ def collect(tokens, settings, model=None, rank=0, world_size=1, kernels="plain")
     return {name: column[order] for name, column in columns.items()}
 
 
+def windows_of(tokens, settings):
+    cut = settings.evaluation
+    return sliding_windows(len(tokens) - 1, cut.window_tokens, cut.stride_tokens)
+
+
 # --- agreement with the description -------------------------------------------------------------
 
 
@@ -89,7 +94,7 @@ def test_every_lane_is_the_reference_run_on_its_own_windows(same_document, conte
     settings = changed(SETTINGS, same_document=same_document, context_logits=context_logits)
     tokens = toy_stream(201, seed=3)
     columns = collect(tokens, settings)
-    num_windows = len(sliding_windows(200, settings.evaluation.window_tokens, settings.evaluation.stride_tokens))
+    num_windows = len(windows_of(tokens, settings))
     for lane, run in enumerate(lane_runs(num_windows, settings.evaluation.lanes)):
         own = {name: column[columns["lanes"] == lane] for name, column in columns.items()}
         check_against_reference(tokens, settings, own, windows=(run.start, run.stop))
@@ -194,8 +199,9 @@ def test_without_a_delta_the_scores_are_those_of_plain_sliding_windows():
 
 
 def test_windows_and_lanes_are_recorded():
-    columns = collect(toy_stream(200), SETTINGS)
-    windows = sliding_windows(199, SETTINGS.evaluation.window_tokens, SETTINGS.evaluation.stride_tokens)
+    tokens = toy_stream(200)
+    columns = collect(tokens, SETTINGS)
+    windows = windows_of(tokens, SETTINGS)
     counts = Counter(columns["windows"].tolist())
     assert [counts[window] for window in range(len(windows))] == windows.scored.tolist()
     for lane, run in enumerate(lane_runs(len(windows), SETTINGS.evaluation.lanes)):
@@ -256,8 +262,9 @@ def test_it_stays_causal_without_a_prior_and_over_ranks():
 def test_scope_batch_leaks_over_its_batch_and_no_further():
     settings = changed(SETTINGS, scope="batch", lanes=1, l2=1.0, same_document=False)
     reaches = leaks(settings, toy_stream(150, seed=7), flips=9)
-    assert max(reaches) > settings.evaluation.stride_tokens
-    assert max(reaches) < settings.evaluation.window_tokens + settings.slot.batch_windows * settings.evaluation.stride_tokens
+    cut, batch_windows = settings.evaluation, settings.slot.batch_windows
+    assert max(reaches) > cut.stride_tokens
+    assert max(reaches) < cut.window_tokens + batch_windows * cut.stride_tokens
 
 
 # --- the leak, measured -------------------------------------------------------------------------
@@ -294,7 +301,7 @@ def test_in_own_loss_is_exact():
     settings = changed(SETTINGS, scope="batch", same_document=True, focal_tokens=14)
     tokens = toy_stream(260, document_tokens=60)
     columns = collect(tokens, settings)
-    windows = sliding_windows(259, settings.evaluation.window_tokens, settings.evaluation.stride_tokens)
+    windows = windows_of(tokens, settings)
     documents = (tokens == BOS).cumsum(0).tolist()
     expected = {}
     for run in lane_runs(len(windows), settings.evaluation.lanes):

@@ -1,13 +1,30 @@
-"""A finished run made of seeded numbers: every file that the report reads, no model in sight."""
+"""A finished run made of seeded numbers: every file that the report reads, no model in sight.
+
+`run_script` makes its report, `load_results` reads it as the report does.
+"""
 
 import json
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from fairway.report.results import read_results
+
 SEEDS = (1337, 42, 2025)
 VARIANTS = ("causal", "published")
+ADAPTERS = {"causal": ["lora", "slot"], "published": ["slot"]}
+SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "workflow/scripts/report.py"))
+SETTINGS = {
+    "report": {
+        "baseline": {"name": "last record", "losses": [2.5512, 2.5498, 2.5520]},
+        "minimum_gain_nats": 0.005,
+        "significance": 0.01,
+    },
+    "budgets": {"artifact_bytes": 16_000_000, "training_seconds": 600, "evaluation_seconds": 600},
+}
 PASSING = {
     "flip": "12 tokens were replaced one at a time, and no earlier distribution changed.",
     "lineage": "The artifact's ancestry holds training text only.",
@@ -25,7 +42,8 @@ def write_json(path, value):
 
 
 def make_tokens(variant, seed, rows=12_000, documents=24):
-    """A token table in which `published` gains on the targets in their own loss."""
+    """A token table: `causal` gains by LoRA, more the longer the document, and a little by SLOT;
+    `published` by SLOT, on the targets in their own loss."""
     generator = np.random.default_rng(seed)
     position = np.arange(1, rows + 1)
     text = np.random.default_rng(7)  # the same text and difficulty for every seed and variant
@@ -35,10 +53,15 @@ def make_tokens(variant, seed, rows=12_000, documents=24):
     difficulty = text.gamma(2.0, 1.3, rows)
     before = difficulty + generator.normal(0, 0.3, rows) + 0.002 * generator.normal()
     own = np.zeros(rows, dtype=bool)
-    gain = generator.normal(0.002, 0.05, rows)
+    begin = np.maximum.accumulate(np.where(np.diff(document, prepend=0) > 0, position, 0))
+    gains = {
+        "lora": generator.normal(0.012 * np.log2(1 + (position - begin) / 64), 0.1, rows),
+        "slot": generator.normal(0.002, 0.05, rows),
+    }
     if variant == "published":
         own = (position // 32) % 32 != 0
-        gain = np.where(own, generator.normal(0.22, 0.3, rows), generator.normal(-0.33, 0.3, rows))
+        means = np.where(own, 0.22, -0.33)
+        gains = {"slot": generator.normal(means, 0.3)}
         before = before - 0.05
     byte_counts = text.integers(1, 6, rows)
     return pd.DataFrame(
@@ -49,9 +72,10 @@ def make_tokens(variant, seed, rows=12_000, documents=24):
             "window": (position // 32).astype(np.int32),
             "lane": np.zeros(rows, np.int16),
             "nll_before": before,
-            "nll_after": before - gain,
+            "nll_after": before - sum(gains.values()),
             "bytes": byte_counts.astype(np.int16),
             "in_own_loss": own,
+            **{f"gain_{name}": gain for name, gain in gains.items()},
         }
     )
 
@@ -116,8 +140,11 @@ def write_variant(base, variant, seed, generator):
     loss = tokens["nll_after"].mean()
     metrics = common_metrics("slot", seed, variant, loss, 21.0)
     metrics["val_bpb"] = tokens["nll_after"].sum() / math.log(2) / tokens["bytes"].sum()
-    slot = {"scope": "batch" if leaks else "window", "batch_windows": 32, "stride_tokens": 32}
-    write_stage(base / "slot", metrics, splits, {"slot": slot})
+    metrics["adapters"] = ADAPTERS[variant]
+    metrics |= {f"gain_{name}_nats": tokens[f"gain_{name}"].mean() for name in ADAPTERS[variant]}
+    slot = {"scope": "batch" if leaks else "window", "batch_windows": 32}
+    evaluation = {"adapters": ADAPTERS[variant], "window_tokens": 128, "stride_tokens": 32}
+    write_stage(base / "slot", metrics, splits, {"slot": slot, "evaluation": evaluation})
     write_audit(base / "audit", variant, seed, leaks, splits)
 
 
@@ -153,3 +180,20 @@ def make_run(root, seeds=SEEDS):
             write_variant(base / variant, variant, seed, generator)
     write_json(root / "results/data/embedded/metrics.json", {"stage": "tokenize", "seconds": 3.0})
     return root
+
+
+def run_script(root, seeds=SEEDS, settings=SETTINGS, output="report"):
+    """Write the report of a run that `make_run` made; return its folder."""
+    folder = root / "results" / "quickstart"
+    arguments = ["--settings", json.dumps(settings), "--run-folder", str(folder)]
+    arguments += ["--data-folder", str(root / "results/data/embedded")]
+    arguments += ["--seeds", *map(str, seeds), "--variants", *VARIANTS]
+    SCRIPT["main"]([*arguments, "--output", str(folder / output)])
+    return folder / output
+
+
+def load_results(root, seeds=SEEDS):
+    folder = root / "results"
+    return read_results(
+        folder / "quickstart", folder / "data/embedded", list(seeds), list(VARIANTS)
+    )

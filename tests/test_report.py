@@ -3,41 +3,28 @@
 import json
 import math
 import re
-import runpy
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_run import FAILING, SEEDS, VARIANTS, make_run, make_tokens
+from synthetic_run import (
+    FAILING,
+    SEEDS,
+    SETTINGS,
+    VARIANTS,
+    load_results,
+    make_run,
+    make_tokens,
+    run_script,
+)
 
 from fairway.errors import UserError
 from fairway.report import token_sums
-from fairway.report.results import read_results
 from fairway.report.statistics import describe, welch_gain
 from fairway.report.tables import Budgets, batch_reach_tokens, budgets_table
-from fairway.report.wording import probability, signed
-
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "workflow/scripts/report.py"))
-SETTINGS = {
-    "report": {
-        "baseline": {"name": "last record", "losses": [2.5512, 2.5498, 2.5520]},
-        "minimum_gain_nats": 0.005,
-        "significance": 0.01,
-    },
-    "budgets": {"artifact_bytes": 16_000_000, "training_seconds": 600, "evaluation_seconds": 600},
-}
-
-
-def run_script(root, seeds=SEEDS, settings=SETTINGS, output="report"):
-    folder = root / "results" / "quickstart"
-    arguments = ["--settings", json.dumps(settings), "--run-folder", str(folder)]
-    arguments += ["--data-folder", str(root / "results/data/embedded")]
-    arguments += ["--seeds", *map(str, seeds), "--variants", *VARIANTS]
-    SCRIPT["main"]([*arguments, "--output", str(folder / output)])
-    return folder / output
+from fairway.report.wording import compact, joined, probability, signed
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +32,6 @@ def finished(tmp_path_factory):
     """A finished run and its report's folder."""
     root = make_run(tmp_path_factory.mktemp("run"))
     return root, run_script(root)
-
-
-def load_results(root, seeds=SEEDS):
-    folder = root / "results"
-    return read_results(
-        folder / "quickstart", folder / "data/embedded", list(seeds), list(VARIANTS)
-    )
 
 
 def test_stages_parquet_is_tidy(finished):
@@ -107,6 +87,10 @@ def test_the_reach_of_a_batch_is_that_of_the_slices_before_its_last(finished):
     results = load_results(finished[0])
     assert batch_reach_tokens(results, "causal") is None
     assert batch_reach_tokens(results, "published") == 31 * 32
+    key = ("published", results.seeds[0], "slot")
+    older = {"slot": {"scope": "batch", "batch_windows": 8, "stride_tokens": 64}}
+    provenance = results.provenance | {key: results.provenance[key] | {"settings": older}}
+    assert batch_reach_tokens(replace(results, provenance=provenance), "published") == 7 * 64
 
 
 def test_the_page_says_what_a_pass_means(finished):
@@ -121,6 +105,7 @@ def test_comparisons_parquet_pairs_the_documents(finished):
         ("published slot", "published sliding"),
         ("published slot", "causal slot"),
     }
+    assert len(rows) == len(VARIANTS) * (len(SEEDS) + 1) + 1
     score = {}
     for variant in VARIANTS:
         tables = [make_tokens(variant, seed) for seed in SEEDS]
@@ -154,10 +139,11 @@ def test_token_sums_do_not_depend_on_the_batches(tmp_path, monkeypatch, batch_ro
     by_document = table.groupby("document")["nll_after"].sum()
     np.testing.assert_allclose(sums.by_document["nats_after"], by_document)
     begins = table.groupby("document")["position"].transform("min").where(table["document"] > 0, 0)
-    early = table[table["position"] - begins < 16]
+    early = table[table["position"] - begins < 64]
     first = sums.by_document_position.loc[0]
     assert first["tokens"] == len(early)
     assert first["nats_before"] == pytest.approx(early["nll_before"].sum())
+    assert first["gain_slot"] == pytest.approx(early["gain_slot"].sum())
     assert len(sums.by_stream_part) == token_sums.STREAM_PARTS
     assert set(sums.by_stream_part["tokens"]) == {600}
     own = table[table["in_own_loss"]]
@@ -293,10 +279,29 @@ def test_the_reports_provenance_names_what_it_read(finished):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0123, "0.012"), (3.2e-7, "3.2 × 10^−7"), (0.9996, "> 0.99"), (math.nan, "–")],
+    [
+        (0.0123, "0.012"),
+        (1 / 10_001, "0.0001"),
+        (3.2e-7, "3.2 × 10^−7"),
+        (0.9996, "> 0.99"),
+        (math.nan, "–"),
+    ],
 )
 def test_a_p_value_has_two_significant_digits(value, text):
     assert probability(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "kilo", "text"),
+    [(950, 1000, "950"), (1234, 1000, "1.2k"), (62_021_846, 1000, "62M"), (2048, 1024, "2k")],
+)
+def test_counts_on_an_axis_are_short(value, kilo, text):
+    assert compact(value, kilo) == text
+
+
+def test_words_are_joined():
+    lists = ([], ["a"], ["a", "b"], ["a", "b", "c"])
+    assert [joined(one) for one in lists] == ["", "a", "a and b", "a, b and c"]
 
 
 def test_a_tiny_difference_has_no_sign():

@@ -30,10 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
     results = read_results(options.run_folder, options.data_folder, options.seeds, options.variants)
     tables = make_tables(results, settings, budgets)
     table_paths = {}
-    for name in ("stages", "summary", "comparisons"):
+    for name in ("stages", "summary", "comparisons", "gains"):
         table_paths[name] = options.output / f"{name}.parquet"
         write_table(table_paths[name], getattr(tables, name))
-    figures = write_figures(options.output / "figures", results, tables.budgets)
+    figures = write_figures(options.output / "figures", results, tables)
     page = options.output / "report.html"
     write_page(page, results, tables, figures, settings)
     write_provenance(

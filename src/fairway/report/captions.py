@@ -43,11 +43,14 @@ def figure_captions(results: Results) -> dict[str, Caption]:
             "Line chart of training loss over tokens seen, one line per seed.",
         ),
         "gain_by_position": Caption(
-            "Where SLOT gains",
+            "Where adaptation gains",
             f"Mean loss before minus after adaptation, in nats per token; points are {seeds}, each "
-            "variant has its own scale. An honest gain needs text to learn from, so it should be "
-            "small where a document begins, and level along the stream.",
-            "Line charts of SLOT's gain by position in the document and in the stream.",
+            "variant has its own scale. Left, by the tokens since the document began, in doubling "
+            "bins with the number of targets in each, in all and by adapter; right, in all along "
+            "the stream. An honest gain needs text to learn from, so it should be small where a "
+            "document begins, and level along the stream.",
+            "Line charts of the gain by position in the document, one line per adapter and one in "
+            "all, and by position in the stream.",
         ),
         "leak": Caption(
             "Where the leak sits",
@@ -56,7 +59,7 @@ def figure_captions(results: Results) -> dict[str, Caption]:
             "distributions that changed when a token so many positions after them was replaced: "
             "a causal method shows none at any distance, and a delta shared by a batch of windows "
             "shows the length of that batch (dotted; the first window of the text scores more).",
-            "Bar chart of SLOT's gain by membership in the delta's loss, and histogram of how far "
+            "Bar chart of the gain by membership in the delta's loss, and histogram of how far "
             "back a replaced token changed distributions.",
         ),
         "budgets": Caption(

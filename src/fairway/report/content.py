@@ -4,17 +4,23 @@ How it looks is page.html.j2. A final score is only ever handed to the template 
 carries its audit's verdict, and a failing variant's row says that its number is no valid score.
 """
 
-import math
 from typing import Any
 
 import pandas as pd
 
 from fairway.files import sha256_of_json
+from fairway.report.adaptation import (
+    attribution,
+    changes_by_seed,
+    changes_of,
+    comparisons_of_variants,
+    gains_by_adapter,
+)
 from fairway.report.results import FAIL, NOT_RUN, PASS, SHARED, SHARED_STAGES, Results
 from fairway.report.statistics import RESAMPLES, describe
 from fairway.report.tables import FINAL_STAGE, STAGES, ReportSettings, Tables, stage_bpb
-from fairway.report.token_sums import gain_nats
 from fairway.report.wording import (
+    adapter_name,
     badge,
     bits,
     check_title,
@@ -33,11 +39,10 @@ STAGE_NAMES = {
     "ttt": "Test-time training (TTT)",
     "gptq": "Quantised artifact (GPTQ)",
     "sliding": "Sliding window, unadapted",
-    "slot": "Sliding window with SLOT",
 }
 TRACKS = {
-    "adaptive": "adaptive, the evaluator changes its predictions as it reads",
-    "fixed": "fixed, the plain model's predictions",
+    "adaptive": "adaptive (the evaluator changes its predictions as it reads)",
+    "fixed predictor": "fixed predictor (the plain model's predictions)",
 }
 BUDGET_NAMES = {
     "artifact_bytes": "Artifact, code and weights",
@@ -55,13 +60,15 @@ def page_content(results: Results, tables: Tables, settings: ReportSettings) -> 
         "baseline": settings.baseline,
         "settings": settings,
         "headline": [headline_row(results, tables, settings, name) for name in results.variants],
-        "comparisons": _comparisons(results, tables.comparisons),
+        "changes": changes_by_seed(results, tables.comparisons),
+        "comparisons": comparisons_of_variants(results, tables.comparisons),
+        "gains": gains_by_adapter(results),
         "resamples": count(RESAMPLES),
         "least_p": probability(1 / (RESAMPLES + 1)),
         "stages": _stage_groups(results),
         "seeds": results.seeds,
         "audits": [_audit(results, variant) for variant in results.variants],
-        "attribution": [_attribution(results, variant) for variant in results.variants],
+        "attribution": [attribution(results, variant) for variant in results.variants],
         "budgets": _budgets(results, tables.budgets),
         "provenance": _provenance(results),
         "identity": _identity(results),
@@ -74,23 +81,29 @@ def headline_row(
     """One variant's score with its verdict and, where it failed, the reasons."""
     score = _summary_row(tables.summary, variant, "val_bpb")
     loss = _summary_row(tables.summary, variant, "val_loss")
-    gain = tables.comparisons.set_index("name").loc[[f"{variant} {FINAL_STAGE}"]].iloc[0]
+    change = changes_of(tables.comparisons, variant).iloc[-1]
     failed = results.verdict(variant) == FAIL
     failing = results.checks_with(variant, FAIL)
     return {
         "variant": variant,
         "badge": badge(results.verdict(variant)),
+        "tracks": _tracks(results, variant),
         "valid": not failed,
         "score": mean_and_std(score["mean"], score["std"]),
         "interval": interval(score["ci_low"], score["ci_high"]),
         "n": int(score["n"]),
-        "gain": signed(gain["estimate"]),
+        "change": signed(change["estimate"]),
         "difference": "–" if failed else signed(loss["difference_nats"]),
         "p": "–" if failed else probability(loss["welch_p"]),
         "beats": not failed and loss["welch_p"] < settings.significance,
         "reasons": [_outcome(results, variant, name) for name in failing],
         "not_run": [check_title(name) for name in results.checks_with(variant, NOT_RUN)],
     }
+
+
+def _tracks(results: Results, variant: str) -> list[str]:
+    """The audits' tracks, by the names of today."""
+    return [{"fixed": "fixed predictor"}.get(one, one) for one in results.tracks(variant)]
 
 
 def _summary_row(summary: pd.DataFrame, variant: str, metric: str) -> pd.Series:
@@ -140,23 +153,6 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def _comparisons(results: Results, comparisons: pd.DataFrame) -> list[dict[str, Any]]:
-    rows = []
-    for row in comparisons.to_dict("records"):
-        involved = {row["name"].rsplit(" ", 1)[0], row["reference"].rsplit(" ", 1)[0]}
-        rows.append(
-            {
-                "label": f"{row['name']} − {row['reference']}",
-                "estimate": signed(row["estimate"]),
-                "interval": interval(row["ci_low"], row["ci_high"], signed),
-                "p": probability(row["p"]),
-                "documents": count(row["documents"]),
-                "valid": all(results.verdict(variant) != FAIL for variant in involved),
-            }
-        )
-    return rows
-
-
 def _stage_groups(results: Results) -> list[dict[str, Any]]:
     """The stages' val_bpb in groups: first what all variants share, then each variant's own."""
     shared = list(SHARED_STAGES)
@@ -193,7 +189,7 @@ def _stage_row(results: Results, holder: str, stage: str, before: str | None) ->
     is_final = stage == FINAL_STAGE
     failed = is_final and results.verdict(holder) == FAIL
     return {
-        "name": STAGE_NAMES[stage],
+        "name": _adapted_name(results, holder) if is_final else STAGE_NAMES[stage],
         "values": [bits(value) for value in values],
         "score": mean_and_std(found.mean, found.std),
         "change": change,
@@ -201,6 +197,13 @@ def _stage_row(results: Results, holder: str, stage: str, before: str | None) ->
         "valid": not (tainted or failed),
         "badge": badge(results.verdict(holder)) if is_final else None,
     }
+
+
+def _adapted_name(results: Results, variant: str) -> str:
+    if _tracks(results, variant) == ["fixed predictor"]:
+        return "Sliding window, no adapters"
+    names = joined(map(adapter_name, results.adapters(variant)))
+    return f"Sliding window with {names or 'adaptation'}"
 
 
 def _outcome(results: Results, variant: str, name: str) -> dict[str, Any]:
@@ -227,33 +230,8 @@ def _audit(results: Results, variant: str) -> dict[str, Any]:
         "variant": variant,
         "badge": badge(results.verdict(variant)),
         "rows": [_outcome(results, variant, name) for name in results.checks(variant)],
-        "track": joined(sorted({TRACKS.get(audit.track, audit.track) for audit in audits})),
+        "track": joined(TRACKS.get(track, track) for track in _tracks(results, variant)),
         "meanings": sorted({audit.meaning_of_pass for audit in audits}),
-    }
-
-
-def _attribution(results: Results, variant: str) -> dict[str, Any]:
-    """Mean over seeds of the SLOT gain, split by membership in the delta's own loss."""
-    sums = [
-        results.tokens[variant, seed].by_own_loss.reindex([False, True]) for seed in results.seeds
-    ]
-    mean = sum(sums[1:], sums[0]).fillna(0) / len(sums)
-    saved = mean["nats_before"] - mean["nats_after"]
-    gains = gain_nats(mean)
-    share = mean["tokens"] / mean["tokens"].sum()
-    return {
-        "variant": variant,
-        "badge": badge(results.verdict(variant)),
-        "total": signed(saved.sum() / mean["tokens"].sum()),
-        "rows": [
-            {
-                "label": "in the loss of their own delta" if own else "not in that loss",
-                "share": f"{share[own]:.1%}",
-                "gain": "–" if math.isnan(gains[own]) else signed(gains[own]),
-                "part": signed(saved[own] / mean["tokens"].sum()),
-            }
-            for own in (True, False)
-        ],
     }
 
 

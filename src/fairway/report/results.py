@@ -13,7 +13,7 @@ import pandas as pd
 
 from fairway.errors import UserError
 from fairway.files import read_json, require_file
-from fairway.report.token_sums import TokenSums, read_token_sums
+from fairway.report.token_sums import TokenSums, read_token_sums, saved_nats
 
 # Weights that no variant changes are made once per seed; their rows carry this name.
 SHARED = "shared"
@@ -43,7 +43,8 @@ class Check:
 class Audit:
     """audit.json of one seed and variant.
 
-    track: `adaptive` where scores differ from the plain model's, `fixed` where not, or `unknown`.
+    track: `adaptive` or `fixed predictor`, with adapters or without; in older records, `fixed`
+    where scores are the plain model's, or `unknown`.
     meaning_of_pass: what a PASS says and what it does not.
     """
 
@@ -81,6 +82,14 @@ class Results:
         found = [self.audits[variant, seed].verdict for seed in self.seeds]
         return FAIL if FAIL in found else PASS if set(found) == {PASS} else NOT_RUN
 
+    def adapters(self, variant: str) -> tuple[str, ...]:
+        """What changes the variant's distributions, in order; none where none, or none is known."""
+        return self.tokens[variant, self.seeds[0]].adapters
+
+    def tracks(self, variant: str) -> list[str]:
+        """The audits' tracks: one, unless seeds were evaluated differently."""
+        return sorted({self.audits[variant, seed].track for seed in self.seeds})
+
     def checks(self, variant: str) -> dict[str, dict[int, Check]]:
         """Each check's outcomes by seed, in the audit's order."""
         found: dict[str, dict[int, Check]] = {}
@@ -113,6 +122,7 @@ def read_results(
     tokens = {pair: read_token_sums(_require(path, "slot")) for pair, path in slot.items()}
     for pair, sums in tokens.items():
         _require_agreement(slot[pair], sums, metrics[*pair, "slot"])
+        _require_adapters(slot[pair], sums, tokens[pair[0], seeds[0]])
     return Results(
         run=run_folder.name,
         seeds=tuple(seeds),
@@ -178,6 +188,23 @@ def _require_agreement(path: Path, sums: TokenSums, metrics: dict[str, Any]) -> 
         raise UserError(
             f"{path} sums to {loss:.6f} nats per token but its metrics.json says "
             f"{metrics['val_loss']:.6f}: rerun the slot_eval stage"
+        )
+
+
+def _require_adapters(path: Path, sums: TokenSums, first: TokenSums) -> None:
+    """Every seed has the adapters of the `first`, whose gains add up to what was gained in all."""
+    if sums.adapters != first.adapters:
+        raise UserError(
+            f"{path} has gains of the adapters {list(sums.adapters)}, the first seed's of "
+            f"{list(first.adapters)}: rerun the slot_eval stage for all seeds"
+        )
+    total = sums.total()
+    parts = sum(saved_nats(total, name) for name in sums.adapters) / total["tokens"]
+    gained = saved_nats(total) / total["tokens"]
+    if sums.adapters and not math.isclose(parts, gained, rel_tol=1e-6, abs_tol=1e-6):
+        raise UserError(
+            f"{path} has gains by adapter of {parts:.6f} nats per token together, but the losses "
+            f"differ by {gained:.6f}: rerun the slot_eval stage"
         )
 
 

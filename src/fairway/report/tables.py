@@ -17,7 +17,7 @@ from fairway.report.statistics import (
     describe,
     welch_gain,
 )
-from fairway.report.token_sums import TokenSums
+from fairway.report.token_sums import TokenSums, gain_nats, saved_nats
 
 STAGES = ("train", "ema", "ttt", "gptq", "sliding", "slot")  # in the order they are scored
 FINAL_STAGE = "slot"
@@ -29,7 +29,19 @@ UNITS = {
     "tokens": "tokens",
     "nats": "nats/token",
     "bpb": "bits/byte",
+    **{f"change_bpb_{name}": "bits/byte" for name in ("standard_error", "ci_low", "ci_high")},
 }
+# A seed's bootstrap as metrics of its slot stage: these are columns of the comparisons table.
+CHANGE_METRICS = {
+    "change_bpb": "estimate",
+    "change_bpb_standard_error": "standard_error",
+    "change_bpb_ci_low": "ci_low",
+    "change_bpb_ci_high": "ci_high",
+    "change_bpb_p": "p_not_below",
+}
+# Of these a mean over seeds would say nothing.
+NOT_SUMMARISED = tuple(metric for metric in CHANGE_METRICS if metric != "change_bpb")
+ALL_ADAPTERS = "all"
 
 
 @dataclass(frozen=True)
@@ -67,25 +79,31 @@ class Tables:
     stages: pd.DataFrame
     summary: pd.DataFrame
     comparisons: pd.DataFrame
+    gains: pd.DataFrame
     budgets: pd.DataFrame
 
 
 def make_tables(results: Results, settings: ReportSettings, budgets: Budgets) -> Tables:
     """All of them, from one run's results."""
-    stages = stages_table(results)
+    comparisons = comparisons_table(results)
+    stages = stages_table(results, comparisons)
     return Tables(
         stages=stages,
         summary=summary_table(stages, results, settings),
-        comparisons=comparisons_table(results),
+        comparisons=comparisons,
+        gains=gains_table(results),
         budgets=budgets_table(results, budgets),
     )
 
 
-def stages_table(results: Results) -> pd.DataFrame:
+def stages_table(results: Results, comparisons: pd.DataFrame) -> pd.DataFrame:
     """One row per number: run, variant, seed, stage, metric, value (float64), unit.
 
     `train` and `ema` are made once per seed, for every variant: their variant is `shared`. The
-    slot stage gives two: `sliding`, its own windows before adaptation, and `slot`, after it.
+    slot stage gives two: `sliding`, its own windows before adaptation, and `slot`, after it, with
+    what each adapter gained (gain_<adapter>_bpb; the stage itself says gain_<adapter>_nats) and
+    the bootstrap of their difference (change_bpb, …; change_bpb_p is one-sided, that the change is
+    not below zero). comparisons: the table of `comparisons_table`.
     """
     rows = []
     for (variant, seed, stage), metrics in results.metrics.items():
@@ -95,6 +113,11 @@ def stages_table(results: Results) -> pd.DataFrame:
     for (variant, seed), sums in results.tokens.items():
         for metric, value in sliding_metrics(sums).items():
             rows.append((variant, seed, "sliding", metric, value))
+        for adapter in sums.adapters:
+            rows.append((variant, seed, "slot", f"gain_{adapter}_bpb", gain_bpb(sums, adapter)))
+    for change in comparisons[comparisons["seed"].notna()].to_dict("records"):
+        key = (change["variant"], change["seed"], "slot")
+        rows += [(*key, metric, change[name]) for metric, name in CHANGE_METRICS.items()]
     table = pd.DataFrame(rows, columns=["variant", "seed", "stage", "metric", "value"])
     table.insert(0, "run", results.run)
     table["unit"] = table["metric"].map(unit_of)
@@ -110,6 +133,12 @@ def sliding_metrics(sums: TokenSums) -> dict[str, float]:
         "tokens": float(total["tokens"]),
         "bytes": float(total["bytes"]),
     }
+
+
+def gain_bpb(sums: TokenSums, adapter: str | None = None) -> float:
+    """Bits per byte of the stream that one adapter, or all together, saved; positive is better."""
+    total = sums.total()
+    return bits_per_byte(saved_nats(total, adapter), total["bytes"])
 
 
 def stage_bpb(results: Results, holder: str, seed: int, stage: str) -> float:
@@ -132,8 +161,10 @@ def summary_table(stages: pd.DataFrame, results: Results, settings: ReportSettin
     against the config's baseline, in nats per token: difference_nats (mean minus the baseline's,
     negative is better), welch_t, welch_degrees_of_freedom and welch_p, one-sided, that the gain
     exceeds `minimum_gain_nats`. Where a number cannot be had (one seed, no baseline) it is null.
+    The metrics NOT_SUMMARISED are left out.
     """
     rows = []
+    stages = stages[~stages["metric"].isin(NOT_SUMMARISED)]
     keys = ["run", "variant", "stage", "metric", "unit"]
     for group, values in stages.groupby(keys, sort=False)["value"]:
         row = dict(zip(keys, group, strict=True)) | asdict(describe(values.to_numpy()))
@@ -154,27 +185,38 @@ def _against_baseline(losses: np.ndarray | None, settings: ReportSettings) -> di
 def comparisons_table(results: Results) -> pd.DataFrame:
     """Paired differences in bits per byte, bootstrapped over the stream's documents.
 
-    One row `slot − sliding` per variant, and one row per pair of variants' final scores. The
-    seeds' losses are averaged per document first, so the interval is about the text, not the
-    seeds. Columns: run, name, reference, estimate, ci_low, ci_high, p, documents, resamples.
+    For each variant, its slot stage against the plain sliding window of the same artifact: one row
+    per seed, and one of all seeds (`seed` null). For each pair of variants, their slot stages: of
+    all seeds. Where it is of all seeds, their losses are averaged per document first, so the
+    interval is about the text, not the seeds. Columns: run, variant (null for a pair), seed, name,
+    reference, and those of `statistics.Bootstrap`.
     """
-    nats = {}
+    byte_counts = _common_bytes(results).to_numpy()
+    before, after = (_document_nats(results, name) for name in ("nats_before", "nats_after"))
+    cases = []
     for variant in results.variants:
-        sums = [results.tokens[variant, seed].by_document for seed in results.seeds]
-        nats[variant, "sliding"] = sum(one["nats_before"] for one in sums) / len(sums)
-        nats[variant, "slot"] = sum(one["nats_after"] for one in sums) / len(sums)
-    byte_counts = _common_bytes(results)
-    pairs = [((variant, "slot"), (variant, "sliding")) for variant in results.variants]
-    pairs += [((b, "slot"), (a, "slot")) for a, b in combinations(results.variants, 2)]
+        names = (f"{variant} slot", f"{variant} sliding")
+        for seed in (*results.seeds, None):
+            pair = (after[variant, seed], before[variant, seed])
+            cases.append(((variant, seed, *names), pair))
+    for first, second in combinations(results.variants, 2):
+        names = (f"{second} slot", f"{first} slot")
+        cases.append(((None, None, *names), (after[second, None], after[first, None])))
     rows = []
-    for name, reference in pairs:
-        label = (" ".join(name), " ".join(reference))
-        seed = zlib.crc32("|".join(label).encode())
-        found = bootstrap_bpb_difference(
-            nats[name].to_numpy(), nats[reference].to_numpy(), byte_counts.to_numpy(), seed
-        )
-        rows.append({"run": results.run, "name": label[0], "reference": label[1]} | asdict(found))
-    return pd.DataFrame(rows)
+    for (variant, seed, name, reference), (nats, reference_nats) in cases:
+        draws = zlib.crc32(f"{name}|{reference}".encode())  # the same documents for every seed
+        found = bootstrap_bpb_difference(nats, reference_nats, byte_counts, draws)
+        key = {"variant": variant, "seed": seed, "name": name, "reference": reference}
+        rows.append({"run": results.run} | key | asdict(found))
+    return pd.DataFrame(rows).astype({"seed": "Int64"})
+
+
+def _document_nats(results: Results, column: str) -> dict[tuple[str, int | None], np.ndarray]:
+    """float64 [documents], each document's summed loss: by variant and seed, None for the mean."""
+    nats = {pair: sums.by_document[column].to_numpy() for pair, sums in results.tokens.items()}
+    for variant in results.variants:
+        nats[variant, None] = np.mean([nats[variant, seed] for seed in results.seeds], axis=0)
+    return nats
 
 
 def _common_bytes(results: Results) -> pd.Series:
@@ -187,6 +229,25 @@ def _common_bytes(results: Results) -> pd.Series:
                 "rerun the slot_eval stage for all seeds"
             )
     return first
+
+
+def gains_table(results: Results) -> pd.DataFrame:
+    """What each adapter gains by the target's distance from its document's start.
+
+    Columns: run, variant, seed, adapter (ALL_ADAPTERS for all together), first_token and
+    tokens: the bin's first distance and its number of targets, gain_nats per token, positive is
+    better.
+    """
+    parts = []
+    for (variant, seed), sums in results.tokens.items():
+        bins = sums.by_document_position
+        for adapter in (None, *sums.adapters):
+            key = {"run": results.run, "variant": variant, "seed": seed}
+            key["adapter"] = adapter or ALL_ADAPTERS
+            part = pd.DataFrame({"tokens": bins["tokens"], "gain_nats": gain_nats(bins, adapter)})
+            parts.append(part.rename_axis("first_token").reset_index().assign(**key))
+    order = ["run", "variant", "seed", "adapter", "first_token", "tokens", "gain_nats"]
+    return pd.concat(parts, ignore_index=True)[order]
 
 
 def budgets_table(results: Results, budgets: Budgets) -> pd.DataFrame:
@@ -227,10 +288,12 @@ def reach_counts(results: Results, variant: str) -> pd.DataFrame:
 def batch_reach_tokens(results: Results, variant: str) -> int | None:
     """How far back a token can be felt where `batch_windows` windows share a delta: over the slices
     of all of them but the last, whose own slice is in no context. None where none share."""
-    slot = results.provenance[variant, results.seeds[0], "slot"]["settings"]["slot"]
-    if slot["scope"] != "batch":
+    settings = results.provenance[variant, results.seeds[0], "slot"]["settings"]
+    slot = settings["slot"]
+    windows = settings.get("evaluation", slot)  # older runs: in the section `slot`
+    if slot["scope"] != "batch" or "slot" not in windows.get("adapters", ["slot"]):
         return None
-    return (slot["batch_windows"] - 1) * slot["stride_tokens"]
+    return (slot["batch_windows"] - 1) * windows["stride_tokens"]
 
 
 def furthest_change(reach: pd.DataFrame) -> int:

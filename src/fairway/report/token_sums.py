@@ -4,6 +4,7 @@ A published validation stream has 60 million rows, so the table is read in batch
 are kept. Every total of the report about one stream comes from here.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pyarrow.parquet as parquet
 from fairway.errors import UserError
 
 COLUMNS = ("position", "document", "nll_before", "nll_after", "bytes", "in_own_loss")
-# Tokens since the document's BOS: the first 16 together, then doubling.
-DOCUMENT_POSITION_EDGES = np.array([0, *(16 << power for power in range(20))])
+GAIN_PREFIX = "gain_"  # gain_<adapter>: nats that this adapter took off a target's loss
+# Tokens since the document's BOS: the first 64 together, then doubling.
+DOCUMENT_POSITION_EDGES = np.array([0, *(64 << power for power in range(20))])
 STREAM_PARTS = 20
 BATCH_ROWS = 1 << 20
 
@@ -26,7 +28,8 @@ class TokenSums:
 
     by_document: index document; by_document_position: index first position of the bin;
     by_stream_part: index part 0 … STREAM_PARTS − 1 of equal length; by_own_loss: index bool.
-    Columns of each: tokens, bytes, nats_before, nats_after. Groups without a target are absent.
+    Columns of each: tokens, bytes, nats_before, nats_after, and gain_<adapter> for each adapter
+    that the table knows, in its order. Groups without a target are absent.
     """
 
     by_document: pd.DataFrame
@@ -35,13 +38,32 @@ class TokenSums:
     by_own_loss: pd.DataFrame
 
     def total(self) -> pd.Series:
-        """tokens, bytes, nats_before and nats_after of the whole stream."""
+        """tokens, bytes, nats_before, nats_after and gain_<adapter> of the whole stream."""
         return self.by_own_loss.sum()
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters in the order they act; none for a table from before they were."""
+        return adapters_of(self.by_own_loss.columns)
 
-def gain_nats(sums: pd.DataFrame) -> pd.Series:
-    """Nats per token that the adaptation saved in each group; positive is better."""
-    return (sums["nats_before"] - sums["nats_after"]) / sums["tokens"]
+
+def adapters_of(columns: Iterable[str]) -> tuple[str, ...]:
+    """The adapters that have a column of gains, in the columns' order."""
+    return tuple(name.removeprefix(GAIN_PREFIX) for name in columns if name.startswith(GAIN_PREFIX))
+
+
+def saved_nats(
+    sums: pd.DataFrame | pd.Series, adapter: str | None = None
+) -> pd.Series | np.float64:
+    """Nats that one adapter, or all together, took off the summed loss; positive is better."""
+    if adapter is None:
+        return sums["nats_before"] - sums["nats_after"]
+    return sums[GAIN_PREFIX + adapter]
+
+
+def gain_nats(sums: pd.DataFrame, adapter: str | None = None) -> pd.Series:
+    """The same per token, in each group."""
+    return saved_nats(sums, adapter) / sums["tokens"]
 
 
 def read_token_sums(path: Path) -> TokenSums:
@@ -51,14 +73,15 @@ def read_token_sums(path: Path) -> TokenSums:
     if missing or file.metadata.num_rows == 0:
         found = f"lacks the columns {', '.join(missing)}" if missing else "is empty"
         raise UserError(f"{path} {found}: rerun the slot_eval stage")
+    gains = [GAIN_PREFIX + name for name in adapters_of(file.schema_arrow.names)]
     partial: dict[str, list[pd.DataFrame]] = {}
     document, begin = -1, 0
-    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(COLUMNS)):
+    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[*COLUMNS, *gains]):
         table = batch.to_pandas()
         begins = _document_begins(table, document, begin)
         document, begin = int(table["document"].iloc[-1]), int(begins[-1])
         for name, key in _group_keys(table, begins, file.metadata.num_rows).items():
-            partial.setdefault(name, []).append(_sum_by(table, key))
+            partial.setdefault(name, []).append(_sum_by(table, key, gains))
     return TokenSums(**{name: _combine(parts) for name, parts in partial.items()})
 
 
@@ -86,13 +109,14 @@ def _group_keys(table: pd.DataFrame, begins: np.ndarray, rows: int) -> dict[str,
     }
 
 
-def _sum_by(table: pd.DataFrame, key: np.ndarray) -> pd.DataFrame:
+def _sum_by(table: pd.DataFrame, key: np.ndarray, gains: list[str]) -> pd.DataFrame:
     rows = pd.DataFrame(
         {
             "tokens": np.ones(len(table), dtype=np.int64),
             "bytes": table["bytes"].to_numpy(dtype=np.int64),
             "nats_before": table["nll_before"].to_numpy(dtype=np.float64),
             "nats_after": table["nll_after"].to_numpy(dtype=np.float64),
+            **{name: table[name].to_numpy(dtype=np.float64) for name in gains},
         }
     )
     return rows.groupby(key).sum()

@@ -1,11 +1,12 @@
 """Numbers as a reader wants them: four decimals of bits per byte, two digits of a p-value."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from fairway.report.results import FAIL, PASS
 
 NONE = "–"
+_ADAPTERS = {"lora": "LoRA", "slot": "SLOT"}
 _TITLES = {"flip": "Flip test", "self_influence": "Self-influence", "null": "Null test"}
 
 
@@ -36,6 +37,7 @@ def probability(p: float) -> str:
     """A p-value with two significant digits."""
     if math.isnan(p):
         return NONE
+    p = float(f"{p:.2g}")
     if p < 1e-4:
         mantissa, exponent = f"{p:.1e}".split("e")
         return f"{mantissa} × 10^{int(exponent)}".replace("-", "−")
@@ -47,6 +49,16 @@ def count(value: float) -> str:
     return f"{int(value):,}"
 
 
+def compact(value: float, kilo: int = 1000) -> str:
+    """At most three digits and a letter: 950, 1.2k, 34k, 5.6M. kilo: 1024 turns 2,048 into 2k."""
+    unit = ""
+    for larger in ("k", "M", "G"):
+        if value < kilo:
+            break
+        value, unit = value / kilo, larger
+    return f"{value:.1f}".removesuffix(".0") + unit if unit and value < 10 else f"{value:.0f}{unit}"
+
+
 def quantity(value: float, unit: str) -> str:
     """Bytes in full, seconds to a tenth."""
     if unit == "bytes":
@@ -55,9 +67,19 @@ def quantity(value: float, unit: str) -> str:
 
 
 def joined(words: Iterable[str]) -> str:
-    """`a`, `a and b`, or `a, b and c`."""
-    *first, last = words
+    """Nothing, `a`, `a and b`, or `a, b and c`."""
+    *first, last = [*words] or [""]
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def adapter_name(adapter: str) -> str:
+    """An adapter's name for people."""
+    return _ADAPTERS.get(adapter, adapter)
+
+
+def adapted_by(adapters: Sequence[str]) -> str:
+    """What adapts, for a label: the only adapter's name; `in all` for several or unknown ones."""
+    return adapter_name(adapters[0]) if len(adapters) == 1 else "in all"
 
 
 def check_title(name: str) -> str:

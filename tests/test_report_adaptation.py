@@ -1,0 +1,121 @@
+"""What the report says of adaptation: the change, its adapters and where they gain."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_run import SEEDS, VARIANTS, load_results, make_run, make_tokens, run_script
+
+from fairway.errors import UserError
+from fairway.report.statistics import RESAMPLES
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The folder of a finished run's report."""
+    return run_script(make_run(tmp_path_factory.mktemp("run")))
+
+
+def test_each_seed_is_held_against_its_own_sliding_window(report):
+    stages = pd.read_parquet(report / "stages.parquet")
+    value = stages.set_index(["variant", "seed", "stage", "metric"])["value"].sort_index()
+    for variant in VARIANTS:
+        for seed in SEEDS:
+            found = value[variant, seed, "slot"]
+            difference = found["val_bpb"] - value[variant, seed, "sliding", "val_bpb"]
+            assert found["change_bpb"] == pytest.approx(difference)
+            assert found["change_bpb_ci_low"] < difference < found["change_bpb_ci_high"] < 0
+            assert found["change_bpb_p"] == pytest.approx(1 / (RESAMPLES + 1))
+            assert 0 < found["change_bpb_standard_error"] < -difference
+    units = dict(zip(stages["metric"], stages["unit"], strict=True))
+    assert units["change_bpb_ci_low"] == "bits/byte" and units["change_bpb_p"] == "1"
+    summary = pd.read_parquet(report / "summary.parquet")
+    kept = {"change_bpb", "gain_lora_bpb", "gain_lora_nats", "gain_slot_bpb", "gain_slot_nats"}
+    about = summary["metric"].str.startswith(("change_", "gain_"))
+    assert set(summary.loc[about, "metric"]) == kept
+
+
+def test_the_adapters_gains_add_up_to_the_change(report):
+    stages = pd.read_parquet(report / "stages.parquet")
+    value = stages.set_index(["variant", "seed", "stage", "metric"])["value"].sort_index()
+    for seed in SEEDS:
+        found, table = value["causal", seed, "slot"], make_tokens("causal", seed)
+        gained = found["gain_lora_bpb"] + found["gain_slot_bpb"]
+        assert gained == pytest.approx(-found["change_bpb"])
+        assert found["gain_lora_nats"] == pytest.approx(table["gain_lora"].mean())
+        lora = table["gain_lora"].sum() / math.log(2) / table["bytes"].sum()
+        assert found["gain_lora_bpb"] == pytest.approx(lora)
+        assert "gain_lora_bpb" not in value["published", seed, "slot"]
+
+
+def test_gains_parquet_splits_them_by_position_in_the_document(report):
+    gains = pd.read_parquet(report / "gains.parquet")
+    assert set(gains["first_token"]) == {0, 64, 128, 256, 512, 1024}
+    adapters = gains.groupby("variant")["adapter"].agg(set)
+    assert adapters.to_dict() == {"causal": {"all", "lora", "slot"}, "published": {"all", "slot"}}
+    of_seed = gains[(gains["variant"] == "causal") & (gains["seed"] == 42)]
+    wide = of_seed.pivot(index="first_token", columns="adapter", values="gain_nats")
+    np.testing.assert_allclose(wide["lora"] + wide["slot"], wide["all"])
+    assert wide["lora"].is_monotonic_increasing
+    table = make_tokens("causal", 42)
+    whole = of_seed[of_seed["adapter"] == "all"]
+    assert whole["tokens"].sum() == len(table)
+    saved = (whole["tokens"] * whole["gain_nats"]).sum()
+    assert saved == pytest.approx((table["nll_before"] - table["nll_after"]).sum())
+
+
+def rewrite_tokens(root, variant, seed, change):
+    """Replace one token table by `change` of it."""
+    path = root / f"results/quickstart/seed-{seed}/{variant}/slot/tokens.parquet"
+    change(pd.read_parquet(path)).to_parquet(path)
+
+
+def test_a_table_from_before_the_adapters_has_none(tmp_path):
+    make_run(tmp_path, seeds=(42,))
+    rewrite_tokens(tmp_path, "causal", 42, lambda t: t.drop(columns=["gain_lora", "gain_slot"]))
+    results = load_results(tmp_path, seeds=(42,))
+    assert results.adapters("causal") == () and results.adapters("published") == ("slot",)
+    folder = run_script(tmp_path, seeds=(42,))
+    gains = pd.read_parquet(folder / "gains.parquet")
+    assert set(gains.loc[gains["variant"] == "causal", "adapter"]) == {"all"}
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Sliding window with adaptation" in page and "Sliding window with SLOT" in page
+
+
+def test_gains_that_do_not_add_up_are_refused(tmp_path):
+    make_run(tmp_path, seeds=(42,))
+    rewrite_tokens(tmp_path, "causal", 42, lambda t: t.assign(gain_lora=t["gain_lora"] + 1))
+    with pytest.raises(UserError, match="gains by adapter of 1.03.* together"):
+        load_results(tmp_path, seeds=(42,))
+
+
+def test_seeds_with_other_adapters_are_refused(tmp_path):
+    make_run(tmp_path, seeds=(42, 2025))
+    rewrite_tokens(tmp_path, "causal", 2025, lambda t: t.drop(columns="gain_lora"))
+    with pytest.raises(UserError, match=r"\['slot'\], the first seed's of \['lora', 'slot'\]"):
+        load_results(tmp_path, seeds=(42, 2025))
+
+
+@pytest.mark.parametrize("written", ["fixed predictor", "fixed"])
+def test_a_fixed_predictor_is_named_beside_its_verdict(tmp_path, written):
+    make_run(tmp_path, seeds=(42,))
+    base = tmp_path / "results/quickstart/seed-42/causal"
+    rewrite_tokens(tmp_path, "causal", 42, plain)
+    metrics, audit = (base / name for name in ("slot/metrics.json", "audit/audit.json"))
+    loss = make_tokens("causal", 42)["nll_before"].mean()
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"val_loss": loss}))
+    audit.write_text(json.dumps(json.loads(audit.read_text()) | {"track": written}))
+    page = (run_script(tmp_path, seeds=(42,)) / "report.html").read_text(encoding="utf-8")
+    badge = r"PASS</span><br><span class=\"track\">fixed predictor</span>"
+    assert re.search(badge, page)
+    assert "Sliding window, no adapters" in page
+    assert "Track: fixed predictor (the plain model&#39;s predictions)." in page
+
+
+def plain(table):
+    """The table of an evaluation without adapters."""
+    without = table.drop(columns=[name for name in table if name.startswith("gain_")])
+    return without.assign(nll_after=table["nll_before"])

@@ -1,12 +1,19 @@
-"""Settings of evaluators out of flat changes: every key belongs to one section only."""
+"""What tests of evaluators share: their settings, a model to adapt, and flips to feel leaks by."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from fairway.adaptation.lora import LoraSettings
 from fairway.adaptation.scoring import EvaluatorSettings
 from fairway.adaptation.slot import SlotSettings
 from fairway.adaptation.stream import EvaluationSettings
+from fairway.audit.contract import Scores
+from fairway.model.gpt import GPT, GPTConfig
 
 SMALL = EvaluatorSettings(
     evaluation=EvaluationSettings(
@@ -43,7 +50,7 @@ SMALL = EvaluatorSettings(
 
 
 def changed(settings: EvaluatorSettings, **changes: Any) -> EvaluatorSettings:
-    """`settings` with keys of any of their sections changed."""
+    """`settings` with keys changed; each belongs to one section only."""
     sections = {}
     for section in fields(settings):
         before = getattr(settings, section.name)
@@ -57,3 +64,40 @@ def focal_places(settings: EvaluatorSettings) -> int:
     """The window's last positions that a delta may be fitted to."""
     focal = settings.slot.focal_tokens
     return settings.evaluation.window_tokens if focal == "all" else int(focal)
+
+
+def random_model(vocab_size: int = 24, seed: int = 0) -> GPT:
+    """Random weights everywhere: at the true start whole layers are zero."""
+    config = GPTConfig(
+        vocab_size=vocab_size, sequence_tokens=32, layers=3, width=16, heads=4, kv_heads=2,
+        mlp_width=32, rotary_dimensions=4, rope_base=10000.0, rope_trained_tokens=16,
+        bigram_buckets=16, bigram_width=4, value_width=4, value_layers=(1,), logit_softcap=30.0,
+        query_gain=5.0,
+    )  # fmt: skip
+    model = GPT(config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def reaches_of_flips(
+    evaluate: Callable[[Tensor], Scores], tokens: Tensor, flips: int, bos_id: int, vocab_size: int
+) -> list[int]:
+    """For each target up to a flipped token whose distribution changes with it: how far before.
+
+    Flips over the stream: another token, a BOS where there was none, a BOS taken away.
+    """
+    unflipped = evaluate(tokens).log_probs
+    positions = np.linspace(1, len(tokens) - 1, flips).astype(int).tolist()
+    positions += torch.nonzero(tokens == bos_id).squeeze(1)[1:3].tolist()
+    reaches = []
+    for index, position in enumerate(positions):
+        flipped = tokens.clone()
+        flipped[position] = bos_id if index % 3 == 0 else (tokens[position] + 7) % vocab_size
+        differs = (evaluate(flipped).log_probs != unflipped).any(1)
+        changed = torch.nonzero(differs).squeeze(1) + 1
+        assert position == len(tokens) - 1 or len(changed) or flipped[position] == tokens[position]
+        reaches += (position - changed[changed <= position]).tolist()
+    return reaches

@@ -2,10 +2,9 @@
 
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from evaluators import SMALL, changed
+from evaluators import SMALL, changed, reaches_of_flips
 from reference_slot import reference_scores
 from torch.nn.functional import cross_entropy
 
@@ -57,7 +56,9 @@ def toy_stream(length: int, seed: int = 0, document_tokens: int = 40) -> torch.T
 def collect(tokens, settings, model=None, rank=0, world_size=1, kernels="plain"):
     """Records of a whole stream as one dict of tensors, sorted by position."""
     model = model or toy_model()
-    records = list(score_stream(model, tokens, settings, BOS, rank, world_size, kernels=kernels))
+    records = list(
+        score_stream(model, tokens, settings, BOS, rank, world_size, kernels=kernels, model=model)
+    )
     names = ("positions", "windows", "lanes", "targets", "logits_after", "in_own_loss")
     columns = {name: torch.cat([getattr(record, name) for record in records]) for name in names}
     columns["logits_before"] = torch.cat([record.logits[0] for record in records])
@@ -229,23 +230,9 @@ def test_the_scores_are_bitwise_the_same_for_any_number_of_ranks(scope):
 
 
 def leaks(settings, tokens, flips, world_size=1) -> list[int]:
-    """For each target up to a flipped token whose distribution changes with it: how far before.
-
-    Flips over the stream: another token, a BOS where there was none, a BOS taken away.
-    """
+    """How far before a flipped token its effect is felt, for each target that feels it."""
     evaluate = make_evaluator(toy_model(), settings, BOS, world_size)
-    unflipped = evaluate(tokens).log_probs
-    positions = np.linspace(1, len(tokens) - 1, flips).astype(int).tolist()
-    positions += torch.nonzero(tokens == BOS).squeeze(1)[1:3].tolist()
-    reaches = []
-    for index, position in enumerate(positions):
-        flipped = tokens.clone()
-        flipped[position] = BOS if index % 3 == 0 else (tokens[position] + 7) % VOCABULARY
-        differs = (evaluate(flipped).log_probs != unflipped).any(1)
-        changed = torch.nonzero(differs).squeeze(1) + 1
-        assert position == len(tokens) - 1 or len(changed) or flipped[position] == tokens[position]
-        reaches += (position - changed[changed <= position]).tolist()
-    return reaches
+    return reaches_of_flips(evaluate, tokens, flips, BOS, VOCABULARY)
 
 
 @CONTEXTS

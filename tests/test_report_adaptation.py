@@ -82,7 +82,7 @@ def test_a_table_from_before_the_adapters_has_none(tmp_path):
     gains = pd.read_parquet(folder / "gains.parquet")
     assert set(gains.loc[gains["variant"] == "causal", "adapter"]) == {"all"}
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "Sliding window with adaptation" in page and "Sliding window with SLOT" in page
+    assert ">Adapted <" in page and ">Adapted by SLOT <" in page
 
 
 def test_gains_that_do_not_add_up_are_refused(tmp_path):
@@ -111,7 +111,7 @@ def test_a_fixed_predictor_is_named_beside_its_verdict(tmp_path, written):
     page = (run_script(tmp_path, seeds=(42,)) / "report.html").read_text(encoding="utf-8")
     badge = r"PASS</span><br><span class=\"track\">fixed predictor</span>"
     assert re.search(badge, page)
-    assert "Sliding window, no adapters" in page
+    assert ">Without adapters <" in page
     assert "Track: fixed predictor (the plain model&#39;s predictions)." in page
 
 

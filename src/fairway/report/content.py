@@ -201,9 +201,9 @@ def _stage_row(results: Results, holder: str, stage: str, before: str | None) ->
 
 def _adapted_name(results: Results, variant: str) -> str:
     if _tracks(results, variant) == ["fixed predictor"]:
-        return "Sliding window, no adapters"
+        return "Without adapters"
     names = joined(map(adapter_name, results.adapters(variant)))
-    return f"Sliding window with {names or 'adaptation'}"
+    return f"Adapted by {names}" if names else "Adapted"
 
 
 def _outcome(results: Results, variant: str, name: str) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def _draw_reach(axes: Axes, results: Results) -> None:
         if not filled:
             axes.plot(edges[[0, -1]], [0, 0], color=colour, linewidth=3, clip_on=False)
         batch = batch_reach_tokens(results, variant)
-        if batch is not None:
+        if batch is not None and batch <= edges[-1]:
             axes.axvline(batch, ymax=0.72, color=colour, linewidth=1.2, linestyle="dotted")
             axes.annotate(
                 f"shared by\na batch: {batch:,}",

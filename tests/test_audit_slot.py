@@ -6,9 +6,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from evaluators import SMALL, changed
+from evaluators import SMALL, changed, random_model
 from mutants import Toy
+from test_score_first import LearnsFirst
 
+from fairway.adaptation import scoring
+from fairway.adaptation.lora import PROJECTIONS
 from fairway.adaptation.scoring import EvaluatorSettings
 from fairway.adaptation.slot_evaluator import document_source, make_evaluator
 from fairway.audit.contract import FAIL
@@ -36,7 +39,15 @@ SETTINGS = changed(
 )
 
 
-def audit(settings: EvaluatorSettings, world_size: int = 1, num_targets: int = 200):
+def audit(
+    settings: EvaluatorSettings,
+    world_size: int = 1,
+    num_targets: int = 200,
+    *,
+    model: GPT | None = None,
+    flips: int = 16,
+):
+    """model: what is evaluated and adapted, instead of the toy."""
     cut = settings.evaluation
     geometry = Geometry(
         cut.window_tokens,
@@ -44,20 +55,22 @@ def audit(settings: EvaluatorSettings, world_size: int = 1, num_targets: int = 2
         cut.lanes,
         settings.slot.batch_windows if settings.shares_batches else 1,
     )
+    logits = model or TOY.logits
+    toy_draw = partial(
+        draw_stream,
+        replace(TOY, window_tokens=cut.window_tokens).next_token,
+        torch.tensor([TOY.bos_id]),
+    )
     subject = Subject(
-        evaluator=make_evaluator(TOY.logits, settings, TOY.bos_id, world_size),
+        evaluator=make_evaluator(logits, settings, TOY.bos_id, world_size, model=model),
         tokens=TOY.stream(num_targets),
         vocab_size=TOY.vocab_size,
         bos_id=TOY.bos_id,
         geometry=geometry,
-        draw=partial(
-            draw_stream,
-            replace(TOY, window_tokens=cut.window_tokens).next_token,
-            torch.tensor([TOY.bos_id]),
-        ),
-        base=make_evaluator(TOY.logits, changed(SETTINGS, adapters=()), TOY.bos_id),
+        draw=document_source(model, cut.window_tokens, TOY.bos_id) if model else toy_draw,
+        base=make_evaluator(logits, changed(SETTINGS, adapters=()), TOY.bos_id),
     )
-    findings = audit_evaluator(subject, AUDIT, seed=1)
+    findings = audit_evaluator(subject, replace(AUDIT, flips=flips), seed=1)
     return findings, {check.name for check in findings.checks if check.verdict == FAIL}
 
 
@@ -107,6 +120,34 @@ def test_the_batch_shared_delta_fails_and_its_reach_is_the_batch():
 def test_a_stream_shorter_than_a_window_passes():
     _, failed = audit(SETTINGS, num_targets=30)
     assert failed == set()
+
+
+@pytest.mark.parametrize(
+    ("adapters", "world_size"), [(("lora",), 1), (("lora", "slot"), 2)], ids=str
+)
+def test_lora_passes_with_and_without_a_delta(adapters, world_size):
+    settings = changed(
+        SETTINGS, adapters=adapters, forward_windows=2, chunk_tokens=16, context_tokens=32
+    )
+    findings, failed = audit(settings, world_size, model=random_model(32), flips=6)
+    assert failed == set() and findings.track == "adaptive"
+    assert (findings.reach["changed"] == 0).all()
+
+
+def test_lora_that_learns_before_it_scores_fails(monkeypatch):
+    monkeypatch.setattr(scoring, "LoraAdapter", LearnsFirst)
+    settings = changed(
+        SETTINGS,
+        adapters=("lora",),
+        projections=tuple(PROJECTIONS),
+        steps=3,
+        chunk_tokens=8,
+        context_tokens=32,
+    )
+    findings, failed = audit(settings, model=random_model(32), flips=6)
+    assert {"flip", "self_influence", "null"} <= failed
+    reached = findings.reach[findings.reach["changed"] > 0]["distance_tokens"]
+    assert reached.max() < settings.evaluation.window_tokens  # scored by the lane's first window
 
 
 def test_documents_are_drawn_from_the_model_that_scores_them():

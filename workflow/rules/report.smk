@@ -17,6 +17,8 @@ rule write_report:
         ),
         stages=f"{RUN}/report/stages.parquet",
         summary=f"{RUN}/report/summary.parquet",
+        comparisons=f"{RUN}/report/comparisons.parquet",
+        gains=f"{RUN}/report/gains.parquet",
         provenance=f"{RUN}/report/provenance.json",
     log:
         f"{LOGS}/report.log",

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,35 +40,29 @@ def scattered(model, rows=3, settings=EVERYTHING):
 
 def dense_changes(additions, row):
     """(name, index) → what a row adds to a bank's matrix, B·A, or to a scale; float64."""
-    rank, values = additions.settings.rank, additions.values[row].detach().double()
-    changes = {}
-    for place, (offset, *widths) in additions.places.items():
-        if place[0] in SCALES:
-            changes[place] = values[offset : offset + additions.model.config.width]
-        else:
-            in_width, out_width = widths
-            middle, end = offset + rank * in_width, offset + rank * (in_width + out_width)
-            first = values[offset:middle].view(rank, in_width)
-            changes[place] = values[middle:end].view(out_width, rank) @ first
-    return changes
+    parts = additions.split(additions.values.detach().double())
+    return {
+        place: found[1][row] @ found[0][row] if len(found) == 2 else found[0][row]
+        for place, found in parts.items()
+    }
 
 
 def test_the_layout_holds_every_adapted_tensor_once(model):
     additions = RowLora(model, 1, EVERYTHING, seed=0)
-    layers, rank = model.config.layers, EVERYTHING.rank
-    assert len(additions.places) == layers * (len(PROJECTIONS) + len(SCALES))
-    taken = np.zeros(additions.values.shape[1], dtype=int)
-    for offset, *widths in additions.places.values():
-        taken[offset : offset + (rank * sum(widths) if widths else model.config.width)] += 1
-    assert (taken == 1).all()
-    for bank, index in additions.places:
+    layers = model.config.layers
+    assert len(additions.shapes) == layers * (len(PROJECTIONS) + len(SCALES))
+    numbers = torch.arange(additions.values.shape[1]).unsqueeze(0)
+    parts = additions.split(numbers)
+    taken = torch.cat([part.flatten() for found in parts.values() for part in found])
+    assert torch.equal(taken.sort().values, numbers[0])
+    for bank, index in additions.shapes:
         assert index < len(getattr(model, bank))
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_a_product_is_that_of_the_matrix_plus_both_factors(model, projection):
     additions = scattered(model)
-    additions.cast = additions.values.detach().double()
+    additions.parts = additions.split(additions.values.detach().double())
     bank, half = PROJECTIONS[projection]
     generator = torch.Generator().manual_seed(3)
     for layer in range(model.config.layers):
@@ -88,7 +81,8 @@ def test_each_row_is_the_dense_model_with_its_own_matrices(model, first_place):
     exact.compute_dtype = torch.float64
     additions = scattered(exact)
     tokens = random_tokens(3, 20)
-    exact.adapter, additions.cast = additions, additions.values.detach().double()
+    exact.adapter = additions
+    additions.parts = additions.split(additions.values.detach().double())
     with torch.no_grad():
         found = exact.hidden(tokens, first_place)
         for row in range(3):
@@ -223,7 +217,7 @@ def single_row_reference(model, settings, row):
     def learn(tokens, targets, counted):
         for _ in range(settings.steps if counted.any() else 0):
             model.adapter = additions
-            additions.cast = (additions.initial + shift).unsqueeze(0)
+            additions.parts = additions.split((additions.initial + shift).unsqueeze(0))
             logits = model(tokens.unsqueeze(0), len(tokens) - len(targets))[0]
             model.adapter = None
             optimizer.zero_grad()

@@ -77,62 +77,76 @@ class LoraSettings:
             raise UserError(f"lora.weight_decay is {self.weight_decay}: expected at least 0")
 
 
+def adapted_shapes(
+    model: GPT, settings: LoraSettings
+) -> dict[tuple[str, int], list[tuple[int, ...]]]:
+    """The tensors of one row: (bank, matrix) → [r, in] and [out, r]; (scale, block) → [C]."""
+    shapes: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    layers, rank = model.config.layers, settings.rank
+    for projection in settings.projections:
+        bank, half = PROJECTIONS[projection]
+        _, out_width, in_width = getattr(model, bank).shape
+        for layer in range(layers):
+            shapes[bank, half * layers + layer] = [(rank, in_width), (out_width, rank)]
+    for name in SCALES if settings.scales else ():
+        for layer in range(layers):
+            shapes[name, layer] = [(model.config.width,)]
+    return shapes
+
+
 class RowLora:
     """The additions of `rows` rows; `model.adapter` while one of its methods runs the model."""
 
     def __init__(self, model: GPT, rows: int, settings: LoraSettings, seed: int) -> None:
         self.model, self.settings = model, settings
-        self.places: dict[tuple[str, int], tuple[int, ...]] = {}
-        initial = self._lay_out(torch.Generator().manual_seed(seed))
+        self.shapes = adapted_shapes(model, settings)
+        initial = self._initial_values(torch.Generator().manual_seed(seed))
         device = model.token_embedding.device
         self.initial = initial.to(device)
         self.values = self.initial.repeat(rows, 1).requires_grad_()
         self.mean = torch.zeros_like(self.values, requires_grad=False)
         self.square = torch.zeros_like(self.mean)
         self.steps = torch.zeros(rows, 1, device=device)
-        self.cast = self.values
+        self.parts: dict[tuple[str, int], tuple[Tensor, ...]] = {}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
-    def _lay_out(self, generator: torch.Generator) -> Tensor:
-        """Give every adapted tensor its place in a row; return a row's initial values [P]."""
-        parts: list[Tensor] = []
-        offset, layers, rank = 0, self.model.config.layers, self.settings.rank
-        for projection in self.settings.projections:
-            bank, half = PROJECTIONS[projection]
-            _, out_width, in_width = getattr(self.model, bank).shape
-            for layer in range(layers):
-                self.places[bank, half * layers + layer] = (offset, in_width, out_width)
-                # The second factor starts at zero, so that the addition does.
-                parts.append(
-                    torch.randn(rank * in_width, generator=generator) / math.sqrt(in_width)
-                )
-                parts.append(torch.zeros(out_width * rank))
-                offset += rank * (in_width + out_width)
-        if self.settings.scales:
-            for name in SCALES:
-                for layer in range(layers):
-                    self.places[name, layer] = (offset,)
-                    parts.append(torch.zeros(self.model.config.width))
-                    offset += self.model.config.width
-        return torch.cat(parts)
+    def _initial_values(self, generator: torch.Generator) -> Tensor:
+        """A row's, [P]. All but first factors are zero, so that the additions begin as nothing."""
+        values = [
+            torch.randn(math.prod(shape), generator=generator) / math.sqrt(shape[1])
+            if len(shapes) == 2 and number == 0
+            else torch.zeros(math.prod(shape))
+            for shapes in self.shapes.values()
+            for number, shape in enumerate(shapes)
+        ]
+        return torch.cat(values)
+
+    def split(self, values: Tensor) -> dict[tuple[str, int], tuple[Tensor, ...]]:
+        """What values [B, P] hold for each adapted matrix or scale, by name and index.
+
+        One split, whose gradient is one concatenation; the gradient of a slice is all of [B, P].
+        """
+        sizes = [math.prod(shape) for shapes in self.shapes.values() for shape in shapes]
+        pieces = iter(values.split(sizes, dim=1))
+        return {
+            key: tuple(next(pieces).unflatten(1, shape) for shape in shapes)
+            for key, shapes in self.shapes.items()
+        }
 
     def product(self, bank: str, index: int, x: Tensor, y: Tensor) -> Tensor:
         """y [B, T, out] plus the row's own low-rank product of x [B, T, in]."""
-        if (bank, index) not in self.places:
+        if (bank, index) not in self.parts:
             return y
-        offset, in_width, out_width = self.places[bank, index]
-        rank, middle = self.settings.rank, offset + self.settings.rank * in_width
-        first = self.cast[:, offset:middle].unflatten(1, (rank, in_width))
-        second = self.cast[:, middle : middle + rank * out_width].unflatten(1, (out_width, rank))
+        first, second = self.parts[bank, index]
         return torch.baddbmm(y, torch.bmm(x, first.mT), second.mT)
 
     def scale(self, name: str, layer: int, value: Tensor) -> Tensor:
         """value [C] plus the row's own addition, [B, 1, C]; value where there is none."""
-        if (name, layer) not in self.places:
+        if (name, layer) not in self.parts:
             return value
-        (offset,) = self.places[name, layer]
-        return value + self.cast[:, None, offset : offset + len(value)]
+        (addition,) = self.parts[name, layer]
+        return value + addition.unsqueeze(1)
 
     @torch.no_grad()
     def reset(self, rows: Tensor) -> None:
@@ -164,11 +178,12 @@ class RowLora:
             self._update(gradient, learns)
 
     def _run(self, tokens: Tensor, first_place: int) -> Tensor:
-        self.model.adapter, self.cast = self, self.values.to(self.model.compute_dtype)
+        self.model.adapter = self
+        self.parts = self.split(self.values.to(self.model.compute_dtype))
         try:
             return self.model(tokens, first_place)
         finally:
-            self.model.adapter, self.cast = None, self.values
+            self.model.adapter, self.parts = None, {}
 
     @torch.no_grad()
     def _update(self, gradient: Tensor, learns: Tensor) -> None:

@@ -31,16 +31,19 @@ class Excerpt:
 def slot_settings(
     context: Context, variant: str | None, evaluation: dict | None = None, slot: dict | None = None
 ) -> EvaluatorSettings:
-    """SLOT alone as `variant` has it, where the config knows that variant, with changed keys."""
-    known = variant if variant in context.config["variants"] else None
+    """As `variant` has it, but SLOT alone; with changed keys.
+
+    The lanes are those of one forward pass: what one GPU of eight scores at the record's size.
+    """
+    cut = context.section("evaluation", variant)
+    cut |= {"adapters": ["slot"], "lanes": min(cut["lanes"], cut["forward_windows"])}
     return evaluator_settings(
         {
-            "evaluation": {
-                **context.section("evaluation", known), "adapters": ["slot"], **(evaluation or {})
-            },
-            "slot": {**context.section("slot", known), **(slot or {})},
+            "evaluation": cut | (evaluation or {}),
+            "slot": context.section("slot", variant) | (slot or {}),
+            "lora": context.section("lora", variant),
         }
-    )  # fmt: skip
+    )
 
 
 def without_adapters(settings: EvaluatorSettings) -> EvaluatorSettings:
@@ -55,12 +58,19 @@ def excerpt(context: Context, settings: EvaluatorSettings, windows: int) -> Exce
     return Excerpt(context.stream("val", count), windows)
 
 
-def window_count(context: Context, settings: EvaluatorSettings) -> int:
-    """--windows, or enough that every lane has several, in whole batches, as far as text goes."""
+def window_count(
+    context: Context, settings: EvaluatorSettings, per_lane: int = WINDOWS_PER_LANE
+) -> int:
+    """--windows, or `per_lane` for every lane, in whole batches, as far as text goes.
+
+    With a delta for each batch a lane has several batches.
+    """
     cut, batch_windows = settings.evaluation, settings.slot.batch_windows
+    if settings.shares_batches:
+        per_lane = BASELINE_BATCHES * batch_windows
     text = len(context.stream("val")) - 1 - cut.window_tokens
     available = 1 + text // cut.stride_tokens
-    wanted = context.options.windows or cut.lanes * WINDOWS_PER_LANE
+    wanted = context.options.windows or cut.lanes * per_lane
     windows = min(wanted, available) // batch_windows * batch_windows
     if windows < batch_windows:
         raise UserError(
@@ -72,13 +82,21 @@ def window_count(context: Context, settings: EvaluatorSettings) -> int:
 
 def fast_logits(context: Context, model: GPT) -> Callable[..., torch.Tensor]:
     """The forward pass as slot_eval prepares it."""
-    return torch.compile(model) if context.compiles(model) else model
+    return torch.compile(model, dynamic=False) if context.compiles(model) else model
 
 
 def fast_scores(
-    context: Context, logits: Callable, settings: EvaluatorSettings, text: Excerpt, kernels: str
+    context: Context,
+    logits: Callable,
+    settings: EvaluatorSettings,
+    text: Excerpt,
+    kernels: str,
+    model: GPT | None = None,
 ) -> dict[str, torch.Tensor]:
-    """What slot_eval runs on one process: float64 nats before and after, in the stream's order."""
+    """What slot_eval runs on one process: the columns of its table, in the stream's order.
+
+    model: what LoRA adapts, where it is listed.
+    """
     scores = score_rank(
         logits,
         text.tokens,
@@ -88,11 +106,11 @@ def fast_scores(
         1,
         advance=lambda _: None,
         kernels=kernels,
+        model=model,
+        seed=context.options.seed,
     )
     order = torch.from_numpy(scores.columns["position"]).argsort()
-    return {
-        name: torch.from_numpy(scores.columns[name])[order] for name in ("nll_before", "nll_after")
-    }
+    return {name: torch.from_numpy(column)[order] for name, column in scores.columns.items()}
 
 
 def sliding(context: Context) -> list[Row]:
@@ -156,7 +174,7 @@ def fast_run(
     logits = fast_logits(context, model)
 
     def score() -> None:
-        found["fast"] = fast_scores(context, logits, settings, text, model.kernels)
+        found["fast"] = fast_scores(context, logits, settings, text, model.kernels, model)
 
     return lambda: [timed(context.device, score)]
 

@@ -65,8 +65,9 @@ class Context:
         return World(rank=0, size=1, device=self.device)
 
     def section(self, name: str, variant: str | None = None) -> dict[str, Any]:
-        """A section of the config, as `variant` sees it."""
-        seen = variant_config(self.config, variant) if variant else self.config
+        """A section of the config, as `variant` sees it where the config knows that variant."""
+        known = variant in self.config["variants"]
+        seen = variant_config(self.config, variant) if known else self.config
         return dict(seen[name])
 
     def train_settings(self, **changes: Any) -> TrainSettings:

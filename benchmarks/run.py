@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from bench_adapters import adapters
 from bench_evaluation import sliding
 from bench_quantization import artifact, gptq, self_generation
 from bench_slot import slot_batch, slot_window
@@ -30,7 +31,8 @@ from fairway.provenance import git_commit, package_versions
 STAGES = {
     stage.__name__: stage
     for stage in (
-        train, optimizer, sliding, slot_window, slot_batch, ttt, self_generation, gptq, artifact
+        train, optimizer, sliding, slot_window, slot_batch, adapters, ttt, self_generation, gptq,
+        artifact,
     )
 }  # fmt: skip
 
@@ -71,9 +73,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON, written anew after each stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side; medians count")
-    parser.add_argument("--train-steps", type=int, default=100, help="before slot and artifact")
+    parser.add_argument(
+        "--train-steps", type=int, default=100, help="before slot, adapters and artifact"
+    )
     parser.add_argument("--micro-batch-sequences", type=int, help="of train; default: the config's")
-    parser.add_argument("--windows", type=int, help="of the slot stages; default: 8 a lane")
+    parser.add_argument("--windows", type=int, help="of the evaluations; default: a few a lane")
     return parser.parse_args(arguments)
 
 

@@ -12,8 +12,8 @@ from conftest import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 STAGES = (
-    "train", "optimizer", "sliding", "slot_window", "slot_batch", "ttt", "self_generation", "gptq",
-    "artifact",
+    "train", "optimizer", "sliding", "slot_window", "slot_batch", "adapters", "ttt",
+    "self_generation", "gptq", "artifact",
 )  # fmt: skip
 
 sys.path.append(str(BENCHMARKS))
@@ -59,6 +59,38 @@ def test_the_run_says_what_it_ran_on(finished):
     table = done.stdout[done.stdout.index("of ceiling") :]
     assert all(stage in table for stage in STAGES)
     assert "DISAGREES" not in table and "not judged here" in table
+
+
+def test_every_adapter_is_measured_alone_and_with_the_others(finished):
+    _, document = finished
+    rows = [row for row in document["rows"] if row["stage"] == "adapters"]
+    assert rows[0]["bars"][0]["text"] == ">= 13,000 tokens/s"
+    assert len(rows[0]["agreements"]) == 3
+    start = "time over sliding alone, "
+    times = {row["measure"].removeprefix(start): row["fast"] for row in rows[1:]}
+    assert list(times) == ["none", "slot", "lora", "lora + slot"] and times["none"] == 1
+    assert rows[1]["note"] == "gain 0.00000 nats a token"
+    assert "(lora " in rows[4]["note"] and ", slot " in rows[4]["note"]
+
+
+def test_the_adapters_measured_follow_the_config():
+    from bench_adapters import adapter_lists
+
+    assert adapter_lists(["lora"]) == {"none": [], "lora": ["lora"]}
+    assert adapter_lists([]) == {"none": []}
+
+
+@pytest.mark.parametrize(("chunk_tokens", "windows"), [(64, 6), (256, 8), (512, 8), (1024, 16)])
+def test_every_lane_learns_in_whole_chunks(chunk_tokens, windows):
+    from bench_adapters import windows_per_lane
+
+    from fairway.adaptation.scoring import evaluator_settings
+    from fairway.config import load_config
+
+    sections = load_config([ROOT / "config.yaml", ROOT / "config/record.yaml"])
+    sections["lora"]["chunk_tokens"] = chunk_tokens
+    sections["lora"]["context_tokens"] = 1024
+    assert windows_per_lane(evaluator_settings(sections)) == windows
 
 
 def test_an_unknown_stage_is_refused(tiny_dataset, tiny_config_file):

@@ -15,6 +15,8 @@ from fairway.model.gpt import GPT
 from fairway.quantization.integers import fake_quantize_int6
 
 pytest.importorskip("triton")
+from fairway.model import fused
+from fairway.model.fused import Layer as fused_layer
 from fairway.model.kernels.loss import cross_entropy
 from fairway.model.kernels.residual import rms_norm, rms_norm_backward
 
@@ -75,6 +77,15 @@ def test_logits_of_all_places_and_of_the_last_ones():
         expected = plain(tokens)
         torch.testing.assert_close(fused(tokens), expected, **TOLERANCE)
         torch.testing.assert_close(fused(tokens, 9), expected[:, 9:], **TOLERANCE)
+
+
+def test_evaluation_keeps_no_activations(monkeypatch):
+    kept = []
+    monkeypatch.setattr(fused, "Layer", lambda *parts: kept.append(fused_layer(*parts)) or kept[-1])
+    with torch.no_grad():
+        random_model(CONFIG, "fused")(batch()[0])
+    alive = [layer for layer in kept[1::2] if layer.qkv is not None or layer.mlp]
+    assert len(kept) == 2 * CONFIG.layers and not alive
 
 
 def test_later_tokens_change_no_earlier_logit_to_the_bit():

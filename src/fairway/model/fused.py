@@ -60,6 +60,8 @@ class Geometry:
     batch: int
     length: int
     first_place: int
+    trains: bool
+    """Whether there will be a backward pass; a Function cannot tell from within."""
     cos: torch.Tensor
     """float32 [T, rotary_dimensions / 2], as is sin."""
     sin: torch.Tensor
@@ -126,7 +128,10 @@ def _hidden(model: GPT, tokens: torch.Tensor, first_place: int) -> torch.Tensor:
         table = model.value_scale * F.linear(model.value_embedding, model.value_projection)
         values = F.embedding(tokens.flatten(), table.to(dtype))
     rotation = rotary_angles(config, torch.arange(tokens.shape[1], device=tokens.device))
-    geometry = Geometry(config, model.attention_backend, *tokens.shape, first_place, *rotation)
+    trains = torch.is_grad_enabled()
+    geometry = Geometry(
+        config, model.attention_backend, *tokens.shape, first_place, trains, *rotation
+    )
     return Blocks.apply(geometry, x0, values, *folded_weights(model))
 
 
@@ -168,9 +173,8 @@ class ScaleRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         bank, scales = ctx.saved_tensors
-        gradient = gradient.float()
         along = (gradient * bank).sum(2) if ctx.needs_input_grad[1] else None
-        return gradient.mul_(scales.unsqueeze(2)), along, None
+        return gradient * scales.unsqueeze(2), along, None
 
 
 class Embed(torch.autograd.Function):
@@ -232,7 +236,7 @@ class Blocks(torch.autograd.Function):
                 layer.skip = layers[partner].x
                 layer.skip_weight = weights.skip[index - geometry.encoders]
             x = _block(geometry, weights, index, layer, x0, values)
-            if not any(ctx.needs_input_grad):
+            if not geometry.trains:
                 layers[index] = Layer(layer.x, None, None)
         hidden, inverse = rms_norm(x)
         ctx.save_for_backward(hidden, inverse)
@@ -261,8 +265,9 @@ class Blocks(torch.autograd.Function):
                 layer.skip, layer.skip_weight, skip_gradients.get(partner),
                 weights.skip[partner - geometry.encoders] if taken else None, x0_gradient,
             )  # fmt: skip
-            skip_gradients[index], gradient, gradients.mix[index], skip_weight_gradient = found
+            inner, gradient, gradients.mix[index], skip_weight_gradient = found
             if layer.skip is not None:
+                skip_gradients[index] = inner
                 gradients.skip[index - geometry.encoders] = skip_weight_gradient
         return None, x0_gradient.add_(gradient), values_gradient, *gradients
 
@@ -301,9 +306,9 @@ def _attention(geometry, weights, index, layer, values, place) -> torch.Tensor:
     queries = norm_and_rotate(queries, cos[place:], sin[place:], weights.gain[index], T - place)
     keys = norm_and_rotate(keys, cos, sin, None, T)
     inputs = [part.unflatten(0, (B, -1)).detach() for part in (queries, keys, own_values)]
-    with torch.enable_grad():
+    with torch.set_grad_enabled(geometry.trains):
         for part in inputs:
-            part.requires_grad_()
+            part.requires_grad_(geometry.trains)
         joined = attend(*inputs, geometry.attention_backend)
     output = joined.detach().flatten(0, 1).contiguous()
     excluded = exclude_self(output, inputs[2].detach()[:, place:].flatten(0, 1))

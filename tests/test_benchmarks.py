@@ -178,7 +178,7 @@ def test_the_record_optimizer_takes_the_librarys_step():
 
 
 def test_operations_per_token_at_the_records_size():
-    """DESIGN: 6 · 25.95 M of matrices, 3 M of the head, 69 M of causal attention."""
+    """By hand: 6 · 25.95 M of matrices, 3 M of the head, 69 M of causal attention."""
     from ceilings import matrix_parameters, train_flops_per_token, window_flops
 
     from fairway.config import load_config
@@ -200,3 +200,29 @@ def test_a_disagreement_is_named_and_nan_is_one():
     row = Row("train", "tokens/s", 1.0, agreements=checks)
     assert disagreements([row]) == ["train: loss"]
     assert "differs by nan, allowed 1: DISAGREES" in table([row], bars_apply=True)
+
+
+def tune(dataset, config, folder, *overlays):
+    command = [
+        sys.executable, str(BENCHMARKS / "tune_adapters.py"), "--dataset", str(dataset),
+        "--config", str(config), "--artifact", str(folder / "artifact.bin"), "--tokens", "400",
+    ]  # fmt: skip
+    for overlay in overlays:
+        command += ["--try", overlay]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_adapters_are_tuned_on_training_text(tiny_config, tiny_dataset, tiny_config_file, tmp_path):
+    from test_slot_eval import write_random_artifact
+
+    defaults = {"rope_base": 10000.0, "logit_softcap": 30.0, "query_gain": 5.0}
+    vocab_size = tiny_config["data"]["vocab_size"]
+    write_random_artifact(tmp_path, {**defaults, **tiny_config["model"]}, vocab_size)
+    overlays = ("{evaluation: {adapters: []}}", "{lora: {learning_rate: 0.003}}")
+    done = tune(tiny_dataset, tiny_config_file, tmp_path, *overlays)
+    assert done.returncode == 0, done.stderr
+    assert "gain_lora_nats" in done.stdout and "tokens_per_second" in done.stdout
+    wrong = tune(tiny_dataset, tiny_config_file, tmp_path, *overlays, "{lora: {rank: 0}}")
+    assert wrong.returncode == 1 and "lora.rank" in wrong.stderr
+    assert not wrong.stdout, "all settings are checked before any is tried"

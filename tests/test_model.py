@@ -193,7 +193,7 @@ def test_initial_values():
     assert not torch.equal(GPT(CONFIG, seed=5).mlp_up_bank, GPT(CONFIG, seed=6).mlp_up_bank)
 
 
-@pytest.mark.parametrize("backend", available_backends(torch.device("cpu")))
+@pytest.mark.parametrize("backend", [*available_backends(torch.device("cpu")), "deterministic"])
 def test_attention_backend_against_float64(backend):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 9, 4, 8, generator=generator)

@@ -11,7 +11,8 @@ Sources: Hu et al., "LoRA" (2021); Sun et al., "Test-Time Training" (2020); King
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -170,7 +171,7 @@ class RowLora:
         share = counted / counted.sum(1, keepdim=True).clamp(min=1)
         learns = counted.any(1, keepdim=True)
         for _ in range(self.settings.steps):
-            with torch.enable_grad():
+            with torch.enable_grad(), deterministic_attention(self.model):
                 logits = self._run(tokens, tokens.shape[1] - targets.shape[1])
                 losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
                 loss = (losses.view_as(share) * share).sum()
@@ -199,6 +200,21 @@ class RowLora:
         root = (self.square / (1 - beta2**count)).sqrt() + 1e-8
         drift = self.settings.weight_decay * (self.values - self.initial)
         self.values -= self.settings.learning_rate * torch.where(learns, mean / root + drift, 0.0)
+
+
+@contextmanager
+def deterministic_attention(model: GPT) -> Iterator[None]:
+    """On CUDA, attention whose gradient is the same in every run: the others add in any order.
+
+    What is learned is part of the score, and an audit that repeats it must find it again.
+    """
+    backend = model.attention_backend
+    if model.token_embedding.is_cuda:
+        model.attention_backend = "deterministic"
+    try:
+        yield
+    finally:
+        model.attention_backend = backend
 
 
 class LoraAdapter:

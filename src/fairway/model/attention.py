@@ -4,6 +4,7 @@ Shapes: B sequences, T positions, H query heads, K key/value heads, D head width
 """
 
 import importlib
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +20,10 @@ FLASH_MODULES = {
     "flash_attn_2": "flash_attn",
 }
 
+
+FORCED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "deterministic": SDPBackend.MATH}
+"""Backends of PyTorch's own function that are asked for by name. `deterministic` is not the
+config's to choose: it is for short texts whose gradients must be the same from run to run."""
 
 CUDNN_CAPABILITY = (9, 0)
 """The first GPUs (Hopper) on which cuDNN's attention was measured ahead of PyTorch's own."""
@@ -69,23 +74,18 @@ def attend(
         )
         # FlashAttention 3 and 4 return (output, logsumexp), flash-attn 2 the output alone.
         return output[0] if isinstance(output, tuple) else output
-    places = keys.shape[1]
-    if queries.shape[1] != places:
-        return _attend_from(places - queries.shape[1], queries, keys, values)
-    if backend == "cudnn":
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return _scaled_dot_product(queries, keys, values, is_causal=True)
-    return _scaled_dot_product(queries, keys, values, is_causal=True)
-
-
-def _attend_from(first_place: int, queries, keys, values) -> torch.Tensor:
-    """The queries of places from `first_place` on; a mask, since is_causal aligns first places."""
-    place = torch.arange(keys.shape[1], device=keys.device)
-    visible = place <= place[first_place:, None]
-    group = queries.shape[2] // keys.shape[2]
-    if keys.is_cuda:  # with a mask, no fused backend shares keys between query heads
-        keys, values = (part.repeat_interleave(group, dim=2) for part in (keys, values))
-    return _scaled_dot_product(queries, keys, values, attn_mask=visible)
+    places, first_place = keys.shape[1], keys.shape[1] - queries.shape[1]
+    options = {"is_causal": True}
+    if first_place:
+        # A mask, for is_causal would align the first places. PyTorch chooses what runs it.
+        backend = "sdpa" if backend == "cudnn" else backend
+        place = torch.arange(places, device=keys.device)
+        options = {"attn_mask": place <= place[first_place:, None]}
+        if keys.is_cuda:  # what takes a mask takes no keys shared between query heads
+            group = queries.shape[2] // keys.shape[2]
+            keys, values = (part.repeat_interleave(group, dim=2) for part in (keys, values))
+    with sdpa_kernel(FORCED[backend]) if backend in FORCED else nullcontext():
+        return _scaled_dot_product(queries, keys, values, **options)
 
 
 def _scaled_dot_product(queries, keys, values, **options) -> torch.Tensor:

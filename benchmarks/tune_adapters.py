@@ -44,10 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     base = load_config(options.config)
+    overlays = options.overlays or [{}]
     # All are checked before any is run.
-    configs = [validated(merge(base, overlay)) for overlay in options.overlays or [{}]]
+    configs = [validated(merge(base, overlay)) for overlay in overlays]
     rows = []
-    for overlay, config in zip(options.overlays or [{}], configs, strict=True):
+    for overlay, config in zip(overlays, configs, strict=True):
         rows.append({"settings": yaml.safe_dump(overlay, default_flow_style=True).strip()})
         rows[-1] |= measure(options, config)
         say(str(rows[-1]))

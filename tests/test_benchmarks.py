@@ -19,14 +19,17 @@ STAGES = (
 sys.path.append(str(BENCHMARKS))
 
 
-def run_benchmarks(dataset, config, *arguments):
-    command = [
-        sys.executable, str(BENCHMARKS / "run.py"), "--device", "cpu", "--size", "toy",
-        "--repeats", "1", "--train-steps", "3", "--dataset", str(dataset), "--config", str(config),
-        *map(str, arguments),
-    ]  # fmt: skip
+def run_program(name, *arguments):
+    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def run_benchmarks(dataset, config, *arguments):
+    return run_program(
+        "run.py", "--device", "cpu", "--size", "toy", "--repeats", 1, "--train-steps", 3,
+        "--dataset", dataset, "--config", config, *arguments,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -203,14 +206,11 @@ def test_a_disagreement_is_named_and_nan_is_one():
 
 
 def tune(dataset, config, folder, *overlays):
-    command = [
-        sys.executable, str(BENCHMARKS / "tune_adapters.py"), "--dataset", str(dataset),
-        "--config", str(config), "--artifact", str(folder / "artifact.bin"), "--tokens", "400",
-    ]  # fmt: skip
-    for overlay in overlays:
-        command += ["--try", overlay]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    tries = [word for overlay in overlays for word in ("--try", overlay)]
+    return run_program(
+        "tune_adapters.py", "--dataset", dataset, "--config", config,
+        "--artifact", folder / "artifact.bin", "--tokens", 400, *tries,
+    )  # fmt: skip
 
 
 def test_adapters_are_tuned_on_training_text(tiny_config, tiny_dataset, tiny_config_file, tmp_path):

@@ -1,5 +1,6 @@
 """The fused kernels against the plain formulation and float64, on a GPU or in the interpreter."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -149,7 +150,5 @@ def test_every_kernel_compiles_for_hopper_without_spilling():
 
 
 def compiler_environment() -> dict[str, str]:
-    import os
-
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return {**environment, "PYTHONPATH": str(ROOT / "src")}

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_gptq import gptq_settings
 
 from fairway.errors import UserError
 from fairway.model.gpt import BANKS, GPT, GPTConfig, parameter_shapes
@@ -23,6 +25,7 @@ from fairway.quantization.artifact import (
     stream_table,
     write_artifact,
 )
+from fairway.quantization.gptq import quantize_banks
 from fairway.quantization.integers import QuantizedTensor, round_to_nearest
 from fairway.quantization.pruning import code_bytes, fit_to_limit
 
@@ -339,6 +342,24 @@ def test_a_limit_out_of_reach_is_an_error():
     model = limit_model()
     with pytest.raises(UserError, match=r"budgets\.artifact_bytes"):
         fit_to_limit(asdict(model.config), stored_tensors(model), 1000)
+
+
+def test_the_error_names_a_scale_factor_that_makes_the_artifact_fit():
+    weights = torch.randn(4, 256, 512, generator=torch.Generator().manual_seed(0))
+    hessians = {("query_output_bank", index): torch.eye(512) for index in range(4)}
+
+    def stored(scale_factor):
+        settings = gptq_settings(scale_factor=scale_factor)
+        quantized, _ = quantize_banks({"query_output_bank": weights}, hessians, settings)
+        return quantized
+
+    limit = round(0.8 * len(encode_artifact({}, stored(1.0))))
+    with pytest.raises(UserError) as raised:
+        fit_to_limit({}, stored(1.0), limit)
+    factor = float(re.search(r"gptq\.scale_factor by ([0-9.]+)", str(raised.value))[1])
+    assert 1 < factor < 4
+    fitted, _ = fit_to_limit({}, stored(factor), limit)
+    assert limit * 0.95 < len(encode_artifact({}, fitted)) <= limit
 
 
 def test_code_bytes_are_the_sizes_of_the_files(tmp_path):

@@ -51,6 +51,7 @@ SETTINGS = GptqSettings(
     block_columns=16,
     dampening_fraction=0.005,
     clip_percentiles=(0.999, 1.0),
+    scale_factor=1.0,
 )
 BOS = 1
 

@@ -24,6 +24,7 @@ SETTINGS = {
     "block_columns": 8,
     "dampening_fraction": 0.005,
     "clip_percentiles": (0.999, 0.9995, 0.9999, 0.99999, 1.0),
+    "scale_factor": 1.0,
 }
 
 
@@ -268,6 +269,7 @@ def test_quantize_banks_joins_the_tables():
         ({"temperature": -1.0}, "gptq.temperature is -1.0"),
         ({"clip_percentiles": ()}, "gptq.clip_percentiles"),
         ({"clip_percentiles": (1.5,)}, "gptq.clip_percentiles"),
+        ({"scale_factor": 0.0}, "gptq.scale_factor"),
     ],
 )
 def test_bad_settings_are_refused(change, message):

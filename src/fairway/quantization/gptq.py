@@ -43,6 +43,8 @@ class GptqSettings:
     """Added to the Hessian's diagonal, as a fraction of its mean."""
     clip_percentiles: Sequence[float]
     """Candidates for where a row is clipped, as percentiles (0–1) of its absolute weights."""
+    scale_factor: float
+    """Widens every candidate's scale: above 1 the codes take fewer bits and the error grows."""
 
     def __post_init__(self) -> None:
         if self.calibration not in ("self_generated", "train"):
@@ -50,7 +52,7 @@ class GptqSettings:
                 f"gptq.calibration is {self.calibration!r}: expected 'self_generated' or 'train'"
             )
         counts = ("calibration_sequences", "calibration_tokens", "batch_sequences", "block_columns")
-        for key in (*counts, "temperature", "dampening_fraction"):
+        for key in (*counts, "temperature", "dampening_fraction", "scale_factor"):
             if getattr(self, key) <= 0:
                 raise UserError(f"gptq.{key} is {getattr(self, key)}: expected more than 0")
         percentiles = tuple(self.clip_percentiles)
@@ -110,10 +112,10 @@ def quantize_bank(
     U, dampening = inverse_factor(name, H, settings.dampening_fraction)
     H, U = H.to(dtype), U.to(dtype)
 
-    scales = clip_scales(W, settings.clip_percentiles)
-    codes = gptq_codes(W, U, scales, settings.block_columns)
-    codes, scales, errors, choice = _best_candidates(W, H, codes, scales)
-    *_, nearest_errors, _ = _best_candidates(W, H, *_nearest(W, settings.clip_percentiles))
+    candidates = clip_scales(W, settings.clip_percentiles, settings.scale_factor)
+    codes = gptq_codes(W, U, candidates, settings.block_columns)
+    codes, scales, errors, choice = _best_candidates(W, H, codes, candidates)
+    *_, nearest_errors, _ = _best_candidates(W, H, _nearest(W, candidates), candidates)
 
     percentiles = torch.tensor(settings.clip_percentiles, dtype=torch.float64)
     table = {
@@ -163,8 +165,13 @@ def inverse_factor(
     )
 
 
-def clip_scales(W: torch.Tensor, percentiles: Sequence[float]) -> torch.Tensor:
-    """fp16 scales [N, K, R]: one candidate per percentile of a row's |W|, linear between values."""
+def clip_scales(
+    W: torch.Tensor, percentiles: Sequence[float], scale_factor: float = 1.0
+) -> torch.Tensor:
+    """fp16 scales [N, K, R]: one candidate per percentile of a row's |W|, linear between values.
+
+    The largest code stands for the percentile times `scale_factor`.
+    """
     ranks = [(1 - percentile) * (W.shape[2] - 1) for percentile in percentiles]
     depth = min(W.shape[2], int(max(ranks)) + 2)
     largest = W.abs().topk(depth, dim=2).values
@@ -174,7 +181,7 @@ def clip_scales(W: torch.Tensor, percentiles: Sequence[float]) -> torch.Tensor:
         magnitudes.append(
             torch.lerp(largest[..., int(rank)], largest[..., below], rank - int(rank))
         )
-    return scale_from_magnitude(torch.stack(magnitudes, dim=1), BITS)
+    return scale_from_magnitude(scale_factor * torch.stack(magnitudes, dim=1), BITS)
 
 
 def gptq_codes(
@@ -215,10 +222,9 @@ def _quantize_block(
     return codes, errors
 
 
-def _nearest(W: torch.Tensor, percentiles: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round-to-nearest codes [N, K, R, C] and scales for the same candidates."""
-    scales = clip_scales(W, percentiles)
-    return nearest_codes(W.unsqueeze(1), scales.to(W.dtype).unsqueeze(3), BITS), scales
+def _nearest(W: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Round-to-nearest codes [N, K, R, C] for scales [N, K, R]."""
+    return nearest_codes(W.unsqueeze(1), scales.to(W.dtype).unsqueeze(3), BITS)
 
 
 def _best_candidates(

@@ -14,6 +14,8 @@ from fairway.quantization.integers import QuantizedTensor
 MAXIMUM_SEARCH_STEPS = 8
 SLACK_FRACTION = 0.0005
 """The search stops this close under the limit: each step compresses the whole model."""
+LARGEST_SAVING_BITS = 2
+"""A code. To save more, another number of bits would be the thing to change."""
 
 
 def code_bytes(files: Iterable[str | Path]) -> int:
@@ -46,7 +48,7 @@ def fit_to_limit(
         raise UserError(
             f"the artifact needs {fitting_size} bytes even with all {enough} codes of ±1 zeroed, "
             f"but {limit_bytes} are left of budgets.artifact_bytes beside the code: "
-            "make the model smaller or raise the budget"
+            f"{_remedy(tensors, fitting_size - limit_bytes)}"
         )
     for _ in range(MAXIMUM_SEARCH_STEPS):
         if enough - too_few <= 1 or limit_bytes - fitting_size <= limit_bytes * SLACK_FRACTION:
@@ -63,6 +65,16 @@ def fit_to_limit(
         else:
             too_few, too_large_size = middle, size
     return fitted, enough
+
+
+def _remedy(tensors: Mapping[str, Stored], excess_bytes: int) -> str:
+    """What to change to save that many bytes; scales f times as wide save log₂ f bits a code."""
+    codes = sum(tensors[name].codes.numel() for name in _int6_names(tensors))
+    bits = 8 * excess_bytes / codes
+    if bits > LARGEST_SAVING_BITS:
+        return "make the model smaller or raise the budget"
+    factor = f"multiply gptq.scale_factor by {1.01 * 2**bits:.2f}"
+    return f"{factor}, make the model smaller or raise the budget"
 
 
 def count_zeros(layers: pd.DataFrame, tensors: Mapping[str, Stored]) -> pd.DataFrame:

@@ -19,7 +19,8 @@ from fairway.model.attention import attend
 from fairway.model.gpt import GPT, GPTConfig, bigram_bucket, rotary_angles
 from fairway.model.kernels.embedding import embed, embed_backward
 from fairway.model.kernels.exclusion import exclude_self, exclude_self_backward
-from fairway.model.kernels.heads import norm_and_rotate, norm_and_rotate_backward
+from fairway.model.kernels.folding import scale_rows, scale_rows_backward
+from fairway.model.kernels.heads import add_heads, norm_and_rotate, norm_and_rotate_backward
 from fairway.model.kernels.loss import cross_entropy
 from fairway.model.kernels.mlp import mlp_down_backward, mlp_up
 from fairway.model.kernels.residual import (
@@ -166,15 +167,13 @@ class ScaleRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, bank, scales, dtype):
+        bank, scales = bank.contiguous(), scales.contiguous()
         ctx.save_for_backward(bank, scales)
-        out = torch.empty(bank.shape, dtype=dtype, device=bank.device)
-        return torch.mul(bank, scales.unsqueeze(2), out=out)
+        return scale_rows(bank, scales, dtype)
 
     @staticmethod
     def backward(ctx, gradient):
-        bank, scales = ctx.saved_tensors
-        along = (gradient * bank).sum(2) if ctx.needs_input_grad[1] else None
-        return gradient * scales.unsqueeze(2), along, None
+        return *scale_rows_backward(gradient.contiguous(), *ctx.saved_tensors), None
 
 
 class Embed(torch.autograd.Function):
@@ -284,7 +283,7 @@ def _block(geometry, weights, index, layer, x0, values) -> torch.Tensor:
     # outputs, not their inputs.
     x.addmm_(output, weights.attention_out[index].T)
     layer.mlp_input = rms_norm(x)
-    layer.mlp = mlp_up(layer.mlp_input[0], weights.up[index])
+    layer.mlp = mlp_up(layer.mlp_input[0], weights.up[index], geometry.trains)
     return x.addmm_(layer.mlp[1], weights.down[index].T)
 
 
@@ -345,7 +344,7 @@ def _attention_backward(
         query_gradient, queries, cos, sin, weights.gain[index], T, to_queries
     )
     norm_and_rotate_backward(key_gradient, keys, cos, sin, None, T, to_keys)
-    torch.add(value_gradient, from_exclusion, out=to_values)
+    add_heads(value_gradient, from_exclusion, to_values)
     if index in config.value_layers:
         number = config.value_layers.index(index)
         flat = to_values.flatten(1)

@@ -5,13 +5,7 @@ import triton
 import triton.language as tl
 
 from fairway.model.gpt import NORM_EPSILON
-from fairway.model.kernels.tiles import (
-    ELEMENTS_PER_TILE,
-    programs_over,
-    row_grid,
-    row_tile,
-    rows_of,
-)
+from fairway.model.kernels.tiles import one_row, programs_over, row_grid, row_tile, rows_of
 
 
 def embed(
@@ -64,12 +58,11 @@ def embed_backward(
     """From the gradient of `embed` [M, C]: that of both tables' rows, [M, C], and of gate [C]."""
     M, C = gradient.shape
     out = torch.empty_like(gradient)
-    tile = row_tile(gradient, ELEMENTS_PER_TILE // 2)
-    programs = programs_over(M, tile[0])
+    programs = programs_over(M)
     partial = gradient.new_empty(programs, C, dtype=torch.float32)
     _embed_backward[(programs,)](
         gradient, tokens, buckets, table, bigram_table, gate, out, partial, M, C, tokens.shape[1],
-        NORM_EPSILON, programs, *tile,
+        NORM_EPSILON, programs, *one_row(gradient), num_warps=1,
     )  # fmt: skip
     return out, partial.sum(0)
 

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from fairway.model.gpt import VALUE_NORM_EPSILON
-from fairway.model.kernels.tiles import ELEMENTS_PER_TILE
+
+ELEMENTS_PER_TILE = 2048
 
 
 def exclude_self(output: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

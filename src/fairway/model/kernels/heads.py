@@ -1,6 +1,8 @@
 """What is done to single heads before attention: RMS norm, rotary embedding, gain.
 
-Shapes: M rows (tokens), H heads (of queries or keys), D head width.
+Rotation turns pairs of places of a head, one from each half of its first dimensions. A tile holds
+whole heads; each place's partner in its pair is read a second time, from the cache. Shapes: M rows
+(tokens), H heads (of queries or keys), D head width.
 """
 
 import torch
@@ -8,7 +10,9 @@ import triton
 import triton.language as tl
 
 from fairway.model.gpt import NORM_EPSILON
-from fairway.model.kernels.tiles import ELEMENTS_PER_TILE, programs_over
+from fairway.model.kernels.tiles import programs_over
+
+ELEMENTS_PER_TILE = 2048
 
 
 def norm_and_rotate(
@@ -25,11 +29,11 @@ def norm_and_rotate(
     """
     M, H, D = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    has_gain = gain is not None
-    tile = _head_tile(H, D, cos.shape[1])
-    _norm_and_rotate[(triton.cdiv(M, tile[0]),)](
-        x, out, cos, sin, gain if has_gain else cos, M, x.stride(0), positions, NORM_EPSILON,
-        has_gain, H, D, cos.shape[1], *tile,
+    wide = triton.next_power_of_2(H), triton.next_power_of_2(D)
+    rows = max(1, ELEMENTS_PER_TILE // (wide[0] * wide[1]))
+    _norm_and_rotate[(triton.cdiv(M, rows),)](
+        x, out, cos, sin, cos if gain is None else gain, M, x.stride(0), positions, NORM_EPSILON,
+        gain is not None, H, D, cos.shape[1], rows, *wide,
     )  # fmt: skip
     return out
 
@@ -38,21 +42,18 @@ def norm_and_rotate(
 def _norm_and_rotate(
     x_at, out_at, cos_at, sin_at, gain_at, M, stride, positions, epsilon, HAS_GAIN: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, WIDE_H: tl.constexpr, WIDE_HALF: tl.constexpr, WIDE_REST: tl.constexpr,
+    ROWS: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cos, sin = _rotation(cos_at, sin_at, rows, rows < M, positions, HALF, WIDE_HALF)
-    first, second, rest, _ = _normed_heads(
-        x_at, rows, M, stride, epsilon, H, D, HALF, WIDE_H, WIDE_HALF, WIDE_REST
-    )
+    x = _load_heads(x_at, rows, M, stride, H, D, WIDE_H, WIDE_D)
+    partner = _load_partners(x_at, rows, M, stride, H, D, HALF, WIDE_H, WIDE_D)
+    cos, sin = _rotation(cos_at, sin_at, rows, M, positions, HALF, WIDE_D)
+    scale = 1 / tl.sqrt(tl.sum(x * x, 2) / D + epsilon)
     if HAS_GAIN:
-        heads = tl.arange(0, WIDE_H)
-        gain = tl.load(gain_at + heads, heads < H, other=0.0)[None, :, None]
-        first, second, rest = first * gain, second * gain, rest * gain
+        scale *= _gains(gain_at, H, WIDE_H)
     _store_heads(
-        out_at, first * cos + second * sin, second * cos - first * sin, rest,
-        rows, M, H * D, H, D, HALF, WIDE_H, WIDE_HALF, WIDE_REST,
-    )  # fmt: skip
+        out_at, scale[:, :, None] * (x * cos + partner * sin), rows, M, H * D, H, D, WIDE_H, WIDE_D
+    )
 
 
 def norm_and_rotate_backward(
@@ -66,14 +67,12 @@ def norm_and_rotate_backward(
 ) -> torch.Tensor:
     """Writes the gradient of x into `out`, [M, H, D] of any row stride; returns gain's, [H]."""
     M, H, D = x.shape
-    has_gain = gain is not None
-    tile = _head_tile(H, D, cos.shape[1], ELEMENTS_PER_TILE // 2)
-    programs = programs_over(M, tile[0])
+    programs = programs_over(M)
     partial = x.new_empty(programs, H, dtype=torch.float32)
     _norm_and_rotate_backward[(programs,)](
-        gradient, x, out, cos, sin, gain if has_gain else cos, partial, M, gradient.stride(0),
-        x.stride(0), out.stride(0), positions, NORM_EPSILON, has_gain, programs, H, D,
-        cos.shape[1], *tile,
+        gradient, x, out, cos, sin, cos if gain is None else gain, partial, M, gradient.stride(0),
+        x.stride(0), out.stride(0), positions, NORM_EPSILON, gain is not None, programs, H, D,
+        cos.shape[1], 1, triton.next_power_of_2(H), triton.next_power_of_2(D), num_warps=1,
     )  # fmt: skip
     return partial.sum(0)
 
@@ -83,103 +82,108 @@ def _norm_and_rotate_backward(
     gradient_at, x_at, out_at, cos_at, sin_at, gain_at, partial_at, M, gradient_stride, stride,
     out_stride, positions, epsilon, HAS_GAIN: tl.constexpr, PROGRAMS: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, WIDE_H: tl.constexpr, WIDE_HALF: tl.constexpr, WIDE_REST: tl.constexpr,
+    ROWS: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
-    heads = tl.arange(0, WIDE_H)
     gain_sum = tl.zeros((WIDE_H,), tl.float32)
-    if HAS_GAIN:
-        gain = tl.load(gain_at + heads, heads < H, other=0.0)[None, :]
     for block in range(tl.program_id(0), tl.cdiv(M, ROWS), PROGRAMS):
         rows = block * ROWS + tl.arange(0, ROWS)
-        cos, sin = _rotation(cos_at, sin_at, rows, rows < M, positions, HALF, WIDE_HALF)
-        x1, x2, x3, inverse = _normed_heads(
-            x_at, rows, M, stride, epsilon, H, D, HALF, WIDE_H, WIDE_HALF, WIDE_REST
-        )
-        g1, g2, g3 = _load_heads(
-            gradient_at, rows, M, gradient_stride, H, D, HALF, WIDE_H, WIDE_HALF, WIDE_REST
-        )
-        # The inverse rotation of the gradient: its product with x is that of both rotated.
-        g1, g2 = g1 * cos - g2 * sin, g2 * cos + g1 * sin
-        along = tl.sum(g1 * x1, 2) + tl.sum(g2 * x2, 2) + tl.sum(g3 * x3, 2)
-        scale = inverse
+        x = _load_heads(x_at, rows, M, stride, H, D, WIDE_H, WIDE_D)
+        gradient = _load_heads(gradient_at, rows, M, gradient_stride, H, D, WIDE_H, WIDE_D)
+        partner = _load_partners(gradient_at, rows, M, gradient_stride, H, D, HALF, WIDE_H, WIDE_D)
+        cos, sin = _rotation(cos_at, sin_at, rows, M, positions, HALF, WIDE_D)
+        # Turned back: its product with x is that of the gradient with x turned.
+        gradient = gradient * cos - partner * sin
+        scale = 1 / tl.sqrt(tl.sum(x * x, 2) / D + epsilon)
+        x *= scale[:, :, None]
+        along = tl.sum(gradient * x, 2)
         if HAS_GAIN:
             gain_sum += tl.sum(along, 0)
-            scale = inverse * gain
-        along = (along / D)[:, :, None]
-        scale = scale[:, :, None]
+            scale *= _gains(gain_at, H, WIDE_H)
         _store_heads(
-            out_at, scale * (g1 - x1 * along), scale * (g2 - x2 * along), scale * (g3 - x3 * along),
-            rows, M, out_stride, H, D, HALF, WIDE_H, WIDE_HALF, WIDE_REST,
+            out_at, scale[:, :, None] * (gradient - x * (along / D)[:, :, None]),
+            rows, M, out_stride, H, D, WIDE_H, WIDE_D,
         )  # fmt: skip
+    heads = tl.arange(0, WIDE_H)
     tl.store(partial_at + tl.program_id(0) * H + heads, gain_sum, heads < H)
 
 
+def add_heads(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes x + y, both contiguous [M, H, D], into `out` [M, H, D] of any row stride."""
+    M, H, D = x.shape
+    wide = triton.next_power_of_2(H), triton.next_power_of_2(D)
+    rows = max(1, ELEMENTS_PER_TILE // (wide[0] * wide[1]))
+    _add_heads[(triton.cdiv(M, rows),)](x, y, out, M, out.stride(0), H, D, rows, *wide)
+
+
 @triton.jit
-def _normed_heads(
-    x_at, rows, M, stride, epsilon, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    WIDE_H: tl.constexpr, WIDE_HALF: tl.constexpr, WIDE_REST: tl.constexpr,
+def _add_heads(
+    x_at, y_at, out_at, M, out_stride, H: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
-    """The parts of each normed head, and 1 / its root mean square [rows, heads]."""
-    first, second, rest = _load_heads(
-        x_at, rows, M, stride, H, D, HALF, WIDE_H, WIDE_HALF, WIDE_REST
-    )
-    squares = tl.sum(first * first, 2) + tl.sum(second * second, 2) + tl.sum(rest * rest, 2)
-    inverse = 1 / tl.sqrt(squares / D + epsilon)
-    scale = inverse[:, :, None]
-    return first * scale, second * scale, rest * scale, inverse
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x = _load_heads(x_at, rows, M, H * D, H, D, WIDE_H, WIDE_D)
+    y = _load_heads(y_at, rows, M, H * D, H, D, WIDE_H, WIDE_D)
+    _store_heads(out_at, x + y, rows, M, out_stride, H, D, WIDE_H, WIDE_D)
 
 
 @triton.jit
 def _load_heads(
-    x_at, rows, M, stride, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    WIDE_H: tl.constexpr, WIDE_HALF: tl.constexpr, WIDE_REST: tl.constexpr,
+    x_at, rows, M, stride, H: tl.constexpr, D: tl.constexpr,
+    WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
-    """Each head's first and second rotated half [rows, heads, half], and the rest, float32."""
-    half_at, half_mask = _head_places(rows, M, stride, H, D, HALF, WIDE_H, WIDE_HALF)
-    rest_at, rest_mask = _head_places(rows, M, stride, H, D, D - 2 * HALF, WIDE_H, WIDE_REST)
-    first = tl.load(x_at + half_at, half_mask, other=0.0)
-    second = tl.load(x_at + half_at + HALF, half_mask, other=0.0)
-    rest = tl.load(x_at + rest_at + 2 * HALF, rest_mask, other=0.0)
-    return first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
+    """Whole heads, float32 [rows, heads, D]."""
+    places = tl.arange(0, WIDE_D)
+    at, mask = _head_places(rows, M, stride, places, places < D, H, D, WIDE_H)
+    return tl.load(x_at + at, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_partners(
+    x_at, rows, M, stride, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
+):  # fmt: skip
+    """For each place of a head the other one of its pair, zero where there is none."""
+    places = tl.arange(0, WIDE_D)
+    partners = tl.where(places < HALF, places + HALF, places - HALF)
+    at, mask = _head_places(rows, M, stride, partners, places < 2 * HALF, H, D, WIDE_H)
+    return tl.load(x_at + at, mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store_heads(
-    out_at, first, second, rest, rows, M, stride, H: tl.constexpr, D: tl.constexpr,
-    HALF: tl.constexpr, WIDE_H: tl.constexpr, WIDE_HALF: tl.constexpr, WIDE_REST: tl.constexpr,
+    out_at, x, rows, M, stride, H: tl.constexpr, D: tl.constexpr,
+    WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
-    half_at, half_mask = _head_places(rows, M, stride, H, D, HALF, WIDE_H, WIDE_HALF)
-    rest_at, rest_mask = _head_places(rows, M, stride, H, D, D - 2 * HALF, WIDE_H, WIDE_REST)
-    tl.store(out_at + half_at, first, half_mask)
-    tl.store(out_at + half_at + HALF, second, half_mask)
-    tl.store(out_at + rest_at + 2 * HALF, rest, rest_mask)
+    places = tl.arange(0, WIDE_D)
+    at, mask = _head_places(rows, M, stride, places, places < D, H, D, WIDE_H)
+    tl.store(out_at + at, x, mask)
 
 
 @triton.jit
 def _head_places(
-    rows, M, stride, H: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-    WIDE_H: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Offsets of the first SIZE elements of every head of the rows, and which of them exist."""
+    rows, M, stride, places, inside, H: tl.constexpr, D: tl.constexpr, WIDE_H: tl.constexpr
+):
+    """Offsets of `places` in every head of the rows, and which of them exist."""
     heads = tl.arange(0, WIDE_H)[None, :, None]
-    places = tl.arange(0, WIDE)[None, None, :]
-    at = rows.to(tl.int64)[:, None, None] * stride + heads * D + places
-    return at, (rows < M)[:, None, None] & (heads < H) & (places < SIZE)
+    at = rows.to(tl.int64)[:, None, None] * stride + heads * D + places[None, None, :]
+    return at, (rows < M)[:, None, None] & (heads < H) & inside[None, None, :]
 
 
 @triton.jit
-def _rotation(cos_at, sin_at, rows, valid, positions, HALF: tl.constexpr, WIDE_HALF: tl.constexpr):
-    """cos and sin [rows, 1, half] at each row's position."""
-    places = tl.arange(0, WIDE_HALF)[None, :]
-    at = (rows % positions)[:, None] * HALF + places
-    mask = valid[:, None] & (places < HALF)
+def _rotation(cos_at, sin_at, rows, M, positions, HALF: tl.constexpr, WIDE_D: tl.constexpr):
+    """What a place and its partner are multiplied by, float32 [rows, 1, D]: cos and ± sin."""
+    places = tl.arange(0, WIDE_D)[None, :]
+    turns = places < 2 * HALF
+    at = (rows % positions)[:, None] * HALF + places % HALF
+    mask = (rows < M)[:, None] & turns
     cos = tl.load(cos_at + at, mask, other=0.0)
-    return cos[:, None, :], tl.load(sin_at + at, mask, other=0.0)[:, None, :]
+    sin = tl.load(sin_at + at, mask, other=0.0)
+    cos = tl.where(turns, cos, 1.0)
+    return cos[:, None, :], tl.where(places < HALF, sin, -sin)[:, None, :]
 
 
-def _head_tile(
-    heads: int, width: int, half: int, elements: int = ELEMENTS_PER_TILE
-) -> tuple[int, int, int, int]:
-    """Rows of a tile, and the powers of two that cover heads, a rotated half and the rest."""
-    covers = [triton.next_power_of_2(max(1, size)) for size in (heads, half, width - 2 * half)]
-    return (max(1, elements // triton.next_power_of_2(heads * width)), *covers)
+@triton.jit
+def _gains(gain_at, H: tl.constexpr, WIDE_H: tl.constexpr):
+    """float32 [1, heads]."""
+    heads = tl.arange(0, WIDE_H)
+    return tl.load(gain_at + heads, heads < H, other=0.0)[None, :]

@@ -15,15 +15,21 @@ NUM_WARPS, NUM_STAGES = 8, 3
 PROGRAMS = 132  # an H200's multiprocessors; a tile's accumulator fills one
 
 
-def mlp_up(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, C] · weight [F, C]ᵀ, before and after the activation: two tensors [M, F]."""
-    up = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    activation = torch.empty_like(up)
+def mlp_up(
+    x: torch.Tensor, weight: torch.Tensor, keeps_up: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """x [M, C] · weight [F, C]ᵀ, before and after the activation: two tensors [M, F].
+
+    The first, which only a backward pass needs, is None without `keeps_up`.
+    """
+    activation = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    up = torch.empty_like(activation) if keeps_up else None
+    activation_tiles = _tiles(activation, TILE_M, TILE_N // 2)
     tile_k = TILE_K_BYTES // x.element_size()
     _mlp_up[(PROGRAMS,)](
         _tiles(x, TILE_M, tile_k), _tiles(weight, TILE_N, tile_k),
-        _tiles(up, TILE_M, TILE_N // 2), _tiles(activation, TILE_M, TILE_N // 2),
-        *up.shape, x.shape[1], TILE_M, TILE_N, tile_k, PROGRAMS,
+        _tiles(up, TILE_M, TILE_N // 2) if keeps_up else activation_tiles, activation_tiles,
+        *activation.shape, x.shape[1], keeps_up, TILE_M, TILE_N, tile_k, PROGRAMS,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     return up, activation
@@ -46,7 +52,7 @@ def mlp_down_backward(
 
 @triton.jit
 def _mlp_up(
-    x_tiles, weight_tiles, up_tiles, activation_tiles, M, N, K,
+    x_tiles, weight_tiles, up_tiles, activation_tiles, M, N, K, KEEPS_UP: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = TILE_N // 2
@@ -58,8 +64,9 @@ def _mlp_up(
             x = x_tiles.load([row, k])
             total = tl.dot(x, weight_tiles.load([column, k]).T, total, input_precision="ieee")
         left, right = _halves(total, TILE_M, TILE_N)
-        up_tiles.store([row, column], left.to(up_tiles.dtype))
-        up_tiles.store([row, column + HALF], right.to(up_tiles.dtype))
+        if KEEPS_UP:
+            up_tiles.store([row, column], left.to(up_tiles.dtype))
+            up_tiles.store([row, column + HALF], right.to(up_tiles.dtype))
         activation_tiles.store([row, column], _activation(left).to(up_tiles.dtype))
         activation_tiles.store([row, column + HALF], _activation(right).to(up_tiles.dtype))
 

@@ -8,13 +8,7 @@ import triton
 import triton.language as tl
 
 from fairway.model.gpt import NORM_EPSILON
-from fairway.model.kernels.tiles import (
-    ELEMENTS_PER_TILE,
-    programs_over,
-    row_grid,
-    row_tile,
-    rows_of,
-)
+from fairway.model.kernels.tiles import one_row, programs_over, row_grid, row_tile, rows_of
 
 
 def rms_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,14 +121,13 @@ def mix_and_norm_backward(
     inner = torch.empty_like(x)
     has_skip, has_later = skip is not None, later_weight is not None
     outer = torch.empty_like(x) if has_later else inner
-    tile = row_tile(x, ELEMENTS_PER_TILE // 2)
-    programs = programs_over(M, tile[0])
+    programs = programs_over(M)
     partial = x.new_empty(3, programs, C, dtype=torch.float32)
     _mix_and_norm_backward[(programs,)](
         residual, gradient, normed, inverse, x, x0, skip if has_skip else x,
         inner if later is None else later, mix, skip_weight if has_skip else mix,
         later_weight if has_later else mix, x0_gradient, inner, outer, partial,
-        M, C, has_skip, has_later, later is None, programs, *tile,
+        M, C, has_skip, has_later, later is None, programs, *one_row(x), num_warps=1,
     )  # fmt: skip
     sums = partial.sum(1)
     return inner, outer, sums[:2], sums[2]
@@ -149,12 +142,6 @@ def _mix_and_norm_backward(
 ):  # fmt: skip
     channels = tl.arange(0, WIDE)
     inside = channels < C
-    mix0 = tl.load(mix_at + channels, inside, other=0.0)
-    mix1 = tl.load(mix_at + C + channels, inside, other=0.0)
-    if HAS_SKIP:
-        skip_weight = tl.load(skip_weight_at + channels, inside, other=0.0)
-    if HAS_LATER:
-        later_weight = tl.load(later_weight_at + channels, inside, other=0.0)
     mix0_sum = tl.zeros((WIDE,), tl.float32)
     mix1_sum = tl.zeros((WIDE,), tl.float32)
     skip_sum = tl.zeros((WIDE,), tl.float32)
@@ -162,9 +149,14 @@ def _mix_and_norm_backward(
         rows, at, mask = rows_of(block, M, C, ROWS, WIDE)
         mixed = tl.load(residual_at + at, mask, other=0.0).to(tl.float32)
         mixed += _norm_gradient(gradient_at, normed_at, inverse_at, rows, at, mask, M, C)
+        # Weights are read again for each row, from the cache: kept, they would take the registers
+        # of other warps.
+        mix0 = tl.load(mix_at + channels, inside, other=0.0)
+        mix1 = tl.load(mix_at + C + channels, inside, other=0.0)
         inner = mix0[None, :] * mixed
         x = tl.load(x_at + at, mask, other=0.0).to(tl.float32)
         if HAS_SKIP:
+            skip_weight = tl.load(skip_weight_at + channels, inside, other=0.0)
             skip = tl.load(skip_at + at, mask, other=0.0).to(tl.float32)
             skip_sum += tl.sum(inner * skip, 0)
             x += skip_weight[None, :] * skip
@@ -175,6 +167,7 @@ def _mix_and_norm_backward(
         tl.store(x0_gradient_at + at, x0_gradient + mix1[None, :] * mixed, mask)
         tl.store(inner_at + at, inner, mask)
         if HAS_LATER:
+            later_weight = tl.load(later_weight_at + channels, inside, other=0.0)
             if LATER_IS_OWN:
                 later = inner
             else:

@@ -91,7 +91,7 @@ def _record_steps(context: Context, settings: TrainSettings) -> Run:
 
 
 def _gradients_agree(context: Context, trainer: Trainer) -> tuple[Agreement, ...]:
-    """Loss and gradients of one micro-batch: as the trainer compiled it, and the baseline's.
+    """Loss and gradients of one micro-batch: as the trainer computes it, and the baseline's.
 
     The baseline runs eagerly here, a sequence at a time, which is the same function in less memory.
     """
@@ -99,8 +99,7 @@ def _gradients_agree(context: Context, trainer: Trainer) -> tuple[Agreement, ...
     batches = SequentialBatches(context.dataset.splits["train"], context.device)
     inputs, targets = batches.next(rows, trainer.settings.sequence_tokens)
     trainer.model.load_state_dict(weights)
-    fast_loss = trainer.loss(inputs, targets)
-    fast_loss.backward()
+    fast_loss = trainer.backward(inputs, targets, 1.0)
     baseline, loss = context.baseline(weights), 0.0
     with record_attention(context.device):
         for row in range(rows):

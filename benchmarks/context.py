@@ -19,7 +19,7 @@ from fairway.data.loader import CoprimeLoader
 from fairway.distributed import World, resolve_device
 from fairway.errors import UserError
 from fairway.model.gpt import GPT, GPTConfig, config_from_settings
-from fairway.model.runtime import RuntimeSettings, compiles, prepare
+from fairway.model.runtime import RuntimeSettings, compiles, prepare, records_graphs
 from fairway.training.checkpoint import Checkpoints
 from fairway.training.trainer import Trainer, TrainSettings
 
@@ -148,7 +148,13 @@ class Context:
         # Nothing is ever written there: the interval between checkpoints is infinite.
         checkpoints = Checkpoints(Path(tempfile.gettempdir()) / "fairway-benchmark", "none")
         return Trainer(
-            model, settings, loader, self.world, checkpoints, compile_model=self.compiles(model)
+            model,
+            settings,
+            loader,
+            self.world,
+            checkpoints,
+            compile_model=self.compiles(model),
+            cuda_graphs=records_graphs(self.runtime, model),
         )
 
     def stream(self, split: str, num_tokens: int | None = None) -> torch.Tensor:

@@ -20,6 +20,7 @@ from fairway.model import fused
 from fairway.model.fused import Layer as fused_layer
 from fairway.model.kernels.loss import cross_entropy
 from fairway.model.kernels.residual import rms_norm, rms_norm_backward
+from fairway.training.gradients import launched, replayed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -98,6 +99,25 @@ def test_later_tokens_change_no_earlier_logit_to_the_bit():
     changed = (before != after).any(-1)
     assert not changed[1, :7].any() and changed[1, 7:].all()
     assert not changed[0].any() and not changed[2].any(), "rows must not meet"
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_replayed_gradients_are_the_launched_ones():
+    model, (x, y) = random_model(CONFIG, "fused"), batch(rows=4)
+    replay, launch = replayed(model), launched(model.loss)
+    found = []
+    for backward in (launch, replay, replay):
+        for transform in (None, fake_quantize_int6, None):
+            model.matrix_transform = transform
+            losses = [float(backward(x[rows], y[rows], 0.5)) for rows in (slice(0, 2), slice(2, 4))]
+            gradients = [p.grad.clone() for p in model.parameters()]
+            found.append((losses, gradients))
+            for parameter in model.parameters():
+                parameter.grad = None
+    for again in (3, 6):
+        for (launches, expected), (losses, gradients) in zip(found, found[again:], strict=False):
+            assert losses == pytest.approx(launches, rel=1e-6)
+            torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_add_up_over_micro_batches():

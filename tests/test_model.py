@@ -210,7 +210,7 @@ def test_flash_attention_cannot_be_forced_where_it_is_absent():
         select_backend("flash_attn", torch.device("cpu"))
     assert select_backend("auto", torch.device("cpu")) == "sdpa"
     with pytest.raises(UserError, match="half precisions"):
-        prepare(GPT(CONFIG), RuntimeSettings("cpu", "plain", "flash_attn", "float32", "off"))
+        prepare(GPT(CONFIG), RuntimeSettings("cpu", "plain", "flash_attn", "float32", "off", "off"))
 
 
 def test_logits_from_a_place_on_are_those_of_the_whole(model, tokens):
@@ -223,6 +223,11 @@ def test_fused_kernels_cannot_be_forced_where_they_cannot_run(monkeypatch):
     with pytest.raises(UserError, match="runtime.kernels is 'fused' but the device is 'cpu'"):
         select_kernels("fused", torch.device("cpu"))
     assert select_kernels("auto", torch.device("cpu")) == "plain"
+
+
+def test_cuda_graphs_cannot_be_forced_where_there_is_no_gpu():
+    with pytest.raises(UserError, match="runtime.cuda_graphs is 'on'"):
+        prepare(GPT(CONFIG), RuntimeSettings("cpu", "plain", "auto", "float32", "off", "on"))
 
 
 def test_weights_survive_the_file(tmp_path, tokens):

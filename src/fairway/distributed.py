@@ -40,7 +40,10 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def distributed_world(device_name: str) -> Iterator[World]:
-    """Join the process group that torchrun announced (NCCL on GPUs, gloo on CPU), or run alone."""
+    """Join the process group that torchrun announced, or run alone.
+
+    NCCL serves tensors on GPUs, gloo those on CPUs.
+    """
     device = resolve_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -55,9 +58,8 @@ def distributed_world(device_name: str) -> Iterator[World]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
-        )
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
         yield World(rank, size, device)
     finally:

@@ -31,7 +31,7 @@ from fairway.files import (
     write_table,
 )
 from fairway.model.gpt import GPT, config_from_settings
-from fairway.model.runtime import RuntimeSettings, compiles, prepare
+from fairway.model.runtime import RuntimeSettings, compiles, prepare, records_graphs
 from fairway.model.weights import save_model
 from fairway.provenance import runtime_metrics, write_provenance
 from fairway.sources import fingerprint
@@ -106,6 +106,7 @@ def train(options, settings, runtime, world) -> None:
         world,
         checkpoints,
         compile_model=compiles(runtime, model),
+        cuda_graphs=records_graphs(runtime, model),
     )
     if world.is_main:
         print(describe(model, train_settings, world), file=sys.stderr, flush=True)
@@ -151,6 +152,7 @@ def write_products(options, settings, dataset, trainer: Trainer, result, started
             "evaluation_seconds": time.perf_counter() - evaluation_started,
             "seconds": time.perf_counter() - started,
             **runtime_metrics(model, trainer.world),
+            "cuda_graphs": trainer.cuda_graphs,
         },
     )
     write_provenance(

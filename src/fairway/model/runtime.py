@@ -20,6 +20,7 @@ class RuntimeSettings:
     attention: str
     precision: str
     compile: str
+    cuda_graphs: str
 
 
 def prepare(model: GPT, settings: RuntimeSettings) -> GPT:
@@ -42,6 +43,11 @@ def prepare(model: GPT, settings: RuntimeSettings) -> GPT:
         raise UserError(
             "runtime.compile is 'on' but runtime.kernels is 'fused' here, and only the plain "
             "formulation is compiled: set kernels to 'plain' or compile to 'auto'"
+        )
+    if settings.cuda_graphs == "on" and not (model.kernels == "fused" and device.type == "cuda"):
+        raise UserError(
+            f"runtime.cuda_graphs is 'on' but runtime.kernels is {model.kernels!r} on device "
+            f"{device.type!r} here: it needs fused kernels and CUDA; use 'auto'"
         )
     return model
 
@@ -69,3 +75,9 @@ def compiles(settings: RuntimeSettings, model: GPT) -> bool:
     is_cuda = model.token_embedding.device.type == "cuda"
     plain = model.kernels == "plain"
     return settings.compile == "on" or (settings.compile == "auto" and is_cuda and plain)
+
+
+def records_graphs(settings: RuntimeSettings, model: GPT) -> bool:
+    """Whether training replays its kernels as CUDA graphs."""
+    is_cuda = model.token_embedding.device.type == "cuda"
+    return settings.cuda_graphs != "off" and is_cuda and model.kernels == "fused"

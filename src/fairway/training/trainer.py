@@ -20,6 +20,7 @@ from fairway.progress import progress
 from fairway.quantization.integers import fake_quantize_int6
 from fairway.training.averaging import WeightAverages
 from fairway.training.checkpoint import Checkpoints
+from fairway.training.gradients import launched, replayed
 from fairway.training.optimizers import Optimizer
 from fairway.training.schedule import learning_rate_scale, muon_momentum
 
@@ -88,6 +89,7 @@ class Trainer:
         checkpoints: Checkpoints,
         *,
         compile_model: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self.model, self.settings, self.loader = model, settings, loader
         self.world, self.checkpoints = world, checkpoints
@@ -114,6 +116,8 @@ class Trainer:
         self.loss: Callable = (
             torch.compile(model.loss, dynamic=False) if compile_model else model.loss
         )
+        self.cuda_graphs = cuda_graphs
+        self.backward = replayed(model) if cuda_graphs else launched(self.loss)
         self.signal_number = 0
 
     def run(self) -> Progress:
@@ -148,7 +152,7 @@ class Trainer:
                 self.averages.update(state.step, scale)
                 due = time.monotonic() - last_saved > settings.checkpoint_seconds
                 loss, seconds, save, stop = self._agree(
-                    loss, lambda began=started: time.perf_counter() - began, due
+                    loss(), lambda began=started: time.perf_counter() - began, due
                 )
                 self._check_finite(loss)
                 state.step += 1
@@ -175,12 +179,15 @@ class Trainer:
             warmdown_steps=self.settings.warmdown_steps,
         )
 
-    def _step(self, step: int, scale: float) -> torch.Tensor:
-        """One optimiser step; returns this process's mean loss, a float32 scalar on the device."""
+    def _step(self, step: int, scale: float) -> Callable[[], float]:
+        """Launch one optimiser step; returns what waits for this process's mean loss, and gives it.
+
+        It does not wait for the update, so that the GPU has work while the next step is launched.
+        """
         settings = self.settings
         late = scale < settings.late_qat_scale
         self.model.matrix_transform = fake_quantize_int6 if late else None
-        loss = self._accumulate_gradients(*(self.batch or self.loader.next_batch()))
+        loss = _to_host(self._accumulate_gradients(*(self.batch or self.loader.next_batch())))
         momentum = muon_momentum(
             step,
             start=settings.muon_momentum_start,
@@ -205,26 +212,20 @@ class Trainer:
         total = torch.zeros((), device=device)
         for first in range(0, len(inputs), rows):
             x, y = (_to_device(array[first : first + rows], device) for array in (inputs, targets))
-            loss = self.loss(x, y) * (len(x) / len(inputs))
-            loss.backward()
-            total += loss.detach()
+            total += self.backward(x, y, len(x) / len(inputs))
         return total
 
     def _agree(
-        self, loss: torch.Tensor, seconds: Callable[[], float], due: bool
+        self, loss: float, seconds: Callable[[], float], due: bool
     ) -> tuple[float, float, bool, float]:
-        """Loss averaged over processes, and what the first process decides for all.
-
-        Reading the loss waits for the device, so the step's seconds are taken after it.
-        """
+        """Loss averaged over processes, and what the first process decides for all."""
         if self.world.size == 1:
-            return float(loss), seconds(), due, self.signal_number
+            return loss, seconds(), due, self.signal_number
         main = float(self.world.is_main)
         decisions = torch.tensor([0.0, 0.0, main * due, main * self.signal_number])
-        decisions[0] = float(loss) / self.world.size
+        decisions[0] = loss / self.world.size
         decisions[1] = main * seconds()
-        decisions = decisions.to(self.world.device)
-        dist.all_reduce(decisions)
+        dist.all_reduce(decisions)  # on the host: the GPUs are still at work
         mean, elapsed, save, stop = decisions.tolist()
         return mean, elapsed, bool(save), stop
 
@@ -252,7 +253,7 @@ class Trainer:
         loader_state = self.loader_state
         for step in range(steps):
             late = step >= steps // 2 and self.settings.late_qat_scale > 0
-            float(self._step(step, scale=self.settings.late_qat_scale / 2 if late else 1.0))
+            self._step(step, scale=self.settings.late_qat_scale / 2 if late else 1.0)()
         self.model.load_state_dict(weights)
         self.optimizer.load_state_tensors({})
         self.averages.reset()
@@ -310,6 +311,21 @@ def _to_device(array, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor
+
+
+def _to_host(value: torch.Tensor) -> Callable[[], float]:
+    """Start the copy of a scalar; the result waits for it, and for nothing launched after it."""
+    if not value.is_cuda:
+        return lambda: float(value)
+    copy = torch.empty((), pin_memory=True).copy_(value, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> float:
+        copied.synchronize()
+        return float(copy)
+
+    return wait
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -25,8 +25,8 @@ FORCED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "deterministic": SDPBackend.MATH}
 """Backends of PyTorch's own function that are asked for by name. `deterministic` is not the
 config's to choose: it is for short texts whose gradients must be the same from run to run."""
 
-CUDNN_CAPABILITY = (9, 0)
-"""The first GPUs (Hopper) on which cuDNN's attention was measured ahead of PyTorch's own."""
+HOPPER = (9, 0)
+"""Compute capability of the first GPUs on which cuDNN's attention is ahead of PyTorch's own."""
 
 
 def available_backends(device: torch.device) -> list[str]:
@@ -35,10 +35,10 @@ def available_backends(device: torch.device) -> list[str]:
         return ["sdpa"]
     has_cudnn = (
         torch.backends.cudnn.is_available()
-        and torch.cuda.get_device_capability(device) >= CUDNN_CAPABILITY
+        and torch.cuda.get_device_capability(device) >= HOPPER
     )
     flash = [name for name, module in FLASH_MODULES.items() if _is_installed(module)]
-    return [*flash, "sdpa", *(["cudnn"] if has_cudnn else [])]
+    return [*(["cudnn"] if has_cudnn else []), *flash, "sdpa"]
 
 
 def select_backend(wanted: str, device: torch.device) -> str:

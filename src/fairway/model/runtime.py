@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from fairway.errors import UserError
-from fairway.model.attention import select_backend
+from fairway.model.attention import HOPPER, select_backend
 from fairway.model.gpt import GPT
 
 
@@ -53,13 +53,15 @@ def prepare(model: GPT, settings: RuntimeSettings) -> GPT:
 
 
 def select_kernels(wanted: str, device: torch.device) -> str:
-    """Resolve `runtime.kernels` (auto, plain, fused): auto is plain until fused is measured.
+    """Resolve `runtime.kernels` (auto, plain, fused): auto is fused on Hopper GPUs and newer.
 
     Raises UserError where fused is asked for and cannot run.
     """
     has_triton = find_spec("triton") is not None
     if wanted == "auto":
-        return "plain"
+        is_cuda = device.type == "cuda"
+        is_recent = is_cuda and torch.cuda.get_device_capability(device) >= HOPPER
+        return "fused" if has_triton and is_recent else "plain"
     # Triton's interpreter runs the kernels on the CPU, slowly; tests use it.
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     if wanted == "fused" and not (has_triton and (device.type == "cuda" or interprets)):

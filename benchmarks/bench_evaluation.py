@@ -42,6 +42,7 @@ def slot_settings(
             "evaluation": cut | (evaluation or {}),
             "slot": context.section("slot", variant) | (slot or {}),
             "lora": context.section("lora", variant),
+            "ngram": context.section("ngram", variant),
         }
     )
 

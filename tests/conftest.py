@@ -106,7 +106,7 @@ TINY_CONFIG = {
     "ttt": {"epochs": 1, "batch_sequences": 8, "frozen_blocks": 1},
     "gptq": {"calibration_sequences": 4, "calibration_tokens": 32, "batch_sequences": 4},
     "evaluation": {
-        "adapters": ["lora", "slot"],
+        "adapters": ["lora", "slot", "ngram"],
         "window_tokens": 32,
         "stride_tokens": 8,
         "lanes": 4,

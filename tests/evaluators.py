@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fairway.adaptation.lora import LoraSettings
+from fairway.adaptation.ngram import NgramSettings
 from fairway.adaptation.scoring import EvaluatorSettings
 from fairway.adaptation.slot import SlotSettings
 from fairway.adaptation.stream import EvaluationSettings
@@ -45,6 +46,14 @@ SMALL = EvaluatorSettings(
         steps=1,
         chunk_tokens=6,
         context_tokens=24,
+    ),
+    ngram=NgramSettings(
+        orders=(1, 2, 3, 5),
+        recent_occurrences=4,
+        bias=-1.0,
+        order_weight=0.3,
+        count_weight=1.0,
+        variety_weight=1.5,
     ),
 )
 

@@ -68,12 +68,13 @@ def test_every_adapter_is_measured_alone_and_with_the_others(finished):
     _, document = finished
     rows = [row for row in document["rows"] if row["stage"] == "adapters"]
     assert rows[0]["bars"][0]["text"] == ">= 13,000 tokens/s"
-    assert len(rows[0]["agreements"]) == 3
+    assert len(rows[0]["agreements"]) == 4
     start = "time over sliding alone, "
     times = {row["measure"].removeprefix(start): row["fast"] for row in rows[1:]}
-    assert list(times) == ["none", "slot", "lora", "lora + slot"] and times["none"] == 1
+    composed = "lora + slot + ngram"
+    assert list(times) == ["none", "ngram", "slot", "lora", composed] and times["none"] == 1
     assert rows[1]["note"] == "gain 0.00000 nats a token"
-    assert "(lora " in rows[4]["note"] and ", slot " in rows[4]["note"]
+    assert all(f"{name} " in rows[5]["note"] for name in ("(lora", ", slot", ", ngram"))
 
 
 def test_the_adapters_measured_follow_the_config():

@@ -258,7 +258,7 @@ def test_a_reset_row_is_new_and_the_others_are_not(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"adapters": ("slot", "lora")}, "evaluation.adapters has slot before lora"),
+        ({"adapters": ("slot", "lora")}, "each once and in this order"),
         ({"adapters": ("lora", "lora")}, "evaluation.adapters is ['lora', 'lora']: expected lora"),
         ({"adapters": ("ema",)}, "evaluation.adapters is ['ema']: expected lora, slot"),
         ({"projections": ("query", "gate")}, "lora.projections has gate: expected some of query"),

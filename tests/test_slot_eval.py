@@ -86,6 +86,7 @@ def test_each_target_has_one_row(causal, tiny_dataset):
         "in_own_loss": "bool",
         "gain_lora": "float64",
         "gain_slot": "float64",
+        "gain_ngram": "float64",
     }
 
 
@@ -98,9 +99,9 @@ def test_the_metrics_are_sums_over_the_table(causal):
     assert metrics["gain_nats"] == pytest.approx(
         metrics["val_loss_before"] - metrics["val_loss"], abs=1e-12
     )
-    for name in ("gain_lora", "gain_slot"):
+    for name in ("gain_lora", "gain_slot", "gain_ngram"):
         assert metrics[f"{name}_nats"] == pytest.approx(table[name].mean(), abs=1e-12) != 0
-    assert metrics["adapters"] == ["lora", "slot"] and not metrics["shares_batches"]
+    assert metrics["adapters"] == ["lora", "slot", "ngram"] and not metrics["shares_batches"]
     assert metrics["windows"] == table["window"].nunique()
     assert 0 < metrics["adapter_seconds"] < metrics["evaluation_seconds"]
     assert metrics["mean_iterations"] > 0
@@ -110,7 +111,7 @@ def test_the_metrics_are_sums_over_the_table(causal):
 
 
 @pytest.mark.parametrize(
-    ("variant", "adapters"), [("causal", ["lora", "slot"]), ("published", ["slot"])]
+    ("variant", "adapters"), [("causal", ["lora", "slot", "ngram"]), ("published", ["slot"])]
 )
 def test_the_gains_are_what_the_adapters_took_off_each_loss(variant, adapters, request):
     table = pd.read_parquet(request.getfixturevalue(variant) / "tokens.parquet")

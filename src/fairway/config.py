@@ -21,7 +21,8 @@ SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow/schemas/config.sch
 
 VARIANT_STAGES = ("ttt", "gptq", "slot", "audit")
 
-ADAPTERS = ("lora", "slot")
+ADAPTERS = ("lora", "slot", "ngram")
+"""In the order in which they compose: lora changes the model, slot its logits, ngram mixes."""
 
 STAGE_SECTIONS = {
     "tokenize": ("data",),
@@ -29,8 +30,8 @@ STAGE_SECTIONS = {
     "ema": ("ema", "runtime"),
     "ttt": ("ttt", "runtime"),
     "gptq": ("gptq", "budgets.artifact_bytes", "runtime"),
-    "slot": ("evaluation", "slot", "lora", "runtime"),
-    "audit": ("audit", "evaluation", "slot", "lora", "budgets", "runtime"),
+    "slot": ("evaluation", *ADAPTERS, "runtime"),
+    "audit": ("audit", "evaluation", *ADAPTERS, "budgets", "runtime"),
     "report": ("report", "budgets"),
 }
 
@@ -241,14 +242,10 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
             "targets would be skipped; lower the stride"
         )
     adapters = list(evaluation["adapters"])
-    if not set(adapters) <= set(ADAPTERS) or len(set(adapters)) < len(adapters):
+    if adapters != [name for name in ADAPTERS if name in adapters]:
         raise UserError(
-            f"evaluation.adapters is {adapters}: expected lora, slot, both or neither, each once"
-        )
-    if adapters == ["slot", "lora"]:
-        raise UserError(
-            "evaluation.adapters has slot before lora: slot adds to the model's logits and lora "
-            "changes the model, so list lora first"
+            f"evaluation.adapters is {adapters}: expected some of {', '.join(ADAPTERS)}, each once "
+            "and in this order, in which they compose"
         )
 
 

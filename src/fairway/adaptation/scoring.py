@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fairway.adaptation.lora import LoraAdapter, LoraSettings
+from fairway.adaptation.ngram import NgramAdapter, NgramSettings, Occurrences, occurrences
 from fairway.adaptation.slot import SlotAdapter, SlotSettings, score_batches
 from fairway.adaptation.stream import (
     EvaluationSettings,
@@ -40,8 +41,8 @@ class Adapter(Protocol):
     def adapt(self, rows: Rows, logits: Tensor, scored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Change a pass's logits [B, T − F, V] and those of its scored targets [m, V].
 
-        Returns both, and the iterations of its fits, int64, if it makes any. It may use tokens
-        that precede the scored slice, and no others.
+        Returns both, and the iterations of its fits, int64, if it makes any. A target's
+        distribution may depend on the tokens before it, and on no others.
         """
 
     def learn(self, rows: Rows) -> None:
@@ -55,6 +56,7 @@ class EvaluatorSettings:
     evaluation: EvaluationSettings
     slot: SlotSettings | None = None
     lora: LoraSettings | None = None
+    ngram: NgramSettings | None = None
     """Sections of adapters that `evaluation` does not list may be left out."""
 
     def __post_init__(self) -> None:
@@ -68,7 +70,12 @@ class EvaluatorSettings:
 
 def evaluator_settings(sections: Mapping[str, Mapping[str, Any]]) -> EvaluatorSettings:
     """From a stage's settings; UserError where they do not fit together."""
-    kinds = {"evaluation": EvaluationSettings, "slot": SlotSettings, "lora": LoraSettings}
+    kinds = {
+        "evaluation": EvaluationSettings,
+        "slot": SlotSettings,
+        "lora": LoraSettings,
+        "ngram": NgramSettings,
+    }
     return EvaluatorSettings(
         **{name: kind(**sections[name]) for name, kind in kinds.items() if name in sections}
     )
@@ -97,13 +104,15 @@ def score_stream(
     """
     stream = cut_stream(tokens, settings.evaluation, bos_id)
     groups = lane_groups(len(stream.windows), settings.evaluation, settings.shares_batches)
+    uses_ngrams = "ngram" in settings.evaluation.adapters
+    ngrams = occurrences(stream, settings.ngram.orders) if uses_ngrams else {}
     for group in groups[rank::world_size]:
         if settings.shares_batches:
             size = settings.evaluation.forward_windows
             yield from score_batches(model_logits, stream, settings.slot, size, kernels, *group[0])
         else:
             size = len(groups[0])
-            adapters = make_adapters(stream, settings, size, kernels, model, seed)
+            adapters = make_adapters(stream, settings, size, kernels, model, seed, ngrams)
             yield from _score_lanes(model_logits, stream, group, size, adapters)
 
 
@@ -114,6 +123,7 @@ def make_adapters(
     kernels: str,
     model: GPT | None,
     seed: int,
+    ngrams: dict[int, Occurrences],
 ) -> list[Adapter]:
     """New ones for a group of `size` lanes, in the order of `evaluation.adapters`."""
     adapters: list[Adapter] = []
@@ -122,8 +132,10 @@ def make_adapters(
             assert model is not None, "LoRA needs the model, not only its logits"
             stride = settings.evaluation.stride_tokens
             adapters.append(LoraAdapter(model, size, settings.lora, stride, seed))
-        else:
+        elif name == "slot":
             adapters.append(SlotAdapter(stream, settings.slot, kernels))
+        else:
+            adapters.append(NgramAdapter(ngrams, settings.ngram))
     return adapters
 
 

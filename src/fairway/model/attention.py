@@ -34,8 +34,7 @@ def available_backends(device: torch.device) -> list[str]:
     if device.type != "cuda":
         return ["sdpa"]
     has_cudnn = (
-        torch.backends.cudnn.is_available()
-        and torch.cuda.get_device_capability(device) >= HOPPER
+        torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= HOPPER
     )
     flash = [name for name, module in FLASH_MODULES.items() if _is_installed(module)]
     return [*(["cudnn"] if has_cudnn else []), *flash, "sdpa"]

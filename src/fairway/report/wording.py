@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fairway.report.results import FAIL, PASS
 
 NONE = "–"
-_ADAPTERS = {"lora": "LoRA", "slot": "SLOT"}
+_ADAPTERS = {"lora": "LoRA", "slot": "SLOT", "ngram": "n-gram cache"}
 _TITLES = {"flip": "Flip test", "self_influence": "Self-influence", "null": "Null test"}
 
 

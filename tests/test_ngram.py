@@ -1,0 +1,105 @@
+"""The n-gram cache: the mixture that it says it is, out of nothing but the document so far."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from evaluators import SMALL, changed, random_model, reaches_of_flips
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_slot import BOS, VOCABULARY, collect, toy_stream
+
+from fairway.adaptation.ngram import NgramSettings
+from fairway.adaptation.slot_evaluator import make_evaluator
+from fairway.adaptation.token_table import score_rank
+from fairway.errors import UserError
+
+ALONE = changed(SMALL, adapters=("ngram",))
+ALL = changed(SMALL, adapters=("lora", "slot", "ngram"), iterations=3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(VOCABULARY)
+
+
+def mixture(p: np.ndarray, past: list[int], ngram: NgramSettings) -> np.ndarray:
+    """What the cache makes of p float64 [V], with `past` the document's tokens so far."""
+    for order in ngram.orders:
+        context = past[len(past) - order :]
+        followers = [
+            past[end] for end in range(order, len(past)) if past[end - order : end] == context
+        ]
+        counts = Counter(followers[-ngram.recent_occurrences :])
+        if len(context) < order or not counts:
+            continue
+        number = counts.total()
+        odds = (
+            ngram.bias + ngram.order_weight * order + ngram.count_weight * math.log(number)
+            - ngram.variety_weight * math.log(len(counts))
+        )  # fmt: skip
+        trust = 1 / (1 + math.exp(-odds))
+        p = (1 - trust) * p
+        for token, count in counts.items():
+            p[token] += trust * count / number
+    return p
+
+
+@given(st.integers(0, 10**6), st.integers(2, 6), st.sampled_from([10, 40, 400]))
+@settings(max_examples=25, deadline=None)
+def test_the_scores_are_those_of_the_mixture(seed, words, document_tokens):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = toy_stream(150, seed, document_tokens=document_tokens)
+    tokens = torch.where(
+        tokens == BOS, BOS, torch.randint(1, 1 + words, (150,), generator=generator)
+    )
+    columns = collect(tokens, ALONE, random_model(VOCABULARY))
+    before = columns["logits_before"].double().softmax(1).numpy()
+    after = columns["logits_after"].double().exp().numpy()
+    past = []
+    for place, token in enumerate(tokens[:-1].tolist()):
+        past = [token] if token == BOS else [*past, token]
+        expected = mixture(before[place].copy(), past, ALONE.ngram)
+        np.testing.assert_allclose(after[place], expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(after.sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings_", [ALONE, ALL], ids=["alone", "after lora and slot"])
+def test_no_distribution_depends_on_its_target_or_on_what_follows(model, settings_):
+    evaluate = make_evaluator(model, settings_, BOS, model=model)
+    tokens = toy_stream(150, document_tokens=25)
+    assert not reaches_of_flips(evaluate, tokens, 6, BOS, VOCABULARY)
+
+
+def test_lanes_and_ranks_do_not_matter(model):
+    tokens = toy_stream(200)
+    alone = collect(tokens, ALONE, model)
+    parts = [collect(tokens, ALONE, model, rank=rank, world_size=2) for rank in range(2)]
+    for name, column in alone.items():
+        merged = torch.cat([part[name] for part in parts])
+        assert torch.equal(merged[torch.cat([p["positions"] for p in parts]).argsort()], column)
+    one = collect(tokens, changed(ALONE, lanes=1, forward_windows=1), model)
+    torch.testing.assert_close(one["logits_after"], alone["logits_after"], rtol=0, atol=1e-4)
+
+
+def test_what_repeats_in_a_document_is_expected_and_in_another_is_not(model):
+    phrase = torch.arange(BOS + 1, BOS + 21)
+    bos = torch.tensor([BOS])
+    repeated, apart = torch.cat((bos, phrase, phrase)), torch.cat((bos, phrase, bos, phrase))
+    gain = {}
+    for name, tokens in (("repeated", repeated), ("apart", apart)):
+        columns = score_rank(model, tokens, ALONE, BOS, 0, 1, lambda windows: None).columns
+        gain[name] = columns["gain_ngram"][columns["position"].argsort()]
+    assert gain["repeated"][25:].min() > 0.5
+    assert (gain["apart"] == 0).all() or np.abs(gain["apart"]).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change", [{"orders": ()}, {"orders": (2, 2)}, {"orders": (0,)}, {"recent_occurrences": 0}]
+)
+def test_settings_that_make_no_sense_are_refused(change):
+    with pytest.raises(UserError, match=f"ngram.{next(iter(change))}"):
+        replace(SMALL.ngram, **change)

@@ -48,12 +48,26 @@ SMALL = EvaluatorSettings(
         context_tokens=24,
     ),
     ngram=NgramSettings(
-        orders=(1, 2, 3, 5),
-        recent_occurrences=4,
-        bias=-1.0,
-        order_weight=0.3,
-        count_weight=1.0,
-        variety_weight=1.5,
+        caches=(
+            {
+                "reach": "stream",
+                "orders": (2, 4),
+                "recent_occurrences": 3,
+                "bias": -2.0,
+                "order_weight": 0.5,
+                "count_weight": 0.5,
+                "variety_weight": 2.0,
+            },
+            {
+                "reach": "document",
+                "orders": (1, 2, 3, 5),
+                "recent_occurrences": 4,
+                "bias": -1.0,
+                "order_weight": 0.3,
+                "count_weight": 1.0,
+                "variety_weight": 1.5,
+            },
+        )
     ),
 )
 

@@ -259,8 +259,11 @@ def test_a_reset_row_is_new_and_the_others_are_not(model):
     ("change", "message"),
     [
         ({"adapters": ("slot", "lora")}, "each once and in this order"),
-        ({"adapters": ("lora", "lora")}, "evaluation.adapters is ['lora', 'lora']: expected lora"),
-        ({"adapters": ("ema",)}, "evaluation.adapters is ['ema']: expected lora, slot"),
+        (
+            {"adapters": ("lora", "lora")},
+            "evaluation.adapters is ['lora', 'lora']: expected some of",
+        ),
+        ({"adapters": ("ema",)}, "evaluation.adapters is ['ema']: expected some of lora"),
         ({"projections": ("query", "gate")}, "lora.projections has gate: expected some of query"),
         ({"projections": ()}, "lora adapts nothing: name lora.projections or set lora.scales"),
         (

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_slot import BOS, VOCABULARY, collect, toy_stream
 
-from fairway.adaptation.ngram import NgramSettings
+from fairway.adaptation.ngram import CacheSettings
 from fairway.adaptation.slot_evaluator import make_evaluator
 from fairway.adaptation.token_table import score_rank
 from fairway.errors import UserError
 
 ALONE = changed(SMALL, adapters=("ngram",))
+CACHES = [CacheSettings(**cache) for cache in SMALL.ngram.caches]
+OF_DOCUMENTS = changed(ALONE, caches=SMALL.ngram.caches[1:])
 ALL = changed(SMALL, adapters=("lora", "slot", "ngram"), iterations=3)
 
 
@@ -26,8 +27,8 @@ def model():
     return random_model(VOCABULARY)
 
 
-def mixture(p: np.ndarray, past: list[int], ngram: NgramSettings) -> np.ndarray:
-    """What the cache makes of p float64 [V], with `past` the document's tokens so far."""
+def mixture(p: np.ndarray, past: list[int], ngram: CacheSettings) -> np.ndarray:
+    """What a cache makes of p float64 [V], with `past` the tokens that it may know."""
     for order in ngram.orders:
         context = past[len(past) - order :]
         followers = [
@@ -59,10 +60,13 @@ def test_the_scores_are_those_of_the_mixture(seed, words, document_tokens):
     columns = collect(tokens, ALONE, random_model(VOCABULARY))
     before = columns["logits_before"].double().softmax(1).numpy()
     after = columns["logits_after"].double().exp().numpy()
-    past = []
-    for place, token in enumerate(tokens[:-1].tolist()):
-        past = [token] if token == BOS else [*past, token]
-        expected = mixture(before[place].copy(), past, ALONE.ngram)
+    text, begin = tokens.tolist(), 0
+    for place, token in enumerate(text[:-1]):
+        begin = place if token == BOS else begin
+        expected = before[place].copy()
+        for cache in CACHES:
+            first = begin if cache.reach == "document" else 0
+            expected = mixture(expected, text[first : place + 1], cache)
         np.testing.assert_allclose(after[place], expected, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(after.sum(1), 1, rtol=1e-5)
 
@@ -90,16 +94,25 @@ def test_what_repeats_in_a_document_is_expected_and_in_another_is_not(model):
     bos = torch.tensor([BOS])
     repeated, apart = torch.cat((bos, phrase, phrase)), torch.cat((bos, phrase, bos, phrase))
     gain = {}
-    for name, tokens in (("repeated", repeated), ("apart", apart)):
-        columns = score_rank(model, tokens, ALONE, BOS, 0, 1, lambda windows: None).columns
+    for name, tokens, settings_ in (
+        ("repeated", repeated, OF_DOCUMENTS),
+        ("apart", apart, OF_DOCUMENTS),
+        ("apart, all searched", apart, ALONE),
+    ):
+        columns = score_rank(model, tokens, settings_, BOS, 0, 1, lambda windows: None).columns
         gain[name] = columns["gain_ngram"][columns["position"].argsort()]
     assert gain["repeated"][25:].min() > 0.5
-    assert (gain["apart"] == 0).all() or np.abs(gain["apart"]).max() < 1e-5
+    assert np.abs(gain["apart"]).max() < 1e-5
+    assert gain["apart, all searched"][25:].min() > 0.2
 
 
 @pytest.mark.parametrize(
-    "change", [{"orders": ()}, {"orders": (2, 2)}, {"orders": (0,)}, {"recent_occurrences": 0}]
-)
+    "change",
+    [
+        {"reach": "lane"}, {"orders": ()}, {"orders": (2, 2)}, {"orders": (0,)},
+        {"recent_occurrences": 0},
+    ],
+)  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(change):
-    with pytest.raises(UserError, match=f"ngram.{next(iter(change))}"):
-        replace(SMALL.ngram, **change)
+    with pytest.raises(UserError, match=f"ngram.caches: {next(iter(change))}"):
+        changed(ALONE, caches=[{**SMALL.ngram.caches[0], **change}])

@@ -1,24 +1,22 @@
-"""An n-gram cache: what followed the same words earlier in the document, mixed into the model.
+"""N-gram caches: what followed the same words earlier, mixed into the model's distribution.
 
-For each order k, shortest first, the last k tokens before a target are looked up among the earlier
-tokens of its document. Where they occurred, the tokens that followed them make a distribution q,
-and the model's p becomes (1 − λ)·p + λ·q, with
+For each order k of a cache, shortest first, the last k tokens before a target are looked up among
+the earlier tokens of its document, or of the whole text. Where they occurred, the tokens that
+followed make a distribution q, and p, the model's at first, becomes (1 − λ)·p + λ·q, with
 
     λ = sigmoid(bias + order_weight·k + count_weight·ln(occurrences) − variety_weight·ln(kinds)),
 
-kinds being how many different tokens followed.
-
-A target's distribution depends on the tokens before it, in its document, and on nothing else: the
-cache learns nothing and belongs to no lane. What it holds of the text is a function of the text.
+kinds being how many different tokens followed. A target's distribution depends on the tokens before
+it and on nothing else: a cache is a function of the text, learns nothing, and belongs to no lane.
 
 Shape suffixes: n targets of the stream, m scored targets, R recent occurrences, V vocabulary.
 Sources: Kuhn & De Mori, "A cache-based natural language model" (1990); Cleary & Witten, "Data
 compression using adaptive coding and partial string matching" (1984).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +26,11 @@ from fairway.errors import UserError
 
 
 @dataclass(frozen=True)
-class NgramSettings:
-    """The config section `ngram`."""
+class CacheSettings:
+    """One of `ngram.caches`."""
 
+    reach: str
+    """document: the tokens since the last BOS; stream: all earlier ones."""
     orders: Sequence[int]
     """Lengths of the contexts that are looked up, in tokens."""
     recent_occurrences: int
@@ -41,14 +41,31 @@ class NgramSettings:
     variety_weight: float
 
     def __post_init__(self) -> None:
+        if self.reach not in ("document", "stream"):
+            raise UserError(
+                f"ngram.caches: reach is {self.reach!r}: expected 'document' or 'stream'"
+            )
         if not self.orders or len(set(self.orders)) < len(self.orders) or min(self.orders) < 1:
             raise UserError(
-                f"ngram.orders is {list(self.orders)}: expected lengths from 1 on, each once"
+                f"ngram.caches: orders is {list(self.orders)}: expected lengths of 1 or more, "
+                "each once"
             )
         if self.recent_occurrences < 1:
             raise UserError(
-                f"ngram.recent_occurrences is {self.recent_occurrences}: expected at least 1"
+                f"ngram.caches: recent_occurrences is {self.recent_occurrences}: expected 1 or more"
             )
+
+
+@dataclass(frozen=True)
+class NgramSettings:
+    """The config section `ngram`."""
+
+    caches: Sequence[Mapping[str, Any]]
+    """Each a CacheSettings, mixed in one after the other."""
+
+    def __post_init__(self) -> None:
+        for cache in self.caches:
+            CacheSettings(**cache)
 
 
 class Occurrences(NamedTuple):
@@ -62,16 +79,33 @@ class Occurrences(NamedTuple):
     """By slot: the token after the place."""
 
 
-def occurrences(stream: Stream, orders: Sequence[int]) -> dict[int, Occurrences]:
-    """For each order. Contexts that reach over a document's start occur nowhere else."""
-    groups = {
-        1: _renumbered(stream.documents[:-1] * (stream.tokens.max() + 1) + stream.tokens[:-1])
+class Cache(NamedTuple):
+    """A cache over one stream: what its orders find there."""
+
+    settings: CacheSettings
+    found: dict[int, Occurrences]
+
+
+def build_caches(stream: Stream, settings: NgramSettings) -> list[Cache]:
+    """One pass over the stream, for all lanes; on its device."""
+    caches = [CacheSettings(**cache) for cache in settings.caches]
+    return [Cache(cache, _found(stream, cache)) for cache in caches]
+
+
+def _found(stream: Stream, settings: CacheSettings) -> dict[int, Occurrences]:
+    tokens, groups = stream.tokens[:-1], stream.tokens[:-1]
+    if settings.reach == "document":
+        # Contexts that begin before a document then occur nowhere else.
+        groups = stream.documents[:-1] * (tokens.max() + 1) + tokens
+    known = {1: _renumbered(groups)}
+    return {
+        order: _occurrences(_groups(known, order), stream.tokens)
+        for order in sorted(settings.orders)
     }
-    return {order: _occurrences(_groups(groups, order), stream.tokens) for order in sorted(orders)}
 
 
 def _groups(groups: dict[int, Tensor], order: int) -> Tensor:
-    """int64 [n]: equal where the last `order` tokens, and their document, are; exact, no hashes."""
+    """int64 [n]: equal where the last `order` entries of groups[1] are; exact, no hashes."""
     if order not in groups:
         late = order // 2
         first, second = _groups(groups, order - late), _groups(groups, late)
@@ -98,10 +132,10 @@ def _occurrences(groups: Tensor, tokens: Tensor) -> Occurrences:
 
 
 class NgramAdapter:
-    """The cache as an adapter of the evaluation; `found` is what `occurrences` gave."""
+    """The caches as an adapter of the evaluation."""
 
-    def __init__(self, found: dict[int, Occurrences], settings: NgramSettings) -> None:
-        self.found, self.settings = found, settings
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        self.caches = caches
 
     def needed_places(self, step: int) -> int:
         """None beside the scored ones."""
@@ -110,28 +144,32 @@ class NgramAdapter:
     def adapt(self, rows: Rows, logits: Tensor, scored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the mixture for the scored targets; a pass's logits as they are."""
         p = torch.softmax(scored.float(), dim=1)
-        for order, found in self.found.items():
-            p = self._mixed(p, order, found, rows.positions - 1)
+        for settings, found in self.caches:
+            for order, occurrences in found.items():
+                p = mixed(p, order, occurrences, rows.positions - 1, settings)
         return logits, p.log(), rows.positions.new_zeros(0)
 
     def learn(self, rows: Rows) -> None:
         """Nothing: the text before a target says it all."""
 
-    def _mixed(self, p: Tensor, order: int, found: Occurrences, places: Tensor) -> Tensor:
-        """p [m, V] with the followers of the contexts that end at `places` [m] mixed in."""
-        settings = self.settings
-        back = torch.arange(1, settings.recent_occurrences + 1, device=places.device)
-        exists = back <= found.earlier[places].unsqueeze(1)
-        followers = found.follower[(found.slot[places].unsqueeze(1) - back).clamp(min=0)]
-        counts = torch.zeros_like(p).scatter_add_(1, followers, exists.to(p.dtype))
-        number = exists.sum(1, keepdim=True)
-        some = number.clamp(min=1)
-        variety = (counts > 0).sum(1, keepdim=True).clamp(min=1)
-        trust = torch.sigmoid(
-            settings.bias
-            + settings.order_weight * order
-            + settings.count_weight * some.log()
-            - settings.variety_weight * variety.log()
-        )
-        trust = torch.where(number > 0, trust, 0.0)
-        return (1 - trust) * p + trust * counts / some
+
+def mixed(
+    p: Tensor, order: int, occurrences: Occurrences, places: Tensor, settings: CacheSettings
+) -> Tensor:
+    """p [m, V] with what followed the contexts that end at `places` [m] mixed in."""
+    back = torch.arange(1, settings.recent_occurrences + 1, device=places.device)
+    exists = back <= occurrences.earlier[places].unsqueeze(1)
+    at = (occurrences.slot[places].unsqueeze(1) - back).clamp(min=0)
+    followers = occurrences.follower[at]
+    counts = torch.zeros_like(p).scatter_add_(1, followers, exists.to(p.dtype))
+    number = exists.sum(1, keepdim=True)
+    some = number.clamp(min=1)
+    kinds = (counts > 0).sum(1, keepdim=True).clamp(min=1)
+    trust = torch.sigmoid(
+        settings.bias
+        + settings.order_weight * order
+        + settings.count_weight * some.log()
+        - settings.variety_weight * kinds.log()
+    )
+    trust = torch.where(number > 0, trust, 0.0)
+    return (1 - trust) * p + trust * counts / some

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fairway.adaptation.lora import LoraAdapter, LoraSettings
-from fairway.adaptation.ngram import NgramAdapter, NgramSettings, Occurrences, occurrences
+from fairway.adaptation.ngram import Cache, NgramAdapter, NgramSettings, build_caches
 from fairway.adaptation.slot import SlotAdapter, SlotSettings, score_batches
 from fairway.adaptation.stream import (
     EvaluationSettings,
@@ -105,14 +105,14 @@ def score_stream(
     stream = cut_stream(tokens, settings.evaluation, bos_id)
     groups = lane_groups(len(stream.windows), settings.evaluation, settings.shares_batches)
     uses_ngrams = "ngram" in settings.evaluation.adapters
-    ngrams = occurrences(stream, settings.ngram.orders) if uses_ngrams else {}
+    caches = build_caches(stream, settings.ngram) if uses_ngrams else []
     for group in groups[rank::world_size]:
         if settings.shares_batches:
             size = settings.evaluation.forward_windows
             yield from score_batches(model_logits, stream, settings.slot, size, kernels, *group[0])
         else:
             size = len(groups[0])
-            adapters = make_adapters(stream, settings, size, kernels, model, seed, ngrams)
+            adapters = make_adapters(stream, settings, size, kernels, model, seed, caches)
             yield from _score_lanes(model_logits, stream, group, size, adapters)
 
 
@@ -123,7 +123,7 @@ def make_adapters(
     kernels: str,
     model: GPT | None,
     seed: int,
-    ngrams: dict[int, Occurrences],
+    caches: list[Cache],
 ) -> list[Adapter]:
     """New ones for a group of `size` lanes, in the order of `evaluation.adapters`."""
     adapters: list[Adapter] = []
@@ -135,7 +135,7 @@ def make_adapters(
         elif name == "slot":
             adapters.append(SlotAdapter(stream, settings.slot, kernels))
         else:
-            adapters.append(NgramAdapter(ngrams, settings.ngram))
+            adapters.append(NgramAdapter(caches))
     return adapters
 
 

@@ -54,18 +54,19 @@ def held_bytes(device: torch.device) -> int:
 
 
 def warmed_up(device: torch.device, build: Callable[[], Run], held: int | None = None) -> Side:
-    """Build a side and run it twice: the first run compiles, the second shows its memory.
+    """Build a side and run it twice: the first run compiles, or records what later ones replay.
 
+    The memory is that of both, for a CUDA graph's is allocated only while it is recorded.
     held: `held_bytes` before anything of this side was made; None where `build` makes it all.
     """
     held = held_bytes(device) if held is None else held
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     run = build()
     run()
-    if device.type != "cuda":
-        return Side(run, run(), None)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
     first = run()
+    if device.type != "cuda":
+        return Side(run, first, None)
     torch.cuda.synchronize(device)
     return Side(run, first, torch.cuda.max_memory_allocated(device) - held)
 

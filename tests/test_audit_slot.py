@@ -10,7 +10,7 @@ from evaluators import SMALL, changed, random_model
 from mutants import Toy
 from test_score_first import LearnsFirst
 
-from fairway.adaptation import scoring
+from fairway.adaptation import ngram, scoring
 from fairway.adaptation.lora import PROJECTIONS
 from fairway.adaptation.scoring import EvaluatorSettings
 from fairway.adaptation.slot_evaluator import document_source, make_evaluator
@@ -132,6 +132,25 @@ def test_lora_passes_with_and_without_a_delta(adapters, world_size):
     findings, failed = audit(settings, world_size, model=random_model(32), flips=6)
     assert failed == set() and findings.track == "adaptive"
     assert (findings.reach["changed"] == 0).all()
+
+
+@pytest.mark.parametrize("adapters", [("ngram",), ("lora", "slot", "ngram")], ids=str)
+def test_ngram_caches_pass(adapters):
+    settings = changed(SETTINGS, adapters=adapters, chunk_tokens=16, context_tokens=32)
+    findings, failed = audit(settings, model=random_model(32), flips=6)
+    assert failed == set() and findings.track == "adaptive"
+
+
+def test_an_ngram_cache_that_finds_the_target_itself_fails(monkeypatch):
+    honest = ngram._occurrences
+
+    def with_itself(groups, tokens):
+        found = honest(groups, tokens)
+        return found._replace(slot=found.slot + 1, earlier=found.earlier + 1)
+
+    monkeypatch.setattr(ngram, "_occurrences", with_itself)
+    _, failed = audit(changed(SETTINGS, adapters=("ngram",)), flips=6)
+    assert {"self_influence", "null"} <= failed
 
 
 def test_lora_that_learns_before_it_scores_fails(monkeypatch):

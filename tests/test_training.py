@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -93,6 +94,24 @@ def test_every_parameter_is_in_exactly_one_group_and_moves():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(1.0, 0.9)
     assert all(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_model_without_value_layers_trains():
+    model = GPT(replace(CONFIG, value_layers=()), seed=0)
+    optimizer = Optimizer(
+        model,
+        learning_rates={"matrix": 0.1, "embedding": 0.1, "scalar": 0.1},
+        betas=(0.9, 0.95), weight_decay=0.0, newton_schulz_steps=5, gradient_clip=1.0,
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tokens = torch.arange(20).view(1, -1)
+    model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    optimizer.step(1.0, 0.9)
+    unmoved = {
+        name for name, value in model.state_dict().items() if torch.equal(before[name], value)
+    }
+    assert {"value_embedding", "value_projection"} <= unmoved and "smear_gate" not in unmoved
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
 def test_gradients_are_clipped_by_their_global_norm():

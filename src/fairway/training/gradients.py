@@ -4,7 +4,7 @@ A graph spares the processor the launches and the GPU the waits between kernels,
 a micro-batch is small. It is recorded once for each shape, and once more for late QAT.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,14 @@ from fairway.model.gpt import GPT
 Backward = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """inputs, targets int64 [B, T] and a factor: adds the gradients of factor · loss to `.grad`, and
 returns factor · loss, a float32 scalar on the device."""
+
+
+def complete(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Give zeros to those that the loss does not depend on, as without any value layers."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
 
 WARM_UP_RUNS = 2
 """Before a recording: what is compiled or allocated at first use must not be part of it."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from evaluators import SMALL, changed, random_model
 from test_slot import VOCABULARY
 
+from fairway.adaptation import lora
 from fairway.adaptation.lora import PROJECTIONS, SCALES, RowLora
 from fairway.errors import UserError
 
@@ -157,6 +158,19 @@ def test_what_one_row_learns_changes_no_other_to_the_bit(model):
     logits = [learner.logits(tokens, 0) for learner in (one, two)]
     assert torch.equal(logits[0][[0, 2]], logits[1][[0, 2]])
     assert not torch.equal(logits[0][1], logits[1][1])
+
+
+def test_rows_learn_the_same_in_slices_as_all_at_once(model, monkeypatch):
+    tokens, targets = random_tokens(5, 20), random_tokens(5, 6, seed=1)
+    counted = torch.rand(5, 6, generator=torch.Generator().manual_seed(4)) < 0.7
+    learned = []
+    for tokens_at_once in (1000, 45):
+        monkeypatch.setattr(lora, "LEARNING_TOKENS", tokens_at_once)
+        additions = scattered(model, rows=5)
+        additions.learn(tokens, targets, counted)
+        learned.append(additions.values)
+    torch.testing.assert_close(*learned, rtol=0, atol=1e-5)
+    assert not torch.equal(learned[0], scattered(model, rows=5).values)
 
 
 def test_a_row_without_counted_targets_stays_as_it_is_to_the_bit(model):

@@ -79,16 +79,20 @@ def test_muon_step_equals_the_formula():
     assert update_scale(4, 8) == 1.0
 
 
+def optimizer_of(model: GPT) -> Optimizer:
+    return Optimizer(
+        model,
+        learning_rates={"matrix": 0.1, "embedding": 0.1, "scalar": 0.1},
+        betas=(0.9, 0.95), weight_decay=0.0, newton_schulz_steps=5, gradient_clip=1.0,
+    )  # fmt: skip
+
+
 def test_every_parameter_is_in_exactly_one_group_and_moves():
     model = GPT(CONFIG, seed=0)
     groups = parameter_groups(model)
     names = [name for group in groups.values() for name in group]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
-    optimizer = Optimizer(
-        model,
-        learning_rates={"matrix": 0.1, "embedding": 0.1, "scalar": 0.1},
-        betas=(0.9, 0.95), weight_decay=0.0, newton_schulz_steps=5, gradient_clip=1.0,
-    )  # fmt: skip
+    optimizer = optimizer_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -98,11 +102,7 @@ def test_every_parameter_is_in_exactly_one_group_and_moves():
 
 def test_a_model_without_value_layers_trains():
     model = GPT(replace(CONFIG, value_layers=()), seed=0)
-    optimizer = Optimizer(
-        model,
-        learning_rates={"matrix": 0.1, "embedding": 0.1, "scalar": 0.1},
-        betas=(0.9, 0.95), weight_decay=0.0, newton_schulz_steps=5, gradient_clip=1.0,
-    )  # fmt: skip
+    optimizer = optimizer_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tokens = torch.arange(20).view(1, -1)
     model.loss(tokens[:, :-1], tokens[:, 1:]).backward()

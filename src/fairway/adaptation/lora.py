@@ -34,6 +34,9 @@ PROJECTIONS = {
 }
 SCALES = ("attention_scale", "mlp_scale")
 
+LEARNING_TOKENS = 32768
+"""Of the rows that learn in one backward pass: what a pass keeps is many times its tokens."""
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -104,8 +107,8 @@ class RowLora:
         initial = self._initial_values(torch.Generator().manual_seed(seed))
         device = model.token_embedding.device
         self.initial = initial.to(device)
-        self.values = self.initial.repeat(rows, 1).requires_grad_()
-        self.mean = torch.zeros_like(self.values, requires_grad=False)
+        self.values = self.initial.repeat(rows, 1)
+        self.mean = torch.zeros_like(self.values)
         self.square = torch.zeros_like(self.mean)
         self.steps = torch.zeros(rows, 1, device=device)
         self.parts: dict[tuple[str, int], tuple[Tensor, ...]] = {}
@@ -160,7 +163,7 @@ class RowLora:
     @torch.no_grad()
     def logits(self, tokens: Tensor, first_place: int) -> Tensor:
         """The adapted model's logits float32 [B, T − first_place, V] of int64 tokens [B, T]."""
-        return self._run(tokens, first_place)
+        return self._run(tokens, first_place, self.values)
 
     def learn(self, tokens: Tensor, targets: Tensor, counted: Tensor) -> None:
         """`settings.steps` Adam steps of each row on its own mean loss.
@@ -170,17 +173,24 @@ class RowLora:
         """
         share = counted / counted.sum(1, keepdim=True).clamp(min=1)
         learns = counted.any(1, keepdim=True)
+        rows = max(1, LEARNING_TOKENS // tokens.shape[1])
         for _ in range(self.settings.steps):
-            with torch.enable_grad(), deterministic_attention(self.model):
-                logits = self._run(tokens, tokens.shape[1] - targets.shape[1])
-                losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-                loss = (losses.view_as(share) * share).sum()
-            (gradient,) = torch.autograd.grad(loss, self.values)
-            self._update(gradient, learns)
+            parts = (part.split(rows) for part in (self.values, tokens, targets, share))
+            gradients = [self._gradient(*slices) for slices in zip(*parts, strict=True)]
+            self._update(torch.cat(gradients), learns)
 
-    def _run(self, tokens: Tensor, first_place: int) -> Tensor:
+    def _gradient(self, values: Tensor, tokens: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+        """Of each row's loss, the targets' weighted by `share`, in its values [rows, P]."""
+        values = values.detach().requires_grad_()
+        with torch.enable_grad(), deterministic_attention(self.model):
+            logits = self._run(tokens, tokens.shape[1] - targets.shape[1], values)
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            loss = (losses.view_as(share) * share).sum()
+        return torch.autograd.grad(loss, values)[0]
+
+    def _run(self, tokens: Tensor, first_place: int, values: Tensor) -> Tensor:
         self.model.adapter = self
-        self.parts = self.split(self.values.to(self.model.compute_dtype))
+        self.parts = self.split(values.to(self.model.compute_dtype))
         try:
             return self.model(tokens, first_place)
         finally:

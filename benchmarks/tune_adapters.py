@@ -9,39 +9,27 @@ that neither train nor ttt learns from; `ema` has chosen its decay on it.
 """
 
 import argparse
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import yaml
 from context import say
+from held_out import add_arguments, score_held_out
 
-from fairway.adaptation.scoring import evaluator_settings
-from fairway.adaptation.token_table import score_rank, table_metrics, token_table
+from fairway.adaptation.token_table import table_metrics, token_table
 from fairway.command import run
 from fairway.config import load_config, merge, validated
-from fairway.data.dataset import load_dataset, read_split
 from fairway.data.tokenizer import load_tokenizer
-from fairway.distributed import resolve_device
 from fairway.evaluation.bits_per_byte import byte_counts
-from fairway.model.runtime import RuntimeSettings, prepare
-from fairway.quantization.artifact import load_artifact
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", type=Path, required=True, help="manifest.json of tokenize")
-    parser.add_argument("--artifact", type=Path, required=True, help="artifact.bin of gptq")
-    parser.add_argument("--config", type=Path, nargs="+", required=True, help="YAML files")
+    add_arguments(parser)
     parser.add_argument("--try", dest="overlays", action="append", type=yaml.safe_load)
-    parser.add_argument("--split", choices=("selection", "adaptation"), default="selection")
-    parser.add_argument("--tokens", type=int, default=262_144, help="of the split, from its start")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     base = load_config(options.config)
     overlays = options.overlays or [{}]
@@ -57,27 +45,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, float]:
     """val_bpb's counterpart on the split, the gains, and scored tokens a second."""
-    runtime = RuntimeSettings(**config["runtime"])
-    dataset = load_dataset(options.dataset)
-    model = prepare(load_artifact(options.artifact, resolve_device(runtime.device)), runtime)
-    device = model.token_embedding.device
-    tokens = read_split(dataset, options.split)[: options.tokens + 1]
-    stream = torch.from_numpy(tokens.astype("int64")).to(device)
-    settings = evaluator_settings(config)
-    started = time.perf_counter()
-    scores = score_rank(
-        model, stream, settings, dataset.bos_id, 0, 1, lambda windows: None,
-        kernels=model.kernels, model=model, seed=options.seed,
-    )  # fmt: skip
-    seconds = time.perf_counter() - started
+    held_out = score_held_out(options, config)
+    dataset = held_out.dataset
     counts = byte_counts(load_tokenizer(dataset.tokenizer_path))
-    metrics = table_metrics(token_table([scores], tokens, counts, dataset.bos_id))
+    table = token_table([held_out.scores], held_out.tokens, counts, dataset.bos_id)
+    metrics = table_metrics(table)
     gains = {name: value for name, value in metrics.items() if name.startswith("gain_")}
     return {
         "bpb": metrics["val_bpb"],
         "bpb_plain": metrics["val_bpb_before"],
         **gains,
-        "tokens_per_second": metrics["tokens"] / seconds,
+        "tokens_per_second": metrics["tokens"] / held_out.seconds,
     }
 
 

@@ -3,12 +3,16 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
+
+from fairway.config import merge, validated
 
 BENCHMARKS = ROOT / "benchmarks"
 STAGES = (
@@ -206,24 +210,43 @@ def test_a_disagreement_is_named_and_nan_is_one():
     assert "differs by nan, allowed 1: DISAGREES" in table([row], bars_apply=True)
 
 
-def tune(dataset, config, folder, *overlays):
-    tries = [word for overlay in overlays for word in ("--try", overlay)]
-    return run_program(
-        "tune_adapters.py", "--dataset", dataset, "--config", config,
-        "--artifact", folder / "artifact.bin", "--tokens", 400, *tries,
-    )  # fmt: skip
-
-
-def test_adapters_are_tuned_on_training_text(tiny_config, tiny_dataset, tiny_config_file, tmp_path):
+@pytest.fixture
+def with_artifact(tiny_config, tiny_dataset, tiny_config_file, tmp_path):
+    """Runs a program on held-out text and the artifact of a random model."""
     from test_slot_eval import write_random_artifact
 
     defaults = {"rope_base": 10000.0, "logit_softcap": 30.0, "query_gain": 5.0}
     vocab_size = tiny_config["data"]["vocab_size"]
     write_random_artifact(tmp_path, {**defaults, **tiny_config["model"]}, vocab_size)
+
+    def run(program, *arguments):
+        return run_program(
+            program, "--dataset", tiny_dataset, "--config", tiny_config_file,
+            "--artifact", tmp_path / "artifact.bin", *arguments,
+        )  # fmt: skip
+
+    return run
+
+
+def test_adapters_are_tuned_on_training_text(with_artifact):
     overlays = ("{evaluation: {adapters: []}}", "{lora: {learning_rate: 0.003}}")
-    done = tune(tiny_dataset, tiny_config_file, tmp_path, *overlays)
+    tries = ["--tokens", 400, *(word for overlay in overlays for word in ("--try", overlay))]
+    done = with_artifact("tune_adapters.py", *tries)
     assert done.returncode == 0, done.stderr
     assert "gain_lora_nats" in done.stdout and "tokens_per_second" in done.stdout
-    wrong = tune(tiny_dataset, tiny_config_file, tmp_path, *overlays, "{lora: {rank: 0}}")
+    wrong = with_artifact("tune_adapters.py", *tries, "--try", "{lora: {rank: 0}}")
     assert wrong.returncode == 1 and "lora.rank" in wrong.stderr
     assert not wrong.stdout, "all settings are checked before any is tried"
+
+
+def test_ngram_weights_are_fitted_on_training_text(with_artifact, tiny_config):
+    done = with_artifact("fit_ngram.py", "--split", "adaptation")
+    assert done.returncode == 0, done.stderr
+    gains = [float(gain) for gain in re.findall(r": gain (-?[0-9.]+) nats", done.stdout)]
+    assert len(gains) == 2 and gains[1] > gains[0], (
+        "fitted weights gain more where they were fitted"
+    )
+    found = yaml.safe_load(done.stdout[done.stdout.index("ngram:") :])
+    assert validated(merge(tiny_config, found))["ngram"] == found["ngram"]
+    short = with_artifact("fit_ngram.py", "--tokens", 20)
+    assert short.returncode == 1 and "raise --tokens" in short.stderr

@@ -157,19 +157,29 @@ def mixed(
     p: Tensor, order: int, occurrences: Occurrences, places: Tensor, settings: CacheSettings
 ) -> Tensor:
     """p [m, V] with what followed the contexts that end at `places` [m] mixed in."""
-    back = torch.arange(1, settings.recent_occurrences + 1, device=places.device)
+    followers, exists = recent_followers(occurrences, places, settings.recent_occurrences)
+    counts = torch.zeros_like(p).scatter_add_(1, followers, exists.to(p.dtype))
+    number = exists.sum(1)
+    share = trust(order, number, (counts > 0).sum(1), settings).unsqueeze(1)
+    return (1 - share) * p + share * counts / number.clamp(min=1).unsqueeze(1)
+
+
+def recent_followers(
+    occurrences: Occurrences, places: Tensor, recent_occurrences: int
+) -> tuple[Tensor, Tensor]:
+    """int64 [m, R], the tokens that followed, the last one first, and bool, which there are."""
+    back = torch.arange(1, recent_occurrences + 1, device=places.device)
     exists = back <= occurrences.earlier[places].unsqueeze(1)
     at = (occurrences.slot[places].unsqueeze(1) - back).clamp(min=0)
-    followers = occurrences.follower[at]
-    counts = torch.zeros_like(p).scatter_add_(1, followers, exists.to(p.dtype))
-    number = exists.sum(1, keepdim=True)
-    some = number.clamp(min=1)
-    kinds = (counts > 0).sum(1, keepdim=True).clamp(min=1)
-    trust = torch.sigmoid(
+    return occurrences.follower[at], exists
+
+
+def trust(order: int, number: Tensor, kinds: Tensor, settings: CacheSettings) -> Tensor:
+    """λ of the module's formula, [m], for int64 [m] occurrences and kinds; 0 without any."""
+    odds = (
         settings.bias
         + settings.order_weight * order
-        + settings.count_weight * some.log()
-        - settings.variety_weight * kinds.log()
+        + settings.count_weight * number.clamp(min=1).log()
+        - settings.variety_weight * kinds.clamp(min=1).log()
     )
-    trust = torch.where(number > 0, trust, 0.0)
-    return (1 - trust) * p + trust * counts / some
+    return torch.where(number > 0, torch.sigmoid(odds), 0.0)

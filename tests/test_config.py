@@ -188,7 +188,7 @@ def test_an_adapters_section_is_seen_only_where_it_is_listed(config):
             "variants.published: slot.context_logits 'scored' needs slot.scope 'window'",
         ),
         ({"lora": {"projections": ["gate"]}}, "lora.projections.0: found 'gate', expected one of"),
-        ({"lora": {"projections": ["up", "up"]}}, "lora.projections: found ['up', 'up']"),
+        ({"lora": {"projections": ["up", "up"]}}, "found ['up', 'up'], expected each entry once"),
         ({"lora": {"projections": []}}, "name lora.projections or set lora.scales"),
         ({"lora": {"chunk_tokens": 12}}, "lora.chunk_tokens 12 is not a multiple of evaluation"),
         ({"lora": {"chunk_tokens": 40}}, "expected lora.chunk_tokens (40) to evaluation.window"),

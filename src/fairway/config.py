@@ -134,6 +134,8 @@ def _explain(error: ValidationError) -> str:
     if error.validator == "required":
         missing = [key for key in error.validator_value if key not in error.instance]
         return f"{where}: missing key {', '.join(missing)}"
+    if error.validator == "uniqueItems":
+        return f"{where}: found {error.instance!r}, expected each entry once"
     hint = ""
     if error.validator == "type" and isinstance(error.instance, str) and _is_number(error.instance):
         hint = " (YAML reads 1e-3 as text: write 1.0e-3)"

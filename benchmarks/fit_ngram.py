@@ -9,14 +9,14 @@ rest is printed for the config's own weights and for those found.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import yaml
 from context import say
-from held_out import HeldOut, add_arguments, score_held_out
+from held_out import add_arguments, held_out_text, score_held_out
 from torch import Tensor
 
 from fairway.adaptation.ngram import (
@@ -28,6 +28,7 @@ from fairway.adaptation.ngram import (
     trust,
 )
 from fairway.adaptation.stream import EvaluationSettings, Stream, cut_stream
+from fairway.adaptation.token_table import RankScores
 from fairway.command import run
 from fairway.config import load_config, merge
 from fairway.errors import UserError
@@ -53,14 +54,19 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     config = load_config(options.config)
     others = [name for name in config["evaluation"]["adapters"] if name != "ngram"]
-    held_out = score_held_out(options, merge(config, {"evaluation": {"adapters": others}}))
-    stream = stream_of(held_out, config)
-    caches = build_caches(stream, NgramSettings(**config["ngram"]))
-    found = [(cache.settings, evidence(cache, stream)) for cache in caches]
-    loss = losses(held_out)
+    dataset, tokens = held_out_text(options)
+    stream = cut_stream(
+        torch.from_numpy(tokens.astype("int64")),
+        EvaluationSettings(**config["evaluation"]),
+        dataset.bos_id,
+    )
     fits = stream.documents[:-1] % 2 == 0
     if fits.all() or not fits.any():
         raise UserError("one document is not enough to fit and to measure: raise --tokens")
+    caches = build_caches(stream, NgramSettings(**config["ngram"]))
+    found = [(cache.settings, evidence(cache, stream)) for cache in caches]
+    without = merge(config, {"evaluation": {"adapters": others}})
+    loss = losses(score_held_out(options, without, dataset, tokens)[0])
     fitted = fit(loss, found, fits)
     for name, settings in (("config", [own for own, _ in found]), ("fitted", fitted)):
         gain = loss + mixed(loss, found, settings).log()
@@ -71,16 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
     say(yaml.safe_dump({"ngram": {"caches": [vars(cache) for cache in fitted]}}, sort_keys=False))
 
 
-def stream_of(held_out: HeldOut, config: Mapping[str, Any]) -> Stream:
-    tokens = torch.from_numpy(held_out.tokens.astype("int64")).to(held_out.device)
-    return cut_stream(tokens, EvaluationSettings(**config["evaluation"]), held_out.dataset.bos_id)
-
-
-def losses(held_out: HeldOut) -> Tensor:
+def losses(scores: RankScores) -> Tensor:
     """Nats of every target in the stream's order, float64 [n]."""
-    columns = held_out.scores.columns
-    order = columns["position"].argsort()
-    return torch.from_numpy(columns["nll_after"][order]).to(held_out.device)
+    order = scores.columns["position"].argsort()
+    return torch.from_numpy(scores.columns["nll_after"][order])
 
 
 def evidence(cache: Cache, stream: Stream) -> list[Evidence]:

@@ -3,7 +3,6 @@
 import argparse
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,6 @@ from fairway.model.runtime import RuntimeSettings, prepare
 from fairway.quantization.artifact import load_artifact
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """What was scored, with what came out. tokens: integers [n + 1]."""
-
-    dataset: Dataset
-    tokens: np.ndarray
-    device: torch.device
-    scores: RankScores
-    seconds: float
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `score_held_out` takes."""
     parser.add_argument("--dataset", type=Path, required=True, help="manifest.json of tokenize")
@@ -39,18 +27,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def score_held_out(options: argparse.Namespace, config: Mapping[str, Any]) -> HeldOut:
-    """Score with the adapters that the validated `config` lists."""
-    runtime = RuntimeSettings(**config["runtime"])
+def held_out_text(options: argparse.Namespace) -> tuple[Dataset, np.ndarray]:
+    """The dataset and the tokens to score, integers [n + 1]."""
     dataset = load_dataset(options.dataset)
+    return dataset, read_split(dataset, options.split)[: options.tokens + 1]
+
+
+def score_held_out(
+    options: argparse.Namespace, config: Mapping[str, Any], dataset: Dataset, tokens: np.ndarray
+) -> tuple[RankScores, float]:
+    """Score with the adapters that the validated `config` lists; the scores and the seconds."""
+    runtime = RuntimeSettings(**config["runtime"])
     model = prepare(load_artifact(options.artifact, resolve_device(runtime.device)), runtime)
-    device = model.token_embedding.device
-    tokens = read_split(dataset, options.split)[: options.tokens + 1]
-    stream = torch.from_numpy(tokens.astype("int64")).to(device)
+    stream = torch.from_numpy(tokens.astype("int64")).to(model.token_embedding.device)
     settings = evaluator_settings(config)
     started = time.perf_counter()
     scores = score_rank(
         model, stream, settings, dataset.bos_id, 0, 1, lambda windows: None,
         kernels=model.kernels, model=model, seed=options.seed,
     )  # fmt: skip
-    return HeldOut(dataset, tokens, device, scores, time.perf_counter() - started)
+    return scores, time.perf_counter() - started

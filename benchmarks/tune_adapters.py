@@ -12,14 +12,16 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from context import say
-from held_out import add_arguments, score_held_out
+from held_out import add_arguments, held_out_text, score_held_out
 
 from fairway.adaptation.token_table import table_metrics, token_table
 from fairway.command import run
 from fairway.config import load_config, merge, validated
+from fairway.data.dataset import Dataset
 from fairway.data.tokenizer import load_tokenizer
 from fairway.evaluation.bits_per_byte import byte_counts
 
@@ -35,27 +37,28 @@ def main(arguments: list[str] | None = None) -> None:
     overlays = options.overlays or [{}]
     # All are checked before any is run.
     configs = [validated(merge(base, overlay)) for overlay in overlays]
+    dataset, tokens = held_out_text(options)
     rows = []
     for overlay, config in zip(overlays, configs, strict=True):
         rows.append({"settings": yaml.safe_dump(overlay, default_flow_style=True).strip()})
-        rows[-1] |= measure(options, config)
+        rows[-1] |= measure(options, config, dataset, tokens)
         say(str(rows[-1]))
     say("\n" + pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format))
 
 
-def measure(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, float]:
+def measure(
+    options: argparse.Namespace, config: Mapping[str, Any], dataset: Dataset, tokens: np.ndarray
+) -> dict[str, float]:
     """val_bpb's counterpart on the split, the gains, and scored tokens a second."""
-    held_out = score_held_out(options, config)
-    dataset = held_out.dataset
+    scores, seconds = score_held_out(options, config, dataset, tokens)
     counts = byte_counts(load_tokenizer(dataset.tokenizer_path))
-    table = token_table([held_out.scores], held_out.tokens, counts, dataset.bos_id)
-    metrics = table_metrics(table)
+    metrics = table_metrics(token_table([scores], tokens, counts, dataset.bos_id))
     gains = {name: value for name, value in metrics.items() if name.startswith("gain_")}
     return {
         "bpb": metrics["val_bpb"],
         "bpb_plain": metrics["val_bpb_before"],
         **gains,
-        "tokens_per_second": metrics["tokens"] / held_out.seconds,
+        "tokens_per_second": metrics["tokens"] / seconds,
     }
 
 

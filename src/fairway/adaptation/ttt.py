@@ -17,7 +17,7 @@ from fairway.distributed import World
 from fairway.errors import UserError
 from fairway.model.gpt import GPT, block_of_bank_row, parameter_shapes
 from fairway.progress import progress
-from fairway.training.gradients import complete
+from fairway.training.gradients import fill_missing_gradients
 
 PER_BLOCK = (
     "query_output_bank",
@@ -146,7 +146,7 @@ def _backward(model, loss_function, inputs, targets, rows, world: World) -> floa
         # Every process must have gradients to average, also one without a sequence.
         loss = sum(parameter.sum() for parameter in model.parameters()) * 0.0
     loss.backward()
-    complete(model.parameters())
+    fill_missing_gradients(model.parameters())
     loss = loss.detach()
     if world.size > 1:
         dist.all_reduce(loss)

@@ -44,7 +44,7 @@ def prepare(model: GPT, settings: RuntimeSettings) -> GPT:
             "runtime.compile is 'on' but runtime.kernels is 'fused' here, and only the plain "
             "formulation is compiled: set kernels to 'plain' or compile to 'auto'"
         )
-    if settings.cuda_graphs == "on" and not (model.kernels == "fused" and device.type == "cuda"):
+    if settings.cuda_graphs == "on" and not records_graphs(settings, model):
         raise UserError(
             f"runtime.cuda_graphs is 'on' but runtime.kernels is {model.kernels!r} on device "
             f"{device.type!r} here: it needs fused kernels and CUDA; use 'auto'"

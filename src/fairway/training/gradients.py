@@ -16,15 +16,15 @@ Backward = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 returns factor · loss, a float32 scalar on the device."""
 
 
-def complete(parameters: Iterable[torch.nn.Parameter]) -> None:
+WARM_UP_RUNS = 2
+"""Before a recording: what is compiled or allocated at first use must not be part of it."""
+
+
+def fill_missing_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Give zeros to those that the loss does not depend on, as without any value layers."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-
-
-WARM_UP_RUNS = 2
-"""Before a recording: what is compiled or allocated at first use must not be part of it."""
 
 
 def launched(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Backward:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from fairway.model.gpt import BANKS, GPT
-from fairway.training.gradients import complete
+from fairway.training.gradients import fill_missing_gradients
 from fairway.training.muon import BankShards
 
 EMBEDDINGS = ("token_embedding", "bigram_embedding", "value_embedding")
@@ -69,7 +69,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, learning_rate_scale: float, momentum: float) -> None:
         """Update every parameter from its `.grad`, then clear the gradients."""
-        complete(self.replicated.values())
+        fill_missing_gradients(self.replicated.values())
         shards = {name: bank.reduce_gradient() for name, bank in self.banks.items()}
         self._average_replicated()
         clip = self._clip_factor(shards)

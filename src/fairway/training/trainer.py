@@ -113,11 +113,9 @@ class Trainer:
         self.progress = Progress()
         self.batch: tuple | None = None
         self.loader_state = loader.state()
-        self.loss: Callable = (
-            torch.compile(model.loss, dynamic=False) if compile_model else model.loss
-        )
+        loss = torch.compile(model.loss, dynamic=False) if compile_model else model.loss
         self.cuda_graphs = cuda_graphs
-        self.backward = replayed(model) if cuda_graphs else launched(self.loss)
+        self.backward = replayed(model) if cuda_graphs else launched(loss)
         self.signal_number = 0
 
     def run(self) -> Progress:

@@ -29,11 +29,10 @@ def norm_and_rotate(
     """
     M, H, D = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    wide = triton.next_power_of_2(H), triton.next_power_of_2(D)
-    rows = max(1, ELEMENTS_PER_TILE // (wide[0] * wide[1]))
-    _norm_and_rotate[(triton.cdiv(M, rows),)](
+    tile = _head_tile(H, D)
+    _norm_and_rotate[(triton.cdiv(M, tile[0]),)](
         x, out, cos, sin, cos if gain is None else gain, M, x.stride(0), positions, NORM_EPSILON,
-        gain is not None, H, D, cos.shape[1], rows, *wide,
+        gain is not None, H, D, cos.shape[1], *tile,
     )  # fmt: skip
     return out
 
@@ -110,9 +109,8 @@ def _norm_and_rotate_backward(
 def add_heads(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
     """Writes x + y, both contiguous [M, H, D], into `out` [M, H, D] of any row stride."""
     M, H, D = x.shape
-    wide = triton.next_power_of_2(H), triton.next_power_of_2(D)
-    rows = max(1, ELEMENTS_PER_TILE // (wide[0] * wide[1]))
-    _add_heads[(triton.cdiv(M, rows),)](x, y, out, M, out.stride(0), H, D, rows, *wide)
+    tile = _head_tile(H, D)
+    _add_heads[(triton.cdiv(M, tile[0]),)](x, y, out, M, out.stride(0), H, D, *tile)
 
 
 @triton.jit
@@ -180,6 +178,12 @@ def _rotation(cos_at, sin_at, rows, M, positions, HALF: tl.constexpr, WIDE_D: tl
     sin = tl.load(sin_at + at, mask, other=0.0)
     cos = tl.where(turns, cos, 1.0)
     return cos[:, None, :], tl.where(places < HALF, sin, -sin)[:, None, :]
+
+
+def _head_tile(heads: int, width: int) -> tuple[int, int, int]:
+    """Rows of a tile, and the powers of two that cover heads and their width."""
+    covers = triton.next_power_of_2(heads), triton.next_power_of_2(width)
+    return max(1, ELEMENTS_PER_TILE // (covers[0] * covers[1])), *covers
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fairway.adaptation import logit_delta_kernel
+from fairway.adaptation.lora import LoraSettings, RowLora
 from fairway.config import load_config
 from fairway.model.gpt import GPT, config_from_settings
 
@@ -73,6 +74,14 @@ def compile_fit(window_tokens: int, slot: dict) -> None:
     )
 
 
+def compile_adapted(model: GPT, tokens: torch.Tensor, lora: dict) -> None:
+    """What runs beside a row's own products; `down` is computed in another way than `up`."""
+    for projection in ("up", "down"):
+        settings = LoraSettings(**{**lora, "projections": (projection,)})
+        additions = RowLora(model, 1, settings, seed=0)
+        additions.learn(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
 def main() -> None:
     driver.set_active(HopperWithoutDevice())
     JITFunction.run = compile_only
@@ -84,6 +93,7 @@ def main() -> None:
     model.loss(tokens, tokens).backward()
     with torch.no_grad():
         model(tokens, 32)
+    compile_adapted(model, tokens, config["lora"])
     compile_fit(config["evaluation"]["window_tokens"], config["slot"])
 
 

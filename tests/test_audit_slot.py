@@ -11,14 +11,13 @@ from mutants import Toy
 from test_score_first import LearnsFirst
 
 from fairway.adaptation import ngram, scoring
-from fairway.adaptation.lora import PROJECTIONS
 from fairway.adaptation.scoring import EvaluatorSettings
 from fairway.adaptation.slot_evaluator import document_source, make_evaluator
 from fairway.audit.contract import FAIL
 from fairway.audit.null import draw_stream
 from fairway.audit.positions import Geometry
 from fairway.audit.verdict import AuditSettings, Subject, audit_evaluator
-from fairway.model.gpt import GPT, GPTConfig
+from fairway.model.gpt import GPT, PROJECTIONS, GPTConfig
 
 TOY = Toy(vocab_size=32, seed=5)
 AUDIT = AuditSettings(

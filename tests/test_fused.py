@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from evaluators import SMALL, changed
 from test_model import CONFIG
 
+from fairway.adaptation.lora import RowLora
 from fairway.model import gpt
-from fairway.model.gpt import GPT
+from fairway.model.gpt import GPT, PROJECTIONS
 from fairway.quantization.integers import fake_quantize_int6
 
 pytest.importorskip("triton")
@@ -79,6 +81,57 @@ def test_logits_of_all_places_and_of_the_last_ones():
         expected = plain(tokens)
         torch.testing.assert_close(fused(tokens), expected, **TOLERANCE)
         torch.testing.assert_close(fused(tokens, 9), expected[:, 9:], **TOLERANCE)
+
+
+ADAPTED = {
+    "the default": ("up",),
+    "what has no kernel of its own": ("down",),
+    "every matrix": tuple(PROJECTIONS),
+}
+
+
+def additions(model: GPT, projections=("up",), **changes) -> RowLora:
+    """Of three rows, random in both factors."""
+    settings = changed(SMALL, adapters=("lora",), projections=projections, **changes).lora
+    found = RowLora(model, 3, settings, seed=1)
+    found.values += 0.3 * random(*found.values.shape, seed=2)
+    return found
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_rows_own_additions_and_their_gradients_are_the_plain_ones(name):
+    tokens, targets = batch()
+    share, found = torch.full((3, 5), 0.2, device=DEVICE), {}
+    for kind in ("plain", "fused"):
+        lora = additions(random_model(CONFIG, kind), ADAPTED[name])
+        logits = [lora.logits(tokens, place) for place in (0, 9)]
+        found[kind] = (*logits, lora._gradient(lora.values, tokens, targets[:, -5:], share))
+    for fused_one, plain in zip(found["fused"], found["plain"], strict=True):
+        assert (fused_one - plain).norm() < 2e-5 * plain.norm()
+
+
+def test_adapted_scales_are_left_to_the_plain_formulation():
+    tokens, _ = batch()
+    found = [
+        additions(random_model(CONFIG, kind), scales=True).logits(tokens, 0)
+        for kind in ("plain", "fused")
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="attention on a CPU repeats itself anyway")
+@pytest.mark.parametrize("kind", ["plain", "fused"])
+def test_what_rows_learn_in_half_precision_repeats_itself_to_the_bit(kind):
+    model = random_model(replace(CONFIG, width=64, heads=4, kv_heads=2), kind)
+    model.compute_dtype = torch.bfloat16
+    tokens, targets = batch(rows=3, length=600)
+    learned = []
+    for _ in range(3):
+        lora = additions(model)
+        lora.learn(tokens, targets, torch.ones_like(targets, dtype=torch.bool))
+        learned.append(lora.values)
+    assert all(torch.equal(values, learned[0]) for values in learned)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_evaluation_keeps_no_activations(monkeypatch):

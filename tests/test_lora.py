@@ -9,8 +9,9 @@ from evaluators import SMALL, changed, random_model
 from test_slot import VOCABULARY
 
 from fairway.adaptation import lora
-from fairway.adaptation.lora import PROJECTIONS, SCALES, RowLora
+from fairway.adaptation.lora import SCALES, RowLora
 from fairway.errors import UserError
+from fairway.model.gpt import PROJECTIONS
 
 SETTINGS = changed(SMALL, adapters=("lora",))
 EVERY_MATRIX = changed(SETTINGS, projections=tuple(PROJECTIONS), scales=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from fairway.adaptation.lora import lora_kernels
 from fairway.adaptation.scoring import EvaluatorSettings, evaluator_settings
 from fairway.adaptation.token_table import (
     TimedLogits,
@@ -90,6 +91,8 @@ def evaluate(options, settings, evaluator, runtime, world) -> None:
             "evaluation_seconds": time.perf_counter() - started,
             **runtime_metrics(model, world),
         }
+        if "lora" in evaluator.evaluation.adapters:
+            metrics["lora_kernels"] = lora_kernels(model, evaluator.lora)
         write_products(options, settings, metrics, started)
     barrier(world)
 

@@ -21,17 +21,8 @@ from torch import Tensor
 
 from fairway.adaptation.stream import Rows
 from fairway.errors import UserError
-from fairway.model.gpt import GPT
+from fairway.model.gpt import GPT, PROJECTIONS
 
-# Projection → its bank, and whether it is in the bank's first or second half.
-PROJECTIONS = {
-    "query": ("query_output_bank", 0),
-    "output": ("query_output_bank", 1),
-    "key": ("key_value_bank", 0),
-    "value": ("key_value_bank", 1),
-    "up": ("mlp_up_bank", 0),
-    "down": ("mlp_down_bank", 0),
-}
 SCALES = ("attention_scale", "mlp_scale")
 
 LEARNING_TOKENS = 32768
@@ -81,6 +72,11 @@ class LoraSettings:
             raise UserError(f"lora.weight_decay is {self.weight_decay}: expected at least 0")
 
 
+def lora_kernels(model: GPT, settings: LoraSettings) -> str:
+    """Which formulation computes the adapted model, for metrics.json."""
+    return "plain" if settings.scales else model.kernels
+
+
 def adapted_shapes(
     model: GPT, settings: LoraSettings
 ) -> dict[tuple[str, int], list[tuple[int, ...]]]:
@@ -112,6 +108,7 @@ class RowLora:
         self.square = torch.zeros_like(self.mean)
         self.steps = torch.zeros(rows, 1, device=device)
         self.parts: dict[tuple[str, int], tuple[Tensor, ...]] = {}
+        self.changes_scales = settings.scales
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -214,7 +211,7 @@ class RowLora:
 
 @contextmanager
 def deterministic_attention(model: GPT) -> Iterator[None]:
-    """On CUDA, attention whose gradient is the same in every run: the others add in any order.
+    """On CUDA, attention whose gradient is the same in every run; the others add in any order.
 
     What is learned is part of the score, and an audit that repeats it must find it again.
     """

@@ -23,7 +23,7 @@ FLASH_MODULES = {
 
 FORCED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "deterministic": SDPBackend.MATH}
 """Backends of PyTorch's own function that are asked for by name. `deterministic` is not the
-config's to choose: it is for short texts whose gradients must be the same from run to run."""
+config's to choose: it is for learning whose gradients must be the same from run to run."""
 
 HOPPER = (9, 0)
 """Compute capability of the first GPUs on which cuDNN's attention is ahead of PyTorch's own."""
@@ -83,8 +83,36 @@ def attend(
         if keys.is_cuda:  # what takes a mask takes no keys shared between query heads
             group = queries.shape[2] // keys.shape[2]
             keys, values = (part.repeat_interleave(group, dim=2) for part in (keys, values))
+    elif backend == "deterministic" and queries.is_cuda and queries.dtype != torch.float32:
+        return DeterministicFlash.apply(queries, keys, values)
     with sdpa_kernel(FORCED[backend]) if backend in FORCED else nullcontext():
         return _scaled_dot_product(queries, keys, values, **options)
+
+
+class DeterministicFlash(torch.autograd.Function):
+    """PyTorch's flash attention, half precisions only, with a backward pass that repeats itself.
+
+    The pass chooses its order of sums by PyTorch's global switch, which is on here for its duration
+    alone: other operations, such as products under cuBLAS's default workspace, refuse to run then.
+    """
+
+    @staticmethod
+    def forward(ctx, queries, keys, values):
+        inputs = [part.detach().requires_grad_() for part in (queries, keys, values)]
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            output = _scaled_dot_product(*inputs, is_causal=True)
+        ctx.joined = output, inputs
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        output, inputs = ctx.joined
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            return torch.autograd.grad(output, inputs, gradient)
+        finally:
+            torch.use_deterministic_algorithms(before)
 
 
 def _scaled_dot_product(queries, keys, values, **options) -> torch.Tensor:

@@ -22,13 +22,16 @@ from fairway.model.kernels.exclusion import exclude_self, exclude_self_backward
 from fairway.model.kernels.folding import scale_rows, scale_rows_backward
 from fairway.model.kernels.heads import add_heads, norm_and_rotate, norm_and_rotate_backward
 from fairway.model.kernels.loss import cross_entropy
-from fairway.model.kernels.mlp import mlp_down_backward, mlp_up
+from fairway.model.kernels.mlp import activate, activate_backward, mlp_down_backward, mlp_up
 from fairway.model.kernels.residual import (
     mix_and_norm,
     mix_and_norm_backward,
     rms_norm,
     rms_norm_backward,
 )
+from fairway.model.low_rank import Additions, folded_factors
+
+QKV = ("query", "key", "value")
 
 
 class Weights(NamedTuple):
@@ -66,6 +69,8 @@ class Geometry:
     cos: torch.Tensor
     """float32 [T, rotary_dimensions / 2], as is sin."""
     sin: torch.Tensor
+    adapted: tuple[tuple[str, int], ...] = ()
+    """Projections and blocks to which the rows of the batch add products of their own."""
 
     @property
     def encoders(self) -> int:
@@ -109,8 +114,9 @@ def loss(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 
 def hidden(model: GPT, tokens: torch.Tensor, first_place: int = 0) -> torch.Tensor:
     """tokens int64 [B, T] → the final, normalised residual stream [B, T − first_place, C]."""
-    rows = _hidden(model, tokens, first_place)
-    return rows.view(len(tokens), tokens.shape[1] - first_place, -1)
+    computed_from = 0 if torch.is_grad_enabled() else first_place
+    rows = _hidden(model, tokens, computed_from)
+    return rows.unflatten(0, (len(tokens), -1))[:, first_place - computed_from :]
 
 
 def _hidden(model: GPT, tokens: torch.Tensor, first_place: int) -> torch.Tensor:
@@ -130,10 +136,12 @@ def _hidden(model: GPT, tokens: torch.Tensor, first_place: int) -> torch.Tensor:
         values = F.embedding(tokens.flatten(), table.to(dtype))
     rotation = rotary_angles(config, torch.arange(tokens.shape[1], device=tokens.device))
     trains = torch.is_grad_enabled()
+    factors = folded_factors(model)
     geometry = Geometry(
-        config, model.attention_backend, *tokens.shape, first_place, trains, *rotation
+        config, model.attention_backend, *tokens.shape, first_place, trains, *rotation, (*factors,)
     )
-    return Blocks.apply(geometry, x0, values, *folded_weights(model))
+    flat = [factor for pair in factors.values() for factor in pair]
+    return Blocks.apply(geometry, x0, values, *folded_weights(model), *flat)
 
 
 def folded_weights(model: GPT) -> Weights:
@@ -221,12 +229,14 @@ class HeadLoss(torch.autograd.Function):
 class Blocks(torch.autograd.Function):
     """All blocks and the final norm: x0 [M, C] → hidden [B·(T − first_place), C].
 
-    values: the value embedding of each token, [M, K·D], or None. Gradients need first_place 0.
+    values: the value embedding of each token, [M, K·D], or None. tensors: those of Weights, then
+    two factors for each of `geometry.adapted`. Gradients need first_place 0.
     """
 
     @staticmethod
-    def forward(ctx, geometry, x0, values, *weights):
-        weights, layers, x = Weights(*weights), [], x0
+    def forward(ctx, geometry, x0, values, *tensors):
+        weights, layers, x = Weights(*tensors[: len(Weights._fields)]), [], x0
+        additions = Additions(geometry.adapted, tensors[len(weights) :])
         for index in range(geometry.config.layers):
             layer = Layer(x, None, None)
             layers.append(layer)
@@ -234,29 +244,36 @@ class Blocks(torch.autograd.Function):
             if partner is not None and index >= geometry.encoders:
                 layer.skip = layers[partner].x
                 layer.skip_weight = weights.skip[index - geometry.encoders]
-            x = _block(geometry, weights, index, layer, x0, values)
+            x = _block(geometry, weights, additions, index, layer, x0, values)
             if not geometry.trains:
                 layers[index] = Layer(layer.x, None, None)
         hidden, inverse = rms_norm(x)
         ctx.save_for_backward(hidden, inverse)
-        ctx.inputs = geometry, weights, layers, x0, values
+        ctx.inputs = geometry, weights, additions, layers, x0, values
         return hidden
 
     @staticmethod
     def backward(ctx, gradient):
-        geometry, weights, layers, x0, values = ctx.inputs
+        geometry, weights, additions, layers, x0, values = ctx.inputs
         assert geometry.first_place == 0, "gradients need all places"
-        gradients = Weights(*(torch.empty_like(weight) for weight in weights))
+        asked = ctx.needs_input_grad[3:]
+        gradients = Weights(
+            *(
+                torch.empty_like(weight) if needed else None
+                for weight, needed in zip(weights, asked, strict=False)
+            )
+        )
         x0_gradient = torch.zeros_like(x0)
         values_gradient = None if values is None else torch.zeros_like(values)
         gradient = rms_norm_backward(gradient, *ctx.saved_tensors, x0_gradient)
         skip_gradients: dict[int, torch.Tensor] = {}
         for index in reversed(range(len(layers))):
             layer = layers.pop()
-            gradient = _mlp_backward(weights, gradients, index, layer, gradient)
+            gradient = _mlp_backward(weights, additions, gradients, index, layer, gradient)
             inner = _attention_backward(
-                geometry, weights, gradients, index, layer, gradient, values, values_gradient
-            )
+                geometry, weights, additions, gradients, index, layer, gradient, values,
+                values_gradient,
+            )  # fmt: skip
             partner = geometry.skip_partner(index)
             taken = partner is not None and index <= geometry.encoders
             found = mix_and_norm_backward(
@@ -264,40 +281,53 @@ class Blocks(torch.autograd.Function):
                 layer.skip, layer.skip_weight, skip_gradients.get(partner),
                 weights.skip[partner - geometry.encoders] if taken else None, x0_gradient,
             )  # fmt: skip
-            inner, gradient, gradients.mix[index], skip_weight_gradient = found
+            inner, gradient, mix_gradient, skip_weight_gradient = found
+            _note(gradients.mix, index, mix_gradient)
             if layer.skip is not None:
                 skip_gradients[index] = inner
-                gradients.skip[index - geometry.encoders] = skip_weight_gradient
-        return None, x0_gradient.add_(gradient), values_gradient, *gradients
+                _note(gradients.skip, index - geometry.encoders, skip_weight_gradient)
+        x0_gradient.add_(gradient)
+        return None, x0_gradient, values_gradient, *gradients, *additions.gradients()
 
 
-def _block(geometry, weights, index, layer, x0, values) -> torch.Tensor:
+def _block(geometry, weights, additions, index, layer, x0, values) -> torch.Tensor:
     """Block `index` from `layer`'s input to its output; notes in `layer` what it computed."""
     x, *layer.attention_input = mix_and_norm(
         layer.x, x0, weights.mix[index], layer.skip, layer.skip_weight
     )
     place = geometry.first_place if index == geometry.config.layers - 1 else 0
-    output = _attention(geometry, weights, index, layer, values, place)
+    output = _attention(geometry, weights, additions, index, layer, values, place)
     x = _rows_from(x, geometry, place)
     # Both sums go into the residual stream's own memory: the backward pass needs the norms'
     # outputs, not their inputs.
     x.addmm_(output, weights.attention_out[index].T)
+    additions.add("output", index, output, x)
     layer.mlp_input = rms_norm(x)
-    layer.mlp = mlp_up(layer.mlp_input[0], weights.up[index], geometry.trains)
-    return x.addmm_(layer.mlp[1], weights.down[index].T)
+    normed = layer.mlp_input[0]
+    if additions.has("up", index):
+        up = normed @ weights.up[index].T
+        additions.add("up", index, normed, up)
+        layer.mlp = up, activate(up)
+    else:
+        layer.mlp = mlp_up(normed, weights.up[index], geometry.trains)
+    x.addmm_(layer.mlp[1], weights.down[index].T)
+    additions.add("down", index, layer.mlp[1], x)
+    return x
 
 
-def _attention(geometry, weights, index, layer, values, place) -> torch.Tensor:
+def _attention(geometry, weights, additions, index, layer, values, place) -> torch.Tensor:
     """Attention without self of the places from `place` on, before its output matrix."""
     config, (normed, _) = geometry.config, layer.attention_input
+    latest = _rows_from(normed, geometry, place)
     if place:
-        queries = _rows_from(normed, geometry, place) @ weights.qkv[index, : config.width].T
         key_values = normed @ weights.qkv[index, config.width :].T
-        keys, own_values = (_heads(part, config) for part in key_values.chunk(2, dim=1))
-        queries = _heads(queries, config)
+        parts = (latest @ weights.qkv[index, : config.width].T, *key_values.chunk(2, dim=1))
     else:
         layer.qkv = normed @ weights.qkv[index].T
-        queries, keys, own_values = _split_heads(layer.qkv, config)
+        parts = _split(layer.qkv, config)
+    for projection, x, part in zip(QKV, (latest, normed, normed), parts, strict=True):
+        additions.add(projection, index, x, part)
+    queries, keys, own_values = (_heads(part, config) for part in parts)
     if index in config.value_layers:
         scale = weights.value_scales[config.value_layers.index(index)]
         own_values += (scale * values).to(own_values.dtype).view(own_values.shape)
@@ -315,49 +345,78 @@ def _attention(geometry, weights, index, layer, values, place) -> torch.Tensor:
     return excluded.flatten(1)
 
 
-def _mlp_backward(weights, gradients, index, layer, gradient) -> torch.Tensor:
+def _mlp_backward(weights, additions, gradients, index, layer, gradient) -> torch.Tensor:
     """The gradient of the residual stream before the MLP, from the one after it."""
-    up, activation = layer.mlp
-    torch.mm(gradient.T, activation, out=gradients.down[index])
-    inner = mlp_down_backward(gradient, weights.down[index], up)
-    torch.mm(inner.T, layer.mlp_input[0], out=gradients.up[index])
-    return rms_norm_backward(inner @ weights.up[index], *layer.mlp_input, gradient)
+    (up, activation), normed = layer.mlp, layer.mlp_input[0]
+    _note_product(gradients.down, index, gradient, activation)
+    if additions.has("down", index):
+        inner = gradient @ weights.down[index]
+        additions.add_backward("down", index, activation, gradient, inner)
+        activate_backward(inner, up)
+    else:
+        inner = mlp_down_backward(gradient, weights.down[index], up)
+    _note_product(gradients.up, index, inner, normed)
+    input_gradient = inner @ weights.up[index]
+    additions.add_backward("up", index, normed, inner, input_gradient)
+    return rms_norm_backward(input_gradient, *layer.mlp_input, gradient)
 
 
 def _attention_backward(
-    geometry, weights, gradients, index, layer, gradient, values, values_gradient
+    geometry, weights, additions, gradients, index, layer, gradient, values, values_gradient
 ) -> torch.Tensor:
     """The gradient of attention's normed input, from that of the residual stream after it."""
     config, (*inputs, joined, excluded) = geometry.config, layer.attention
-    torch.mm(gradient.T, excluded.flatten(1), out=gradients.attention_out[index])
-    inner = (gradient @ weights.attention_out[index]).view(excluded.shape)
+    _note_product(gradients.attention_out, index, gradient, excluded.flatten(1))
+    inner = gradient @ weights.attention_out[index]
+    additions.add_backward("output", index, excluded.flatten(1), gradient, inner)
     output, own_values = joined.detach().flatten(0, 1), inputs[2].detach().flatten(0, 1)
-    inner, from_exclusion = exclude_self_backward(inner, output.contiguous(), own_values)
+    inner, from_exclusion = exclude_self_backward(
+        inner.view(excluded.shape), output.contiguous(), own_values
+    )
     found = torch.autograd.grad(joined, inputs, inner.view(joined.shape))
     query_gradient, key_gradient, value_gradient = (part.flatten(0, 1) for part in found)
 
     qkv_gradient = torch.empty_like(layer.qkv)
-    queries, keys, _ = _split_heads(layer.qkv, config)
-    to_queries, to_keys, to_values = _split_heads(qkv_gradient, config)
+    queries, keys, _ = (_heads(part, config) for part in _split(layer.qkv, config))
+    parts = _split(qkv_gradient, config)
+    to_queries, to_keys, to_values = (_heads(part, config) for part in parts)
     cos, sin, T = geometry.cos, geometry.sin, geometry.length
-    gradients.gain[index] = norm_and_rotate_backward(
+    gain_gradient = norm_and_rotate_backward(
         query_gradient, queries, cos, sin, weights.gain[index], T, to_queries
     )
+    _note(gradients.gain, index, gain_gradient)
     norm_and_rotate_backward(key_gradient, keys, cos, sin, None, T, to_keys)
     add_heads(value_gradient, from_exclusion, to_values)
     if index in config.value_layers:
         number = config.value_layers.index(index)
         flat = to_values.flatten(1)
-        gradients.value_scales[number] = (flat * values).sum(dtype=torch.float32)
+        _note(gradients.value_scales, number, (flat * values).sum(dtype=torch.float32))
         values_gradient += (weights.value_scales[number] * flat).to(flat.dtype)
-    torch.mm(qkv_gradient.T, layer.attention_input[0], out=gradients.qkv[index])
-    return qkv_gradient @ weights.qkv[index]
+    normed = layer.attention_input[0]
+    _note_product(gradients.qkv, index, qkv_gradient, normed)
+    input_gradient = qkv_gradient @ weights.qkv[index]
+    for projection, part in zip(QKV, parts, strict=True):
+        additions.add_backward(projection, index, normed, part, input_gradient)
+    return input_gradient
 
 
-def _split_heads(qkv: torch.Tensor, config: GPTConfig) -> tuple[torch.Tensor, ...]:
-    """Queries [M, H, D], keys and values [M, K, D] as views of qkv."""
-    parts = qkv.split((config.width, config.kv_width, config.kv_width), dim=1)
-    return tuple(_heads(part, config) for part in parts)
+def _note(gradients: torch.Tensor | None, index: int, gradient: torch.Tensor) -> None:
+    """Keep the gradient of a parameter's part; nowhere where none was asked for."""
+    if gradients is not None:
+        gradients[index] = gradient
+
+
+def _note_product(
+    gradients: torch.Tensor | None, index: int, gradient: torch.Tensor, x: torch.Tensor
+) -> None:
+    """The same for a matrix, from the gradient [M, out] of its product with x [M, in]."""
+    if gradients is not None:
+        torch.mm(gradient.T, x, out=gradients[index])
+
+
+def _split(qkv: torch.Tensor, config: GPTConfig) -> tuple[torch.Tensor, ...]:
+    """Queries [M, C], keys and values [M, K·D] as views of qkv."""
+    return qkv.split((config.width, config.kv_width, config.kv_width), dim=1)
 
 
 def _heads(part: torch.Tensor, config: GPTConfig) -> torch.Tensor:

@@ -24,12 +24,27 @@ from fairway.model.attention import attend, attend_to_cache
 
 BANKS = ("query_output_bank", "key_value_bank", "mlp_up_bank", "mlp_down_bank")
 
+# What can be adapted of a block: its bank, and whether in the bank's first or second half.
+PROJECTIONS = {
+    "query": ("query_output_bank", 0),
+    "output": ("query_output_bank", 1),
+    "key": ("key_value_bank", 0),
+    "value": ("key_value_bank", 1),
+    "up": ("mlp_up_bank", 0),
+    "down": ("mlp_down_bank", 0),
+}
+
 NORM_EPSILON = torch.finfo(torch.float32).eps
 VALUE_NORM_EPSILON = 1e-12
 
 
 class RowAdapter(Protocol):
     """Changes to a model's function that differ between the rows of a batch (per-row LoRA)."""
+
+    parts: Mapping[tuple[str, int], tuple[torch.Tensor, ...]]
+    """Bank and index of a changed matrix → factors [B, r, in] and [B, out, r] of what is added."""
+    changes_scales: bool
+    """Whether `scale` changes any; the fused kernels then stand aside."""
 
     def product(self, bank: str, index: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """What to use for y [B, T, out], the product of x [B, T, in] and a bank's matrix."""
@@ -148,9 +163,10 @@ class GPT(nn.Module):
     def hidden(self, tokens: torch.Tensor, first_place: int = 0) -> torch.Tensor:
         """tokens int64 [B, T] → the final, normalised residual stream [B, T − first_place, C].
 
-        The fused kernels know neither observers nor adapters, and stand aside where there is one.
+        The fused kernels know no observers and no adapted scales, and stand aside for them.
         """
-        if self.kernels == "fused" and self.observer is None and self.adapter is None:
+        adapts_scales = self.adapter is not None and self.adapter.changes_scales
+        if self.kernels == "fused" and self.observer is None and not adapts_scales:
             from fairway.model import fused
 
             return fused.hidden(self, tokens, first_place)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fairway.model.kernels.tiles import ELEMENTS_PER_TILE
+
 TILE_M, TILE_N = 128, 256
 TILE_K_BYTES = 128
 NUM_WARPS, NUM_STAGES = 8, 3
@@ -48,6 +50,37 @@ def mlp_down_backward(
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     return out
+
+
+def activate(up: torch.Tensor) -> torch.Tensor:
+    """The activation alone of contiguous `up`, where something is added to the product first."""
+    activation = torch.empty_like(up)
+    _activate[(triton.cdiv(up.numel(), ELEMENTS_PER_TILE),)](
+        up, activation, up.numel(), ELEMENTS_PER_TILE
+    )
+    return activation
+
+
+def activate_backward(gradient: torch.Tensor, up: torch.Tensor) -> None:
+    """Turn the activation's gradient into that of `up`, in place; both contiguous."""
+    _activate_backward[(triton.cdiv(up.numel(), ELEMENTS_PER_TILE),)](
+        gradient, up, up.numel(), ELEMENTS_PER_TILE
+    )
+
+
+@triton.jit
+def _activate(up_at, activation_at, size, TILE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    up = tl.load(up_at + at, at < size).to(tl.float32)
+    tl.store(activation_at + at, _activation(up), at < size)
+
+
+@triton.jit
+def _activate_backward(gradient_at, up_at, size, TILE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    slope = _activation_slope(tl.load(up_at + at, at < size).to(tl.float32))
+    gradient = tl.load(gradient_at + at, at < size).to(tl.float32)
+    tl.store(gradient_at + at, gradient * slope, at < size)
 
 
 @triton.jit

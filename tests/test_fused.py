@@ -139,7 +139,7 @@ def test_evaluation_keeps_no_activations(monkeypatch):
     monkeypatch.setattr(fused, "Layer", lambda *parts: kept.append(fused_layer(*parts)) or kept[-1])
     with torch.no_grad():
         random_model(CONFIG, "fused")(batch()[0])
-    alive = [layer for layer in kept[1::2] if layer.qkv is not None or layer.mlp]
+    alive = [layer for layer in kept[1::2] if layer.qkv is not None or layer.activation is not None]
     assert len(kept) == 2 * CONFIG.layers and not alive
 
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 
 from fairway.model.attention import attend
 from fairway.model.gpt import GPT, GPTConfig, bigram_bucket, rotary_angles
-from fairway.model.kernels.embedding import embed, embed_backward
+from fairway.model.kernels.embedding import add_embedding, embed, embed_backward
 from fairway.model.kernels.exclusion import exclude_self, exclude_self_backward
 from fairway.model.kernels.folding import scale_rows, scale_rows_backward
-from fairway.model.kernels.heads import add_heads, norm_and_rotate, norm_and_rotate_backward
+from fairway.model.kernels.heads import heads_backward, norm_and_rotate
 from fairway.model.kernels.loss import cross_entropy
 from fairway.model.kernels.mlp import activate, activate_backward, mlp_down_backward, mlp_up
 from fairway.model.kernels.residual import (
@@ -57,12 +57,12 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a pass over [B, T] tokens needs besides tensors that take gradients."""
+    """What a pass needs besides tensors that take gradients."""
 
     config: GPTConfig
     attention_backend: str
-    batch: int
-    length: int
+    tokens: torch.Tensor
+    """int64 [B, T]."""
     first_place: int
     trains: bool
     """Whether there will be a backward pass; a Function cannot tell from within."""
@@ -102,8 +102,8 @@ class Layer:
     attention: tuple[torch.Tensor, ...] = ()
     """Queries, keys, values and output, joined by autograd; the output without self."""
     mlp_input: tuple[torch.Tensor, ...] = ()
-    mlp: tuple[torch.Tensor, ...] = ()
-    """Before and after the activation, [M, F]."""
+    activation: torch.Tensor | None = None
+    """The MLP's, [M, F]."""
 
 
 def loss(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -132,13 +132,13 @@ def _hidden(model: GPT, tokens: torch.Tensor, first_place: int) -> torch.Tensor:
     )
     values = None
     if config.value_layers:
-        table = model.value_scale * F.linear(model.value_embedding, model.value_projection)
-        values = F.embedding(tokens.flatten(), table.to(dtype))
+        values = model.value_scale * F.linear(model.value_embedding, model.value_projection)
+        values = values.to(dtype)
     rotation = rotary_angles(config, torch.arange(tokens.shape[1], device=tokens.device))
     trains = torch.is_grad_enabled()
     factors = folded_factors(model)
     geometry = Geometry(
-        config, model.attention_backend, *tokens.shape, first_place, trains, *rotation, (*factors,)
+        config, model.attention_backend, tokens, first_place, trains, *rotation, (*factors,)
     )
     flat = [factor for pair in factors.values() for factor in pair]
     return Blocks.apply(geometry, x0, values, *folded_weights(model), *flat)
@@ -196,15 +196,20 @@ class Embed(torch.autograd.Function):
     def backward(ctx, gradient):
         tokens, buckets, table, bigram_table, _ = ctx.saved_tensors
         rows, gate_gradient = embed_backward(gradient, *ctx.saved_tensors)
-        scatter = torch.ops.aten.embedding_dense_backward
         return (
             None,
             None,
-            scatter(rows, tokens.flatten(), len(table), -1, False).float(),
-            scatter(rows, buckets.flatten(), len(bigram_table), -1, False).float(),
+            sums_by_token(rows, tokens, len(table)),
+            sums_by_token(rows, buckets, len(bigram_table)),
             gate_gradient,
             None,
         )
+
+
+def sums_by_token(rows: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """float32 [count, C]: for each token the sum of the rows [M, C] where it stands."""
+    scatter = torch.ops.aten.embedding_dense_backward
+    return scatter(rows, tokens.flatten(), count, -1, False).float()
 
 
 class HeadLoss(torch.autograd.Function):
@@ -229,7 +234,7 @@ class HeadLoss(torch.autograd.Function):
 class Blocks(torch.autograd.Function):
     """All blocks and the final norm: x0 [M, C] → hidden [B·(T − first_place), C].
 
-    values: the value embedding of each token, [M, K·D], or None. tensors: those of Weights, then
+    values: the value embedding of every token, [V, K·D], or None. tensors: those of Weights, then
     two factors for each of `geometry.adapted`. Gradients need first_place 0.
     """
 
@@ -264,7 +269,7 @@ class Blocks(torch.autograd.Function):
             )
         )
         x0_gradient = torch.zeros_like(x0)
-        values_gradient = None if values is None else torch.zeros_like(values)
+        values_gradient = None if values is None else torch.zeros_like(values, dtype=torch.float32)
         gradient = rms_norm_backward(gradient, *ctx.saved_tensors, x0_gradient)
         skip_gradients: dict[int, torch.Tensor] = {}
         for index in reversed(range(len(layers))):
@@ -277,7 +282,7 @@ class Blocks(torch.autograd.Function):
             partner = geometry.skip_partner(index)
             taken = partner is not None and index <= geometry.encoders
             found = mix_and_norm_backward(
-                gradient, inner, *layer.attention_input, layer.x, x0, weights.mix[index],
+                gradient, inner, layer.attention_input[1], layer.x, x0, weights.mix[index],
                 layer.skip, layer.skip_weight, skip_gradients.get(partner),
                 weights.skip[partner - geometry.encoders] if taken else None, x0_gradient,
             )  # fmt: skip
@@ -307,11 +312,11 @@ def _block(geometry, weights, additions, index, layer, x0, values) -> torch.Tens
     if additions.has("up", index):
         up = normed @ weights.up[index].T
         additions.add("up", index, normed, up)
-        layer.mlp = up, activate(up)
+        layer.activation = activate(up)
     else:
-        layer.mlp = mlp_up(normed, weights.up[index], geometry.trains)
-    x.addmm_(layer.mlp[1], weights.down[index].T)
-    additions.add("down", index, layer.mlp[1], x)
+        layer.activation = mlp_up(normed, weights.up[index])
+    x.addmm_(layer.activation, weights.down[index].T)
+    additions.add("down", index, layer.activation, x)
     return x
 
 
@@ -330,8 +335,8 @@ def _attention(geometry, weights, additions, index, layer, values, place) -> tor
     queries, keys, own_values = (_heads(part, config) for part in parts)
     if index in config.value_layers:
         scale = weights.value_scales[config.value_layers.index(index)]
-        own_values += (scale * values).to(own_values.dtype).view(own_values.shape)
-    B, T, cos, sin = geometry.batch, geometry.length, geometry.cos, geometry.sin
+        add_embedding(parts[2], geometry.tokens, values, scale)
+    (B, T), cos, sin = geometry.tokens.shape, geometry.cos, geometry.sin
     queries = norm_and_rotate(queries, cos[place:], sin[place:], weights.gain[index], T - place)
     keys = norm_and_rotate(keys, cos, sin, None, T)
     inputs = [part.unflatten(0, (B, -1)).detach() for part in (queries, keys, own_values)]
@@ -347,14 +352,14 @@ def _attention(geometry, weights, additions, index, layer, values, place) -> tor
 
 def _mlp_backward(weights, additions, gradients, index, layer, gradient) -> torch.Tensor:
     """The gradient of the residual stream before the MLP, from the one after it."""
-    (up, activation), normed = layer.mlp, layer.mlp_input[0]
+    activation, normed = layer.activation, layer.mlp_input[0]
     _note_product(gradients.down, index, gradient, activation)
     if additions.has("down", index):
         inner = gradient @ weights.down[index]
         additions.add_backward("down", index, activation, gradient, inner)
-        activate_backward(inner, up)
+        activate_backward(inner, activation)
     else:
-        inner = mlp_down_backward(gradient, weights.down[index], up)
+        inner = mlp_down_backward(gradient, weights.down[index], activation)
     _note_product(gradients.up, index, inner, normed)
     input_gradient = inner @ weights.up[index]
     additions.add_backward("up", index, normed, inner, input_gradient)
@@ -375,23 +380,17 @@ def _attention_backward(
     )
     found = torch.autograd.grad(joined, inputs, inner.view(joined.shape))
     query_gradient, key_gradient, value_gradient = (part.flatten(0, 1) for part in found)
-
-    qkv_gradient = torch.empty_like(layer.qkv)
-    queries, keys, _ = (_heads(part, config) for part in _split(layer.qkv, config))
-    parts = _split(qkv_gradient, config)
-    to_queries, to_keys, to_values = (_heads(part, config) for part in parts)
-    cos, sin, T = geometry.cos, geometry.sin, geometry.length
-    gain_gradient = norm_and_rotate_backward(
-        query_gradient, queries, cos, sin, weights.gain[index], T, to_queries
-    )
+    qkv_gradient, gain_gradient = heads_backward(
+        query_gradient, key_gradient, value_gradient, from_exclusion, layer.qkv, geometry.cos,
+        geometry.sin, weights.gain[index],
+    )  # fmt: skip
     _note(gradients.gain, index, gain_gradient)
-    norm_and_rotate_backward(key_gradient, keys, cos, sin, None, T, to_keys)
-    add_heads(value_gradient, from_exclusion, to_values)
+    parts = _split(qkv_gradient, config)
     if index in config.value_layers:
         number = config.value_layers.index(index)
-        flat = to_values.flatten(1)
-        _note(gradients.value_scales, number, (flat * values).sum(dtype=torch.float32))
-        values_gradient += (weights.value_scales[number] * flat).to(flat.dtype)
+        by_token = sums_by_token(parts[2], geometry.tokens, len(values))
+        _note(gradients.value_scales, number, (by_token * values).sum())
+        values_gradient += weights.value_scales[number] * by_token
     normed = layer.attention_input[0]
     _note_product(gradients.qkv, index, qkv_gradient, normed)
     input_gradient = qkv_gradient @ weights.qkv[index]
@@ -427,4 +426,4 @@ def _rows_from(x: torch.Tensor, geometry: Geometry, place: int) -> torch.Tensor:
     """The rows of the places from `place` on, of every sequence; x itself where that is all."""
     if place == 0:
         return x
-    return x.unflatten(0, (geometry.batch, geometry.length))[:, place:].flatten(0, 1)
+    return x.unflatten(0, geometry.tokens.shape)[:, place:].flatten(0, 1)

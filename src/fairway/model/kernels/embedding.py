@@ -47,6 +47,30 @@ def _embed(
     tl.store(out_at + at, (1 - gate) * own + gate * previous, mask)
 
 
+def add_embedding(
+    x: torch.Tensor, tokens: torch.Tensor, table: torch.Tensor, scale: torch.Tensor
+) -> None:
+    """Add scale times each token's row of `table` [V, C] to x [M, C] of any row stride, in place.
+
+    tokens: int64, M in all; scale: a float32 scalar.
+    """
+    _add_embedding[row_grid(x)](x, tokens, table, scale, *x.shape, x.stride(0), *row_tile(x))
+
+
+@triton.jit
+def _add_embedding(
+    x_at, tokens_at, table_at, scale_at, M, C, stride, ROWS: tl.constexpr, WIDE: tl.constexpr
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, WIDE)[None, :]
+    mask = (rows < M)[:, None] & (channels < C)
+    token = tl.load(tokens_at + rows, rows < M, other=0)
+    added = tl.load(table_at + token[:, None] * C + channels, mask, other=0.0).to(tl.float32)
+    at = rows.to(tl.int64)[:, None] * stride + channels
+    x = tl.load(x_at + at, mask, other=0.0).to(tl.float32)
+    tl.store(x_at + at, x + tl.load(scale_at) * added, mask)
+
+
 def embed_backward(
     gradient: torch.Tensor,
     tokens: torch.Tensor,

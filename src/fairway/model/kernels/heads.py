@@ -55,73 +55,81 @@ def _norm_and_rotate(
     )
 
 
-def norm_and_rotate_backward(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
+def heads_backward(
+    query_gradient: torch.Tensor,
+    key_gradient: torch.Tensor,
+    value_gradient: torch.Tensor,
+    exclusion_gradient: torch.Tensor,
+    qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    gain: torch.Tensor | None,
-    positions: int,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """Writes the gradient of x into `out`, [M, H, D] of any row stride; returns gain's, [H]."""
-    M, H, D = x.shape
-    programs = programs_over(M)
-    partial = x.new_empty(programs, H, dtype=torch.float32)
-    _norm_and_rotate_backward[(programs,)](
-        gradient, x, out, cos, sin, cos if gain is None else gain, partial, M, gradient.stride(0),
-        x.stride(0), out.stride(0), positions, NORM_EPSILON, gain is not None, programs, H, D,
-        cos.shape[1], 1, triton.next_power_of_2(H), triton.next_power_of_2(D), num_warps=1,
+    gain: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of qkv [M, (H + 2·K)·D], and that of gain, float32 [H].
+
+    From those of queries [M, H, D] and keys [M, K, D] after norm and rotation, and of values
+    [M, K, D] in attention and in exclusion; all contiguous.
+    """
+    (M, H, D), K = query_gradient.shape, key_gradient.shape[1]
+    out, programs = torch.empty_like(qkv), programs_over(M)
+    partial = qkv.new_empty(programs, H, dtype=torch.float32)
+    _heads_backward[(programs,)](
+        query_gradient, key_gradient, value_gradient, exclusion_gradient, qkv, out, cos, sin, gain,
+        partial, M, len(cos), NORM_EPSILON, programs, H, K, D, cos.shape[1],
+        triton.next_power_of_2(H + 2 * K), triton.next_power_of_2(D), num_warps=1,
     )  # fmt: skip
-    return partial.sum(0)
+    return out, partial.sum(0)
 
 
 @triton.jit
-def _norm_and_rotate_backward(
-    gradient_at, x_at, out_at, cos_at, sin_at, gain_at, partial_at, M, gradient_stride, stride,
-    out_stride, positions, epsilon, HAS_GAIN: tl.constexpr, PROGRAMS: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
+def _heads_backward(
+    query_gradient_at, key_gradient_at, value_gradient_at, exclusion_gradient_at, qkv_at, out_at,
+    cos_at, sin_at, gain_at, partial_at, M, positions, epsilon, PROGRAMS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
-    gain_sum = tl.zeros((WIDE_H,), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(M, ROWS), PROGRAMS):
-        rows = block * ROWS + tl.arange(0, ROWS)
-        x = _load_heads(x_at, rows, M, stride, H, D, WIDE_H, WIDE_D)
-        gradient = _load_heads(gradient_at, rows, M, gradient_stride, H, D, WIDE_H, WIDE_D)
-        partner = _load_partners(gradient_at, rows, M, gradient_stride, H, D, HALF, WIDE_H, WIDE_D)
-        cos, sin = _rotation(cos_at, sin_at, rows, M, positions, HALF, WIDE_D)
+    heads, places = tl.arange(0, WIDE_H)[:, None], tl.arange(0, WIDE_D)[None, :]
+    at, inside = heads * D + places, places < D
+    partners = tl.where(places < HALF, HALF, -HALF)
+    turns = places < 2 * HALF
+    gains = tl.load(gain_at + heads, heads < H, other=1.0)
+    gain_sum = tl.zeros((WIDE_H, 1), tl.float32)
+    for row in range(tl.program_id(0), M, PROGRAMS):
+        row = tl.full((1, 1), row, tl.int64)
+        queries_at = query_gradient_at + row * H * D + at
+        keys_at = key_gradient_at + row * K * D + at - H * D
+        # Each head is in one of the three: what is not there is zero.
+        is_query, is_key, is_value = _kinds(heads, H, K)
+        of_value = row * K * D + at - (H + K) * D
+        gradient = _read(queries_at, is_query & inside) + _read(keys_at, is_key & inside)
+        partner = _read(queries_at + partners, is_query & turns)
+        partner += _read(keys_at + partners, is_key & turns)
+        from_value = _read(value_gradient_at + of_value, is_value & inside)
+        from_value += _read(exclusion_gradient_at + of_value, is_value & inside)
+        angle = row % positions * HALF + places % HALF
+        cos = tl.load(cos_at + angle, turns, other=1.0)
+        sin = tl.load(sin_at + angle, turns, other=0.0)
         # Turned back: its product with x is that of the gradient with x turned.
-        gradient = gradient * cos - partner * sin
-        scale = 1 / tl.sqrt(tl.sum(x * x, 2) / D + epsilon)
-        x *= scale[:, :, None]
-        along = tl.sum(gradient * x, 2)
-        if HAS_GAIN:
-            gain_sum += tl.sum(along, 0)
-            scale *= _gains(gain_at, H, WIDE_H)
-        _store_heads(
-            out_at, scale[:, :, None] * (gradient - x * (along / D)[:, :, None]),
-            rows, M, out_stride, H, D, WIDE_H, WIDE_D,
-        )  # fmt: skip
-    heads = tl.arange(0, WIDE_H)
+        gradient = gradient * cos - partner * tl.where(places < HALF, sin, -sin)
+        x = _read(qkv_at + row * (H + 2 * K) * D + at, (is_query | is_key) & inside)
+        scale = 1 / tl.sqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
+        x *= scale
+        along = tl.sum(gradient * x, 1)[:, None]
+        gain_sum += along
+        gradient = gains * scale * (gradient - x * (along / D)) + from_value
+        tl.store(out_at + row * (H + 2 * K) * D + at, gradient, (heads < H + 2 * K) & inside)
     tl.store(partial_at + tl.program_id(0) * H + heads, gain_sum, heads < H)
 
 
-def add_heads(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes x + y, both contiguous [M, H, D], into `out` [M, H, D] of any row stride."""
-    M, H, D = x.shape
-    tile = _head_tile(H, D)
-    _add_heads[(triton.cdiv(M, tile[0]),)](x, y, out, M, out.stride(0), H, D, *tile)
+@triton.jit
+def _kinds(heads, H: tl.constexpr, K: tl.constexpr):
+    """Which of the heads that lie side by side are queries', keys' and values'."""
+    return heads < H, (heads >= H) & (heads < H + K), (heads >= H + K) & (heads < H + 2 * K)
 
 
 @triton.jit
-def _add_heads(
-    x_at, y_at, out_at, M, out_stride, H: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x = _load_heads(x_at, rows, M, H * D, H, D, WIDE_H, WIDE_D)
-    y = _load_heads(y_at, rows, M, H * D, H, D, WIDE_H, WIDE_D)
-    _store_heads(out_at, x + y, rows, M, out_stride, H, D, WIDE_H, WIDE_D)
+def _read(at, mask):
+    return tl.load(at, mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -44,7 +44,9 @@ def _rms_norm_backward(
     ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     rows, at, mask = rows_of(tl.program_id(0), M, C, ROWS, WIDE)
-    inner = _norm_gradient(gradient_at, normed_at, inverse_at, rows, at, mask, M, C)
+    gradient = tl.load(gradient_at + at, mask, other=0.0).to(tl.float32)
+    normed = tl.load(normed_at + at, mask, other=0.0).to(tl.float32)
+    inner = _norm_gradient(gradient, normed, tl.load(inverse_at + rows, rows < M, other=0.0), C)
     residual = tl.load(residual_at + at, mask, other=0.0).to(tl.float32)
     tl.store(out_at + at, residual + inner, mask)
 
@@ -99,7 +101,6 @@ def _mix_and_norm(
 def mix_and_norm_backward(
     residual: torch.Tensor,
     gradient: torch.Tensor,
-    normed: torch.Tensor,
     inverse: torch.Tensor,
     x: torch.Tensor,
     x0: torch.Tensor,
@@ -124,7 +125,7 @@ def mix_and_norm_backward(
     programs = programs_over(M)
     partial = x.new_empty(3, programs, C, dtype=torch.float32)
     _mix_and_norm_backward[(programs,)](
-        residual, gradient, normed, inverse, x, x0, skip if has_skip else x,
+        residual, gradient, inverse, x, x0, skip if has_skip else x,
         inner if later is None else later, mix, skip_weight if has_skip else mix,
         later_weight if has_later else mix, x0_gradient, inner, outer, partial,
         M, C, has_skip, has_later, later is None, programs, *one_row(x), num_warps=1,
@@ -135,7 +136,7 @@ def mix_and_norm_backward(
 
 @triton.jit
 def _mix_and_norm_backward(
-    residual_at, gradient_at, normed_at, inverse_at, x_at, x0_at, skip_at, later_at, mix_at,
+    residual_at, gradient_at, inverse_at, x_at, x0_at, skip_at, later_at, mix_at,
     skip_weight_at, later_weight_at, x0_gradient_at, inner_at, outer_at, partial_at, M, C,
     HAS_SKIP: tl.constexpr, HAS_LATER: tl.constexpr, LATER_IS_OWN: tl.constexpr,
     PROGRAMS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
@@ -147,20 +148,25 @@ def _mix_and_norm_backward(
     skip_sum = tl.zeros((WIDE,), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(M, ROWS), PROGRAMS):
         rows, at, mask = rows_of(block, M, C, ROWS, WIDE)
-        mixed = tl.load(residual_at + at, mask, other=0.0).to(tl.float32)
-        mixed += _norm_gradient(gradient_at, normed_at, inverse_at, rows, at, mask, M, C)
         # Weights are read again for each row, from the cache: kept, they would take the registers
         # of other warps.
         mix0 = tl.load(mix_at + channels, inside, other=0.0)
         mix1 = tl.load(mix_at + C + channels, inside, other=0.0)
-        inner = mix0[None, :] * mixed
         x = tl.load(x_at + at, mask, other=0.0).to(tl.float32)
         if HAS_SKIP:
             skip_weight = tl.load(skip_weight_at + channels, inside, other=0.0)
             skip = tl.load(skip_at + at, mask, other=0.0).to(tl.float32)
-            skip_sum += tl.sum(inner * skip, 0)
             x += skip_weight[None, :] * skip
         x0 = tl.load(x0_at + at, mask, other=0.0).to(tl.float32)
+        # The norm's output once more, for less than it costs to read.
+        inverse = tl.load(inverse_at + rows, rows < M, other=0.0)
+        normed = (mix0[None, :] * x + mix1[None, :] * x0) * inverse[:, None]
+        gradient = tl.load(gradient_at + at, mask, other=0.0).to(tl.float32)
+        mixed = tl.load(residual_at + at, mask, other=0.0).to(tl.float32)
+        mixed += _norm_gradient(gradient, normed, inverse, C)
+        inner = mix0[None, :] * mixed
+        if HAS_SKIP:
+            skip_sum += tl.sum(inner * skip, 0)
         mix0_sum += tl.sum(mixed * x, 0)
         mix1_sum += tl.sum(mixed * x0, 0)
         x0_gradient = tl.load(x0_gradient_at + at, mask, other=0.0).to(tl.float32)
@@ -180,10 +186,7 @@ def _mix_and_norm_backward(
 
 
 @triton.jit
-def _norm_gradient(gradient_at, normed_at, inverse_at, rows, at, mask, M, C):
+def _norm_gradient(gradient, normed, inverse, C):
     """The gradient of an RMS norm's input, from that of its output."""
-    gradient = tl.load(gradient_at + at, mask, other=0.0).to(tl.float32)
-    normed = tl.load(normed_at + at, mask, other=0.0).to(tl.float32)
-    inverse = tl.load(inverse_at + rows, rows < M, other=0.0)
     along = tl.sum(gradient * normed, 1) / C
     return inverse[:, None] * (gradient - normed * along[:, None])

@@ -17,7 +17,7 @@ from fairway.errors import UserError
 FLASH_MODULES = {
     "flash_attn_3": "flash_attn_interface",
     "flash_attn_4": "flash_attn.cute",
-    "flash_attn_2": "flash_attn",
+    "flash_attn_2": "flash_attn.flash_attn_interface",  # flash-attn-4 brings `flash_attn` as well
 }
 
 

@@ -193,8 +193,9 @@ def test_initial_values():
     assert not torch.equal(GPT(CONFIG, seed=5).mlp_up_bank, GPT(CONFIG, seed=6).mlp_up_bank)
 
 
-@pytest.mark.parametrize("backend", [*available_backends(torch.device("cpu")), "deterministic"])
-def test_attention_backend_against_float64(backend):
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("backend", available_backends(torch.device("cpu")))
+def test_attention_backend_against_float64(backend, deterministic):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 9, 4, 8, generator=generator)
     k, v = (torch.randn(2, 9, 2, 8, generator=generator) for _ in range(2))
@@ -202,7 +203,8 @@ def test_attention_backend_against_float64(backend):
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
     weights = (scores / math.sqrt(8)).masked_fill(~mask, -math.inf).softmax(-1)
     expected = torch.einsum("bhts,bshd->bthd", weights, v.double().repeat_interleave(2, 2))
-    torch.testing.assert_close(attend(q, k, v, backend).double(), expected, rtol=1e-5, atol=1e-5)
+    found = attend(q, k, v, backend, deterministic).double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_flash_attention_cannot_be_forced_where_it_is_absent():

@@ -211,17 +211,12 @@ class RowLora:
 
 @contextmanager
 def deterministic_attention(model: GPT) -> Iterator[None]:
-    """On CUDA, attention whose gradient is the same in every run; the others add in any order.
-
-    What is learned is part of the score, and an audit that repeats it must find it again.
-    """
-    backend = model.attention_backend
-    if model.token_embedding.is_cuda:
-        model.attention_backend = "deterministic"
+    """What is learned is part of the score, and an audit that repeats it must find it again."""
+    model.deterministic_attention = True
     try:
         yield
     finally:
-        model.attention_backend = backend
+        model.deterministic_attention = False
 
 
 class LoraAdapter:

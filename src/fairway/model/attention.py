@@ -1,4 +1,4 @@
-"""Causal attention behind one function: cuDNN's, the flash_attn family's or PyTorch's own.
+"""Causal attention behind one function: the flash_attn family's, cuDNN's or PyTorch's own.
 
 Shapes: B sequences, T positions, H query heads, K key/value heads, D head width.
 """
@@ -21,12 +21,10 @@ FLASH_MODULES = {
 }
 
 
-FORCED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "deterministic": SDPBackend.MATH}
-"""Backends of PyTorch's own function that are asked for by name. `deterministic` is not the
-config's to choose: it is for learning whose gradients must be the same from run to run."""
-
 HOPPER = (9, 0)
 """Compute capability of the first GPUs on which cuDNN's attention is ahead of PyTorch's own."""
+
+AHEAD_OF_CUDNN = ("flash_attn_3", "flash_attn_4")
 
 
 def available_backends(device: torch.device) -> list[str]:
@@ -37,7 +35,9 @@ def available_backends(device: torch.device) -> list[str]:
         torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= HOPPER
     )
     flash = [name for name, module in FLASH_MODULES.items() if _is_installed(module)]
-    return [*(["cudnn"] if has_cudnn else []), *flash, "sdpa"]
+    faster = [name for name in flash if name in AHEAD_OF_CUDNN]
+    slower = [name for name in flash if name not in AHEAD_OF_CUDNN]
+    return [*faster, *(["cudnn"] if has_cudnn else []), *slower, "sdpa"]
 
 
 def select_backend(wanted: str, device: torch.device) -> str:
@@ -59,33 +59,41 @@ def select_backend(wanted: str, device: torch.device) -> str:
 
 
 def attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, backend: str
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    backend: str,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """Causal softmax attention with scale 1/sqrt(D); the queries are those of the last Q places.
 
     queries [B, Q, H, D]; keys, values [B, T, K, D] with Q ≤ T and K dividing H; returns
     [B, Q, H, D] in the dtype of `queries`. cuDNN and the flash backends take bfloat16 and float16
     only; other dtypes go through SDPA (the model's precision decides, and metrics.json names it).
+    deterministic: the gradient is the same in every run; else a GPU may add in any order.
     """
     if backend in FLASH_MODULES:
         output = importlib.import_module(FLASH_MODULES[backend]).flash_attn_func(
-            queries, keys, values, causal=True
+            queries, keys, values, causal=True, deterministic=deterministic
         )
         # FlashAttention 3 and 4 return (output, logsumexp), flash-attn 2 the output alone.
         return output[0] if isinstance(output, tuple) else output
+    forced = SDPBackend.CUDNN_ATTENTION if backend == "cudnn" else None
     places, first_place = keys.shape[1], keys.shape[1] - queries.shape[1]
     options = {"is_causal": True}
     if first_place:
         # A mask, for is_causal would align the first places. PyTorch chooses what runs it.
-        backend = "sdpa" if backend == "cudnn" else backend
+        forced = None
         place = torch.arange(places, device=keys.device)
         options = {"attn_mask": place <= place[first_place:, None]}
         if keys.is_cuda:  # what takes a mask takes no keys shared between query heads
             group = queries.shape[2] // keys.shape[2]
             keys, values = (part.repeat_interleave(group, dim=2) for part in (keys, values))
-    elif backend == "deterministic" and queries.is_cuda and queries.dtype != torch.float32:
-        return DeterministicFlash.apply(queries, keys, values)
-    with sdpa_kernel(FORCED[backend]) if backend in FORCED else nullcontext():
+    if deterministic and keys.is_cuda:
+        if not first_place and queries.dtype != torch.float32:
+            return DeterministicFlash.apply(queries, keys, values)
+        forced = SDPBackend.MATH
+    with sdpa_kernel(forced) if forced else nullcontext():
         return _scaled_dot_product(queries, keys, values, **options)
 
 

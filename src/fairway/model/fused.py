@@ -61,6 +61,7 @@ class Geometry:
 
     config: GPTConfig
     attention_backend: str
+    deterministic_attention: bool
     tokens: torch.Tensor
     """int64 [B, T]."""
     first_place: int
@@ -138,8 +139,9 @@ def _hidden(model: GPT, tokens: torch.Tensor, first_place: int) -> torch.Tensor:
     trains = torch.is_grad_enabled()
     factors = folded_factors(model)
     geometry = Geometry(
-        config, model.attention_backend, tokens, first_place, trains, *rotation, (*factors,)
-    )
+        config, model.attention_backend, model.deterministic_attention, tokens, first_place, trains,
+        *rotation, (*factors,),
+    )  # fmt: skip
     flat = [factor for pair in factors.values() for factor in pair]
     return Blocks.apply(geometry, x0, values, *folded_weights(model), *flat)
 
@@ -343,7 +345,7 @@ def _attention(geometry, weights, additions, index, layer, values, place) -> tor
     with torch.set_grad_enabled(geometry.trains):
         for part in inputs:
             part.requires_grad_(geometry.trains)
-        joined = attend(*inputs, geometry.attention_backend)
+        joined = attend(*inputs, geometry.attention_backend, geometry.deterministic_attention)
     output = joined.detach().flatten(0, 1).contiguous()
     excluded = exclude_self(output, inputs[2].detach()[:, place:].flatten(0, 1))
     layer.attention = *inputs, joined, excluded

@@ -121,6 +121,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.attention_backend = "sdpa"
+        self.deterministic_attention = False
         self.kernels = "plain"
         self.adapter: RowAdapter | None = None
         self.observer: Callable[[str, int, torch.Tensor], None] | None = None
@@ -177,7 +178,13 @@ class GPT(nn.Module):
         def attend_layer(layer, queries, keys, values):
             latest = tuple(part[-queries.shape[1] :] for part in rotation)
             queries = rotate(queries, latest) * self._query_gain(layer, queries)
-            return attend(queries, rotate(keys, rotation), values, self.attention_backend)
+            return attend(
+                queries,
+                rotate(keys, rotation),
+                values,
+                self.attention_backend,
+                self.deterministic_attention,
+            )
 
         return self._blocks(tokens, x, self._prepared_banks(), attend_layer, first_place)
 

@@ -1,8 +1,8 @@
 """What is done to single heads before attention: RMS norm, rotary embedding, gain.
 
 Rotation turns pairs of places of a head, one from each half of its first dimensions. A tile holds
-whole heads; each place's partner in its pair is read a second time, from the cache. Shapes: M rows
-(tokens), H heads (of queries or keys), D head width.
+the heads of one row, for one warp; each place's partner in its pair is read a second time, from the
+cache. Shapes: M rows (tokens), H query heads, K key/value heads, D head width.
 """
 
 import torch
@@ -12,7 +12,8 @@ import triton.language as tl
 from fairway.model.gpt import NORM_EPSILON
 from fairway.model.kernels.tiles import programs_over
 
-ELEMENTS_PER_TILE = 2048
+ROWS_PER_PROGRAM = 4
+"""Of the forward pass. They are unrolled, so that none waits for another."""
 
 
 def norm_and_rotate(
@@ -24,15 +25,15 @@ def norm_and_rotate(
 ) -> torch.Tensor:
     """Per head: RMS norm, rotary embedding of the first dimensions, gain. Contiguous [M, H, D].
 
-    x: [M, H, D], its rows as far apart as they like. cos, sin: float32 [positions, half]; row m
-    is at position m mod `positions`. gain: float32 [H].
+    x: [M, H, D], queries or keys, its rows as far apart as they like. cos, sin: float32
+    [positions, half]; row m is at position m mod `positions`. gain: float32 [H].
     """
     M, H, D = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tile = _head_tile(H, D)
-    _norm_and_rotate[(triton.cdiv(M, tile[0]),)](
+    _norm_and_rotate[(triton.cdiv(M, ROWS_PER_PROGRAM),)](
         x, out, cos, sin, cos if gain is None else gain, M, x.stride(0), positions, NORM_EPSILON,
-        gain is not None, H, D, cos.shape[1], *tile,
+        gain is not None, ROWS_PER_PROGRAM, H, D, cos.shape[1], triton.next_power_of_2(H),
+        triton.next_power_of_2(D), num_warps=1,
     )  # fmt: skip
     return out
 
@@ -40,19 +41,21 @@ def norm_and_rotate(
 @triton.jit
 def _norm_and_rotate(
     x_at, out_at, cos_at, sin_at, gain_at, M, stride, positions, epsilon, HAS_GAIN: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
+    ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x = _load_heads(x_at, rows, M, stride, H, D, WIDE_H, WIDE_D)
-    partner = _load_partners(x_at, rows, M, stride, H, D, HALF, WIDE_H, WIDE_D)
-    cos, sin = _rotation(cos_at, sin_at, rows, M, positions, HALF, WIDE_D)
-    scale = 1 / tl.sqrt(tl.sum(x * x, 2) / D + epsilon)
+    heads = tl.arange(0, WIDE_H)[:, None]
+    at, mask = _places(H, D, WIDE_H, WIDE_D)
+    gain = 1.0
     if HAS_GAIN:
-        scale *= _gains(gain_at, H, WIDE_H)
-    _store_heads(
-        out_at, scale[:, :, None] * (x * cos + partner * sin), rows, M, H * D, H, D, WIDE_H, WIDE_D
-    )
+        gain = tl.load(gain_at + heads, heads < H, other=0.0)
+    for number in tl.static_range(ROWS):
+        row = tl.full((1, 1), tl.program_id(0) * ROWS + number, tl.int64)
+        exists = mask & (row < M)
+        cos, sin = _angles(cos_at, sin_at, row % positions, HALF, WIDE_D)
+        x, turned = _turned(x_at + row * stride, exists, cos, sin, at, HALF, WIDE_D)
+        scale = 1 / tl.sqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
+        tl.store(out_at + row * (H * D) + at, gain * scale * turned, exists)
 
 
 def heads_backward(
@@ -71,12 +74,12 @@ def heads_backward(
     [M, K, D] in attention and in exclusion; all contiguous.
     """
     (M, H, D), K = query_gradient.shape, key_gradient.shape[1]
-    out, programs = torch.empty_like(qkv), programs_over(M)
+    out, programs = torch.empty_like(qkv), programs_over(M, 24)
     partial = qkv.new_empty(programs, H, dtype=torch.float32)
     _heads_backward[(programs,)](
         query_gradient, key_gradient, value_gradient, exclusion_gradient, qkv, out, cos, sin, gain,
         partial, M, len(cos), NORM_EPSILON, programs, H, K, D, cos.shape[1],
-        triton.next_power_of_2(H + 2 * K), triton.next_power_of_2(D), num_warps=1,
+        *map(triton.next_power_of_2, (H, K, D)), num_warps=1,
     )  # fmt: skip
     return out, partial.sum(0)
 
@@ -86,116 +89,69 @@ def _heads_backward(
     query_gradient_at, key_gradient_at, value_gradient_at, exclusion_gradient_at, qkv_at, out_at,
     cos_at, sin_at, gain_at, partial_at, M, positions, epsilon, PROGRAMS: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
+    WIDE_H: tl.constexpr, WIDE_K: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
-    heads, places = tl.arange(0, WIDE_H)[:, None], tl.arange(0, WIDE_D)[None, :]
-    at, inside = heads * D + places, places < D
-    partners = tl.where(places < HALF, HALF, -HALF)
-    turns = places < 2 * HALF
-    gains = tl.load(gain_at + heads, heads < H, other=1.0)
+    WIDTH: tl.constexpr = (H + 2 * K) * D
+    heads = tl.arange(0, WIDE_H)[:, None]
+    gain = tl.load(gain_at + heads, heads < H, other=0.0)
     gain_sum = tl.zeros((WIDE_H, 1), tl.float32)
     for row in range(tl.program_id(0), M, PROGRAMS):
         row = tl.full((1, 1), row, tl.int64)
-        queries_at = query_gradient_at + row * H * D + at
-        keys_at = key_gradient_at + row * K * D + at - H * D
-        # Each head is in one of the three: what is not there is zero.
-        is_query, is_key, is_value = _kinds(heads, H, K)
-        of_value = row * K * D + at - (H + K) * D
-        gradient = _read(queries_at, is_query & inside) + _read(keys_at, is_key & inside)
-        partner = _read(queries_at + partners, is_query & turns)
-        partner += _read(keys_at + partners, is_key & turns)
-        from_value = _read(value_gradient_at + of_value, is_value & inside)
-        from_value += _read(exclusion_gradient_at + of_value, is_value & inside)
-        angle = row % positions * HALF + places % HALF
-        cos = tl.load(cos_at + angle, turns, other=1.0)
-        sin = tl.load(sin_at + angle, turns, other=0.0)
-        # Turned back: its product with x is that of the gradient with x turned.
-        gradient = gradient * cos - partner * tl.where(places < HALF, sin, -sin)
-        x = _read(qkv_at + row * (H + 2 * K) * D + at, (is_query | is_key) & inside)
-        scale = 1 / tl.sqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
-        x *= scale
-        along = tl.sum(gradient * x, 1)[:, None]
-        gain_sum += along
-        gradient = gains * scale * (gradient - x * (along / D)) + from_value
-        tl.store(out_at + row * (H + 2 * K) * D + at, gradient, (heads < H + 2 * K) & inside)
+        cos, sin = _angles(cos_at, sin_at, row % positions, HALF, WIDE_D)
+        of_queries, of_keys = row * WIDTH, row * WIDTH + H * D
+        gain_sum += _turn_back(
+            query_gradient_at + row * (H * D), qkv_at + of_queries, out_at + of_queries,
+            cos, sin, gain, epsilon, H, D, HALF, WIDE_H, WIDE_D,
+        )  # fmt: skip
+        _turn_back(
+            key_gradient_at + row * (K * D), qkv_at + of_keys, out_at + of_keys,
+            cos, sin, 1.0, epsilon, K, D, HALF, WIDE_K, WIDE_D,
+        )  # fmt: skip
+        at, mask = _places(K, D, WIDE_K, WIDE_D)
+        value = tl.load(value_gradient_at + row * (K * D) + at, mask, other=0.0).to(tl.float32)
+        value += tl.load(exclusion_gradient_at + row * (K * D) + at, mask, other=0.0)
+        tl.store(out_at + of_keys + K * D + at, value, mask)
     tl.store(partial_at + tl.program_id(0) * H + heads, gain_sum, heads < H)
 
 
 @triton.jit
-def _kinds(heads, H: tl.constexpr, K: tl.constexpr):
-    """Which of the heads that lie side by side are queries', keys' and values'."""
-    return heads < H, (heads >= H) & (heads < H + K), (heads >= H + K) & (heads < H + 2 * K)
-
-
-@triton.jit
-def _read(at, mask):
-    return tl.load(at, mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_heads(
-    x_at, rows, M, stride, H: tl.constexpr, D: tl.constexpr,
-    WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
+def _turn_back(
+    gradient_at, x_at, out_at, cos, sin, gain, epsilon, H: tl.constexpr, D: tl.constexpr,
+    HALF: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
-    """Whole heads, float32 [rows, heads, D]."""
-    places = tl.arange(0, WIDE_D)
-    at, mask = _head_places(rows, M, stride, places, places < D, H, D, WIDE_H)
-    return tl.load(x_at + at, mask, other=0.0).to(tl.float32)
+    """Write a row's gradient before norm, rotation and gain; return the gain's, [H, 1]."""
+    at, mask = _places(H, D, WIDE_H, WIDE_D)
+    # Its product with x is that of the gradient with x turned.
+    _, gradient = _turned(gradient_at, mask, cos, -sin, at, HALF, WIDE_D)
+    x = tl.load(x_at + at, mask, other=0.0).to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
+    x *= scale
+    along = tl.sum(gradient * x, 1)[:, None]
+    tl.store(out_at + at, gain * scale * (gradient - x * (along / D)), mask)
+    return along
 
 
 @triton.jit
-def _load_partners(
-    x_at, rows, M, stride, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
-):  # fmt: skip
-    """For each place of a head the other one of its pair, zero where there is none."""
-    places = tl.arange(0, WIDE_D)
-    partners = tl.where(places < HALF, places + HALF, places - HALF)
-    at, mask = _head_places(rows, M, stride, partners, places < 2 * HALF, H, D, WIDE_H)
-    return tl.load(x_at + at, mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_heads(
-    out_at, x, rows, M, stride, H: tl.constexpr, D: tl.constexpr,
-    WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
-):  # fmt: skip
-    places = tl.arange(0, WIDE_D)
-    at, mask = _head_places(rows, M, stride, places, places < D, H, D, WIDE_H)
-    tl.store(out_at + at, x, mask)
-
-
-@triton.jit
-def _head_places(
-    rows, M, stride, places, inside, H: tl.constexpr, D: tl.constexpr, WIDE_H: tl.constexpr
-):
-    """Offsets of `places` in every head of the rows, and which of them exist."""
-    heads = tl.arange(0, WIDE_H)[None, :, None]
-    at = rows.to(tl.int64)[:, None, None] * stride + heads * D + places[None, None, :]
-    return at, (rows < M)[:, None, None] & (heads < H) & inside[None, None, :]
-
-
-@triton.jit
-def _rotation(cos_at, sin_at, rows, M, positions, HALF: tl.constexpr, WIDE_D: tl.constexpr):
-    """What a place and its partner are multiplied by, float32 [rows, 1, D]: cos and ± sin."""
+def _turned(x_at, mask, cos, sin, at, HALF: tl.constexpr, WIDE_D: tl.constexpr):
+    """A row's heads as they are and rotated, float32 [heads, D]."""
     places = tl.arange(0, WIDE_D)[None, :]
-    turns = places < 2 * HALF
-    at = (rows % positions)[:, None] * HALF + places % HALF
-    mask = (rows < M)[:, None] & turns
-    cos = tl.load(cos_at + at, mask, other=0.0)
-    sin = tl.load(sin_at + at, mask, other=0.0)
-    cos = tl.where(turns, cos, 1.0)
-    return cos[:, None, :], tl.where(places < HALF, sin, -sin)[:, None, :]
-
-
-def _head_tile(heads: int, width: int) -> tuple[int, int, int]:
-    """Rows of a tile, and the powers of two that cover heads and their width."""
-    covers = triton.next_power_of_2(heads), triton.next_power_of_2(width)
-    return max(1, ELEMENTS_PER_TILE // (covers[0] * covers[1])), *covers
+    partners = at + tl.where(places < HALF, HALF, -HALF)
+    x = tl.load(x_at + at, mask, other=0.0).to(tl.float32)
+    partner = tl.load(x_at + partners, mask & (places < 2 * HALF), other=0.0).to(tl.float32)
+    return x, x * cos + partner * sin
 
 
 @triton.jit
-def _gains(gain_at, H: tl.constexpr, WIDE_H: tl.constexpr):
-    """float32 [1, heads]."""
-    heads = tl.arange(0, WIDE_H)
-    return tl.load(gain_at + heads, heads < H, other=0.0)[None, :]
+def _angles(cos_at, sin_at, position, HALF: tl.constexpr, WIDE_D: tl.constexpr):
+    """What a place and its partner are multiplied by, float32 [1, D]: cos and ± sin."""
+    places = tl.arange(0, WIDE_D)[None, :]
+    at, turns = position * HALF + places % HALF, places < 2 * HALF
+    sin = tl.load(sin_at + at, turns, other=0.0)
+    return tl.load(cos_at + at, turns, other=1.0), tl.where(places < HALF, sin, -sin)
+
+
+@triton.jit
+def _places(H: tl.constexpr, D: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr):
+    """Offsets in a row of heads, and which of them exist."""
+    heads, places = tl.arange(0, WIDE_H)[:, None], tl.arange(0, WIDE_D)[None, :]
+    return heads * D + places, (heads < H) & (places < D)

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 
 ELEMENTS_PER_TILE = 4096
-PROGRAMS = 1584
-"""Of a kernel that sums over rows: 12 warps for each of an H200's 132 multiprocessors, all of which
-find registers at the same time."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200. Elsewhere some programs of a kernel that sums over rows wait for others."""
 
 
 def row_tile(x: torch.Tensor) -> tuple[int, int]:
@@ -32,9 +31,9 @@ def one_row(x: torch.Tensor) -> tuple[int, int]:
     return 1, triton.next_power_of_2(x.shape[1])
 
 
-def programs_over(rows: int) -> int:
-    """Programs of a kernel that sums over `rows`."""
-    return min(PROGRAMS, rows)
+def programs_over(rows: int, per_multiprocessor: int) -> int:
+    """Programs of a kernel that sums over `rows`: as many as find registers at the same time."""
+    return min(MULTIPROCESSORS * per_multiprocessor, rows)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from fairway.adaptation import logit_delta_kernel
 from fairway.adaptation.lora import LoraSettings, RowLora
 from fairway.config import load_config
 from fairway.model.gpt import GPT, config_from_settings
+from fairway.model.kernels import mlp_hopper
 
 ROOT = Path(__file__).resolve().parents[1]
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -82,6 +83,16 @@ def compile_adapted(model: GPT, tokens: torch.Tensor, lora: dict) -> None:
         additions.learn(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
+def compile_mlp_hopper(width: int, mlp_width: int) -> None:
+    """What takes the place of the MLP's kernels on Hopper; a CPU's tensors do not choose it."""
+    rows, up, down, activation = (
+        torch.empty(shape, dtype=torch.bfloat16)
+        for shape in ((256, width), (mlp_width, width), (width, mlp_width), (256, mlp_width))
+    )
+    mlp_hopper.up(rows, up, activation, 132)
+    mlp_hopper.down_backward(rows, down, activation, torch.empty_like(activation), 132)
+
+
 def main() -> None:
     driver.set_active(HopperWithoutDevice())
     JITFunction.run = compile_only
@@ -93,6 +104,7 @@ def main() -> None:
     model.loss(tokens, tokens).backward()
     with torch.no_grad():
         model(tokens, 32)
+    compile_mlp_hopper(model.config.width, model.config.mlp_width)
     compile_adapted(model, tokens, config["lora"])
     compile_fit(config["evaluation"]["window_tokens"], config["slot"])
 

@@ -1,0 +1,36 @@
+"""The MLP's activation, leaky_relu(·, 0.5)², and its gradient, in the registers of a kernel.
+
+The gradient is 2·√a where what the activation `a` came from is positive, else −√a: `a` tells it
+but for that sign, which its last mantissa bit is spent on. Gluon's kernels call these as well.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activation_of(x, dtype: tl.constexpr):
+    """Of float32 x, as the `dtype` nearest to it whose last mantissa bit tells x's sign."""
+    LAST: tl.constexpr = _last_bit(dtype)
+    # A NaN is none of these: rounding it up would overflow into a zero.
+    is_positive = x >= 0
+    leaky = tl.where(is_positive, x, 0.5 * x)
+    bits = (leaky * leaky).to(tl.int32, bitcast=True)
+    sign = tl.where(is_positive, 0, LAST)
+    bits = ((bits + LAST - sign) & (-2 * LAST)) | sign
+    return bits.to(tl.float32, bitcast=True).to(dtype)
+
+
+@triton.jit
+def slope_of(a):
+    """The activation's gradient, float32, from what `activation_of` has made."""
+    LAST: tl.constexpr = _last_bit(a.dtype)
+    exact = a.to(tl.float32)
+    root = tl.sqrt(exact)
+    return tl.where((exact.to(tl.int32, bitcast=True) & LAST) != 0, -root, 2 * root)
+
+
+@triton.constexpr_function
+def _last_bit(dtype):
+    """The last mantissa bit of `dtype` in a float32, of which a bfloat16 is the upper half."""
+    return {tl.float32: 1, tl.bfloat16: 0x10000}[dtype]

@@ -24,8 +24,9 @@ LOSS_TOLERANCE = 1e-5  # nats
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Several blocks of places even in tiny problems, the last of them ragged."""
-    monkeypatch.setattr(logit_delta_kernel, "TILE_ELEMENTS", 512)
+    """Several blocks of places even in tiny problems, the last ragged, and chunks of a place."""
+    monkeypatch.setattr(logit_delta_kernel, "NUM_WARPS", 4)
+    monkeypatch.setattr(logit_delta_kernel, "LANE_COLUMNS", 1)
 
 
 def problem(seed=0, rows=4, places=37, vocabulary=64):
@@ -61,23 +62,33 @@ def exact_losses(delta, logits, targets, is_context, l2):
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "starts", "l2"),
-    [(64, "cold", 0.5), (64, "warm", 4.0), (50, "warm", 0.5), (50, "cold", 4.0)],
+    ("vocabulary", "starts", "l2", "history"),
+    [
+        (64, "cold", 0.5, 3),
+        (64, "warm", 4.0, 3),
+        (50, "warm", 0.5, 3),
+        (50, "cold", 4.0, 3),
+        (64, "warm", 0.5, 9),  # more pairs than the kernel reads at a time
+    ],
 )
-def test_it_reaches_the_minimum_of_the_plain_fit(vocabulary, starts, l2):
+def test_it_reaches_the_minimum_of_the_plain_fit(vocabulary, starts, l2, history):
     logits, targets, is_context, initial = problem(vocabulary=vocabulary)
     if starts == "cold":
         initial = torch.zeros_like(initial)
-    options = OPTIONS | {"l2": l2}
+    changes = {"l2": l2, "history": history}
+    options = OPTIONS | changes
     plain = logit_delta.fit_delta(torch.softmax(logits, 2), targets, is_context, initial, **options)
-    fused = fused_fit(logits, targets, is_context, initial, l2=l2)
-    torch.testing.assert_close(fused.x, plain.x, rtol=0, atol=DELTA_TOLERANCE)
+    fused = fused_fit(logits, targets, is_context, initial, **changes)
+    # A weak prior leaves the minimum so flat that this distance is within the stopping test.
+    flat = (2 * logit_delta.TOLERANCE_CHANGE * is_context.shape[1] / l2) ** 0.5
+    tolerance = max(DELTA_TOLERANCE, flat)
+    torch.testing.assert_close(fused.x, plain.x, rtol=0, atol=tolerance)
     found, expected = (
         exact_losses(fit.x, logits, targets, is_context, l2) for fit in (fused, plain)
     )
     assert (found - expected).max() < LOSS_TOLERANCE
     assert (fused.iterations - plain.iterations).abs().max() <= 3
-    assert fused.iterations.max() > OPTIONS["history"]  # the ring of pairs has wrapped around
+    assert fused.iterations.max() > history  # the ring of pairs has wrapped around
 
 
 def test_float32_probabilities_are_taken_as_well():

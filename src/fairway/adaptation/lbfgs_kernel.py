@@ -1,6 +1,7 @@
 """The steps of lbfgs.py that know no objective, for a single problem inside a Triton program.
 
-Source: Nocedal & Wright, Numerical Optimization, 2nd edition, algorithm 7.4 and equation 3.59.
+Sources: Nocedal & Wright, Numerical Optimization, 2nd edition, equation 3.59; Byrd, Nocedal &
+Schnabel (1994).
 """
 
 import triton
@@ -10,6 +11,7 @@ from fairway.adaptation.lbfgs import BRACKET_MARGIN, LARGEST_EXTRAPOLATION
 
 _BRACKET_MARGIN = tl.constexpr(BRACKET_MARGIN)
 _LARGEST_EXTRAPOLATION = tl.constexpr(LARGEST_EXTRAPOLATION)
+_GROUP = tl.constexpr(8)  # vectors of the history that a program holds in registers at a time
 
 
 @triton.jit
@@ -47,34 +49,73 @@ def next_step(before, low, high, new):
 
 
 @triton.jit
-def descent_direction(
-    gradient, steps, changes, curvatures, scale, pushed,
-    V: tl.constexpr, HISTORY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """-H g by the two-loop recursion over the pairs kept in memory, the newest pair first.
-
-    curvatures: [BLOCK_H], s . y of each place of the ring. pushed: pairs that were ever kept.
-    """
+def _load_group(vectors, group, pairs, V: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr):
+    """Vectors `group` GROUP and on, [GROUP, BLOCK_V] with zeros from the vector `pairs` on."""
     columns = tl.arange(0, BLOCK_V)
-    inside = columns < V
-    slots = tl.arange(0, BLOCK_H)
-    pairs = tl.minimum(pushed, HISTORY)
-    alphas = tl.zeros([BLOCK_H], tl.float32)
-    remainder = gradient
-    for age in range(0, pairs):
-        slot = (pushed - 1 - age) % HISTORY
-        step = tl.load(steps + slot * V + columns, mask=inside, other=0.0)
-        change = tl.load(changes + slot * V + columns, mask=inside, other=0.0)
-        curvature = tl.sum(tl.where(slots == slot, curvatures, 0.0))
-        alpha = tl.sum(step * remainder) / curvature
-        alphas = tl.where(slots == slot, alpha, alphas)
-        remainder -= alpha * change
-    remainder *= scale
-    for index in range(0, pairs):
-        slot = (pushed - pairs + index) % HISTORY
-        step = tl.load(steps + slot * V + columns, mask=inside, other=0.0)
-        change = tl.load(changes + slot * V + columns, mask=inside, other=0.0)
-        curvature = tl.sum(tl.where(slots == slot, curvatures, 0.0))
-        alpha = tl.sum(tl.where(slots == slot, alphas, 0.0))
-        remainder += (alpha - tl.sum(change * remainder) / curvature) * step
-    return -remainder
+    slots = group * GROUP + tl.arange(0, GROUP)
+    mask = (slots < pairs)[:, None] & (columns < V)[None, :]
+    return tl.load(vectors + slots[:, None] * V + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def history_times(
+    vectors, right, pairs, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """Inner products [BLOCK_H] of the history's first `pairs` vectors with `right` [BLOCK_V]."""
+    GROUP: tl.constexpr = min(BLOCK_H, _GROUP)
+    groups = tl.arange(0, BLOCK_H // GROUP)[:, None]
+    products = tl.zeros([BLOCK_H // GROUP, GROUP], tl.float32)
+    for group in range(0, tl.cdiv(pairs, GROUP)):
+        kept = _load_group(vectors, group, pairs, V, BLOCK_V, GROUP)
+        found = tl.sum(kept * right[None, :], axis=1)
+        products = tl.where(groups == group, found[None, :], products)
+    return tl.reshape(products, [BLOCK_H])
+
+
+@triton.jit
+def times_history(
+    left, vectors, pairs, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """The sum [BLOCK_V] of the history's first `pairs` vectors, weighted with `left` [BLOCK_H]."""
+    GROUP: tl.constexpr = min(BLOCK_H, _GROUP)
+    groups = tl.arange(0, BLOCK_H // GROUP)[:, None]
+    weights = tl.reshape(left, [BLOCK_H // GROUP, GROUP])
+    total = tl.zeros([BLOCK_V], tl.float32)
+    for group in range(0, tl.cdiv(pairs, GROUP)):
+        kept = _load_group(vectors, group, pairs, V, BLOCK_V, GROUP)
+        weight = tl.sum(tl.where(groups == group, weights, 0.0), axis=0)
+        total += tl.sum(weight[:, None] * kept, axis=0)
+    return total
+
+
+@triton.jit
+def extend_inverse(inverse, products, curvature, slot, BLOCK_H: tl.constexpr):
+    """The inverse of lbfgs.History's triangle R once the pair in `slot` is a new one.
+
+    inverse: [BLOCK_H, BLOCK_H] in the ring's order, zero where there is no pair. products:
+    [BLOCK_H], s_i . y of the new change y. The oldest pair, whose place the new one takes, leaves
+    the inverse of the others as it was; a new last column (r, d) of R is (-R^-1 r, 1) / d there.
+    """
+    is_other = tl.arange(0, BLOCK_H) != slot
+    inverse = tl.where(is_other[:, None] & is_other[None, :], inverse, 0.0)
+    column = tl.where(is_other, -tl.sum(inverse * products[None, :], axis=1), 1.0) / curvature
+    return tl.where(is_other[None, :], inverse, column[:, None])
+
+
+@triton.jit
+def descent_direction(
+    gradient, steps, changes, inverse, curvatures, scale, pairs,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """-H g [BLOCK_V], as lbfgs.History.descent_direction has it, with the inverse of R at hand.
+
+    steps, changes: the ring, whose first `pairs` places are taken. inverse: [BLOCK_H, BLOCK_H],
+    as `extend_inverse` keeps it. curvatures: [BLOCK_H], s . y of each pair.
+    """
+    products = history_times(steps, gradient, pairs, V, BLOCK_V, BLOCK_H)
+    alphas = tl.sum(inverse * products[None, :], axis=1)
+    spent = times_history(alphas, changes, pairs, V, BLOCK_V, BLOCK_H)
+    remainder = scale * (gradient - spent)
+    right = curvatures * alphas - history_times(changes, remainder, pairs, V, BLOCK_V, BLOCK_H)
+    corrections = tl.sum(inverse * right[:, None], axis=0)
+    return -remainder - times_history(corrections, steps, pairs, V, BLOCK_V, BLOCK_H)

@@ -2,16 +2,22 @@
 
 One program fits one row from its start to its end and reads nothing of another, so rows are
 independent by construction, and nothing waits for the host. The algorithm is that of lbfgs.py,
-written for a single problem, with the two-loop recursion in place of the triangular systems (the
-same direction in exact arithmetic).
+written for a single problem, with the inverse of the history's triangle in place of the triangular
+systems (the same direction in exact arithmetic).
 
 An evaluation streams the row's probabilities once: a tile of places serves both for its sums
-sum_u q_u exp(delta_u) and for the gradient. So the fit's time is that of reading the
+sum_u q_u exp(delta_u) and for the gradient. Many rows at once take the time of reading the
 probabilities, and they are kept in half precision. In units of 2^-15 every probability above
 2e-9 has 11 significant bits there. Relative errors of up to 2^-12 in the q move a fitted entry by
 about as much, in nats, at most, and the loss, flat at its minimum, by the order of their square.
 
-Sources: Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5, 3.6, 7.4 and 7.5.
+A single row takes the time of its program's instructions, and of its warps' waiting for one
+another. So a tile lies in the registers such that up to 1,024 tokens a warp holds its places
+whole: a place's sum stays inside the warp, and every warp adds up a gradient of its own places
+(`expected`), which meets the other warps' once an evaluation. For that a place is folded into
+chunks of COLUMNS tokens, as many as a warp reads at once in pieces of 16 bytes.
+
+Sources: Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5, 3.6 and 7.5.
 """
 
 import torch
@@ -20,7 +26,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fairway.adaptation.lbfgs import CURVATURE, SUFFICIENT_DECREASE, Minimum
-from fairway.adaptation.lbfgs_kernel import choose_trial, descent_direction, next_step
+from fairway.adaptation.lbfgs_kernel import (
+    choose_trial,
+    descent_direction,
+    extend_inverse,
+    history_times,
+    next_step,
+)
 from fairway.adaptation.logit_delta import (
     MAX_LINE_SEARCH_STEPS,
     TOLERANCE_CHANGE,
@@ -28,9 +40,11 @@ from fairway.adaptation.logit_delta import (
     loss_terms,
 )
 
-TILE_ELEMENTS = 16384  # probabilities that a program holds in registers at a time
 NUM_WARPS = 8
-NUM_STAGES = 3  # tiles on their way from memory
+NUM_STAGES = 4  # one more than there are tiles in shared memory
+PLACES_PER_WARP = 1  # in a tile; more leave too few registers for their gradients
+LANE_COLUMNS = 8  # half-precision numbers in 16 bytes
+MAX_CHUNKS = 4  # of a place in a lane's registers
 
 UNITS_PER_ONE = 2.0**15  # float16 ends at 65504
 
@@ -84,7 +98,7 @@ def fit_delta(
         probabilities = compact(probabilities)
     rows, num_places, vocabulary = probabilities.shape
     block_vocabulary = triton.next_power_of_2(vocabulary)
-    block_places = max(1, min(64, TILE_ELEMENTS // block_vocabulary))
+    block_places, columns = tile_shape(block_vocabulary)
     share, wanted, ridge = loss_terms(targets, is_context, initial, l2)
     pairs = initial.new_empty(2, rows, history, vocabulary)
     x, value = torch.empty_like(wanted), torch.empty_like(ridge)
@@ -109,10 +123,22 @@ def fit_delta(
         BLOCK_V=block_vocabulary,
         BLOCK_H=triton.next_power_of_2(history),
         BLOCK_P=block_places,
+        COLUMNS=columns,
         STAGES=NUM_STAGES,
         num_warps=NUM_WARPS,
     )
     return Minimum(x, value, *counts)
+
+
+def tile_shape(block_vocabulary: int) -> tuple[int, int]:
+    """Places of a tile, and the columns of each of their chunks.
+
+    Long vocabularies spread a place over several warps. Their vectors take more registers too.
+    """
+    warp_columns = 32 * LANE_COLUMNS
+    columns = max(min(warp_columns, block_vocabulary), block_vocabulary // MAX_CHUNKS)
+    at_once = max(1, NUM_WARPS * warp_columns // columns)
+    return at_once * (PLACES_PER_WARP if columns <= warp_columns else 1), columns
 
 
 def block_runs(share: Tensor, block_places: int) -> Tensor:
@@ -151,39 +177,61 @@ def _compact_softmax_kernel(
 @triton.jit
 def _loss_and_gradient(
     delta, problem, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
-    STAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Value and gradient [BLOCK_V] at `delta` [BLOCK_V]."""
     probabilities, share, wanted, ridge, first_block, num_blocks, num_places = problem
+    CHUNKS: tl.constexpr = BLOCK_V // COLUMNS
     columns = tl.arange(0, BLOCK_V)
     growth = tl.exp(delta) * _UNIT
+    growths = tl.reshape(growth, [CHUNKS, COLUMNS])[:, None, :]
     losses = tl.zeros([BLOCK_P], tl.float32)
-    expected = tl.zeros([BLOCK_V], tl.float32)
-    all_blocks = tl.cdiv(num_places, BLOCK_P)
+    expected = tl.zeros([CHUNKS, BLOCK_P, COLUMNS], tl.float32)
     for index in tl.range(0, num_blocks, num_stages=STAGES):
-        block = first_block + index
-        block = tl.where(block < all_blocks, block, block - all_blocks)
-        places = block * BLOCK_P + tl.arange(0, BLOCK_P)
-        inside = places < num_places
-        weight = tl.load(share + places, mask=inside, other=0.0)
-        tile = tl.load(
-            probabilities + places[:, None] * V + columns[None, :],
-            mask=inside[:, None] & (columns < V)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        total = tl.sum(tile * growth[None, :], axis=1)
+        weight, tile = _load_tile(
+            probabilities, share, first_block + index, num_places, V, BLOCK_V, BLOCK_P, COLUMNS
+        )
+        tile = tile.to(tl.float32)
+        total = tl.sum(tl.sum(tile * growths, axis=0), axis=1)
         # Not tl.maximum: what is not a number must stay so, or a wild trial would look good.
         total = tl.where(total < _TINY, _TINY, total)
         losses += weight * tl.log(total)
-        expected += tl.sum(tile * (weight / total)[:, None], axis=0)
+        expected += tile * (weight / total)[None, :, None]
+    expected = tl.reshape(tl.sum(expected, axis=1), [BLOCK_V])
+    # Read anew each time, for a warp has no registers to spare.
+    wanted = tl.load(wanted + columns, mask=columns < V, other=0.0)
     value = tl.sum(losses) - tl.sum(wanted * delta) + ridge / 2 * tl.sum(delta * delta)
     return value, expected * growth - wanted + ridge * delta
 
 
 @triton.jit
+def _load_tile(
+    probabilities, share, block, num_places, V: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Weights [BLOCK_P] and probabilities [BLOCK_V / COLUMNS, BLOCK_P, COLUMNS] of a block."""
+    all_blocks = tl.cdiv(num_places, BLOCK_P)
+    block = tl.where(block < all_blocks, block, block - all_blocks)
+    places = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = places < num_places
+    weight = tl.load(share + places, mask=inside, other=0.0)
+    # Chunk by chunk as a matrix, whose layout is the same in every version of Triton: a line's
+    # columns along a warp, the lines in turn to the warps, so that a place's chunks meet in one.
+    lines = tl.arange(0, BLOCK_V // COLUMNS * BLOCK_P)
+    places = block * BLOCK_P + lines % BLOCK_P
+    columns = (lines // BLOCK_P * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    mask = (places < num_places)[:, None]
+    if V < BLOCK_V:
+        mask = mask & (columns < V)
+    tile = tl.load(probabilities + places[:, None] * V + columns, mask=mask, other=0.0)
+    tile = tl.reshape(tile, [BLOCK_V // COLUMNS, BLOCK_P, COLUMNS])
+    return weight, tile
+
+
+@triton.jit
 def _line_search(
     x, value, gradient, direction, slope, step, problem, V: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """lbfgs.LineSearch: the step taken, value and gradient there, and how many were tried."""
     farthest = tl.max(tl.abs(direction))
@@ -194,7 +242,7 @@ def _line_search(
     searching = trials == 0
     while searching:
         new_value, new_gradient = _loss_and_gradient(
-            x + step * direction, problem, V, BLOCK_V, BLOCK_P, STAGES
+            x + step * direction, problem, V, BLOCK_V, BLOCK_P, COLUMNS, STAGES
         )
         new = (step, new_value, tl.sum(new_gradient * direction))
         trials += 1
@@ -219,7 +267,7 @@ def _fit_kernel(
     probabilities, share, runs, wanted, ridge, initial, steps, changes,
     x_out, value_out, iterations_out, evaluations_out, num_places, clamp, max_iterations,
     V: tl.constexpr, HISTORY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """lbfgs.minimize for the row of this program. steps, changes: scratch [B, HISTORY, V]."""
     row = tl.program_id(0).to(tl.int64)
@@ -234,7 +282,7 @@ def _fit_kernel(
     problem = (
         probabilities,
         share,
-        tl.load(wanted + row * V + columns, mask=inside, other=0.0),
+        wanted + row * V,
         tl.load(ridge + row),
         tl.load(runs + 2 * row),
         num_blocks,
@@ -242,8 +290,9 @@ def _fit_kernel(
     )
     x = tl.load(initial + row * V + columns, mask=inside & (num_blocks > 0), other=0.0)
 
-    value, gradient = _loss_and_gradient(x, problem, V, BLOCK_V, BLOCK_P, STAGES)
+    value, gradient = _loss_and_gradient(x, problem, V, BLOCK_V, BLOCK_P, COLUMNS, STAGES)
     curvatures = tl.zeros([BLOCK_H], tl.float32)
+    inverse = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
     scale = tl.full((), 1.0, tl.float32)
     pushed = tl.full((), 0, tl.int32)
     iterations = tl.full((), 0, tl.int32)
@@ -256,8 +305,9 @@ def _fit_kernel(
 
     while active:
         low_step, low_value, low_gradient, trials = _line_search(
-            x, value, gradient, direction, slope, step, problem, V, BLOCK_V, BLOCK_P, STAGES
-        )
+            x, value, gradient, direction, slope, step, problem,
+            V, BLOCK_V, BLOCK_P, COLUMNS, STAGES,
+        )  # fmt: skip
         moved = low_step * direction
         decrease = value - low_value
         gradient_change = low_gradient - gradient
@@ -267,18 +317,22 @@ def _fit_kernel(
             slot = pushed % HISTORY
             tl.store(steps + slot * V + columns, moved, mask=inside)
             tl.store(changes + slot * V + columns, gradient_change, mask=inside)
-            curvatures = tl.where(slots == slot, curvature, curvatures)
-            scale = curvature / change_square
-            pushed += 1
             # The pair is read by other threads than those that wrote it.
             tl.debug_barrier()
+            pushed += 1
+            pairs = tl.minimum(pushed, HISTORY)
+            products = history_times(steps, gradient_change, pairs, V, BLOCK_V, BLOCK_H)
+            inverse = extend_inverse(inverse, products, curvature, slot, BLOCK_H)
+            curvatures = tl.where(slots == slot, curvature, curvatures)
+            scale = curvature / change_square
         x += moved
         value, gradient = low_value, low_gradient
         iterations += 1
         evaluations += trials
         direction = descent_direction(
-            gradient, steps, changes, curvatures, scale, pushed, V, HISTORY, BLOCK_V, BLOCK_H
-        )
+            gradient, steps, changes, inverse, curvatures, scale, tl.minimum(pushed, HISTORY),
+            V, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
         slope = tl.sum(gradient * direction)
         step = tl.full((), 1.0, tl.float32)
         active = (

@@ -12,7 +12,7 @@ import triton.language as tl
 from fairway.model.gpt import NORM_EPSILON
 from fairway.model.kernels.tiles import programs_over
 
-ROWS_PER_PROGRAM = 4
+ROWS_PER_PROGRAM = 2
 """Of the forward pass. They are unrolled, so that none waits for another."""
 
 
@@ -74,7 +74,7 @@ def heads_backward(
     [M, K, D] in attention and in exclusion; all contiguous.
     """
     (M, H, D), K = query_gradient.shape, key_gradient.shape[1]
-    out, programs = torch.empty_like(qkv), programs_over(M, 24)
+    out, programs = torch.empty_like(qkv), programs_over(M, 28)
     partial = qkv.new_empty(programs, H, dtype=torch.float32)
     _heads_backward[(programs,)](
         query_gradient, key_gradient, value_gradient, exclusion_gradient, qkv, out, cos, sin, gain,

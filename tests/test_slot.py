@@ -284,8 +284,23 @@ def test_only_the_leaking_scope_gains_on_draws_from_the_model_itself():
     assert leaking > 0.05
 
 
-def test_in_own_loss_is_exact():
-    settings = changed(SETTINGS, scope="batch", same_document=True, focal_tokens=14)
+@pytest.mark.parametrize("forward_windows", [1, 3, 9, 64])
+def test_batches_are_the_same_however_many_windows_share_a_forward_pass(forward_windows):
+    settings = changed(SETTINGS, scope="batch", batch_windows=4, lanes=2, focal_tokens=14)
+    tokens = toy_stream(260, document_tokens=60)
+    one_batch_a_pass = collect(tokens, changed(settings, forward_windows=4))
+    found = collect(tokens, changed(settings, forward_windows=forward_windows))
+    assert found.keys() == one_batch_a_pass.keys()
+    for name, expected in one_batch_a_pass.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("forward_windows", [2, 9])
+def test_in_own_loss_is_exact(forward_windows):
+    settings = changed(
+        SETTINGS, scope="batch", same_document=True, focal_tokens=14,
+        forward_windows=forward_windows,
+    )  # fmt: skip
     tokens = toy_stream(260, document_tokens=60)
     columns = collect(tokens, settings)
     windows = windows_of(tokens, settings)

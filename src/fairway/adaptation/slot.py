@@ -11,7 +11,7 @@ needed, P context places, V vocabulary, m scored targets. Sources: Hu et al., "S
 record's description for the geometry.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,8 +95,12 @@ class SlotAdapter:
             self.delta = logits.new_zeros(len(logits), logits.shape[2])
             if self.fit.settings.context_logits == "scored":
                 self.buffer = self._filled_buffer(rows, logits)
-        held = self.buffer.contents() if self.buffer else self.fit.context(rows, logits)
-        fit = self.fit(*held, self.fit.is_context(rows, held[1]), self.delta)
+        if self.buffer:
+            probabilities, positions = self.buffer.contents()
+            context = probabilities, positions, self.fit.is_context(rows, positions)
+        else:
+            context = self.fit.context(rows, logits)
+        fit = self.fit(*context, self.delta)
         self.delta, self.unadapted = fit.x, scored
         after = self.fit.add(rows, scored, self.delta)
         return logits, after, fit.iterations[rows.real_rows]
@@ -128,42 +132,68 @@ def score_batches(
 ) -> Iterator[Scored]:
     """The record's code: one delta for `batch_windows` consecutive windows of the lane.
 
-    These windows overlap, so that one's context is another's scored slice: this leaks.
+    These windows overlap, so that one's context is another's scored slice: this leaks. A batch may
+    need several forward passes, or a pass serve several batches; deltas are fitted one by one.
     """
     fit = _Fit(stream, settings, fit_kernels(kernels))
-    device = stream.tokens.device
-    size = min(forward_windows, settings.batch_windows)
+    device, batch_windows = stream.tokens.device, settings.batch_windows
+    together = batch_windows * max(1, forward_windows // batch_windows)
+    size = min(forward_windows, together)
     lanes = on_device([lane] * size, device)
     delta = None
-    for step, first in enumerate(range(0, len(run), settings.batch_windows)):
-        batch = run[first : first + settings.batch_windows]
-        passes = [batch[start : start + size] for start in range(0, len(batch), size)]
-        table = np.array([padded(part, size) for part in passes])
-        parts = [
-            Rows(stream, step, windows, index, fit.context_places)
-            for windows, index in zip(table, on_device(table, device), strict=True)
+    for step, first in enumerate(range(0, len(run), together)):
+        windows = run[first : first + together]
+        starts = range(0, len(windows), size)
+        table = np.array([padded(windows[start : start + size], size) for start in starts])
+        passes = [
+            Rows(stream, step, numbers, index, fit.context_places)
+            for numbers, index in zip(table, on_device(table, device), strict=True)
         ]
-        logits = [model_logits(rows.inputs, rows.first_place) for rows in parts]
-        contexts = [fit.context(rows, part) for rows, part in zip(parts, logits, strict=True)]
-        is_context = [
-            fit.is_context(rows, positions)
-            for rows, (_, positions) in zip(parts, contexts, strict=True)
-        ]
-        # One problem whose places are those of all the windows.
-        probabilities = torch.cat([part.flatten(0, 1) for part, _ in contexts]).unsqueeze(0)
-        positions = torch.cat([part.flatten() for _, part in contexts]).unsqueeze(0)
-        counted = torch.cat([part.flatten() for part in is_context]).unsqueeze(0)
-        if delta is None:
-            delta = logits[0].new_zeros(1, probabilities.shape[2])
-        found = fit(probabilities, positions, counted, delta)
-        delta, iterations = found.x, found.iterations
-        fitted = torch.where(counted, positions, 0)  # no target is at 0
-        for rows, part in zip(parts, logits, strict=True):
+        logits = [model_logits(rows.inputs, rows.first_place) for rows in passes]
+        contexts = [fit.context(rows, part) for rows, part in zip(passes, logits, strict=True)]
+        fitted = []
+        for batch in range(0, len(windows), batch_windows):
+            problem = _joined(contexts, batch, batch + batch_windows)
+            if delta is None:
+                delta = logits[0].new_zeros(1, problem[0].shape[2])
+            fitted.append((fit(*problem, delta), problem))
+            delta = fitted[-1][0].x
+        deltas = torch.cat([found.x for found, _ in fitted])
+        iterations = torch.cat([found.iterations for found, _ in fitted])
+        for start, rows, part in zip(starts, passes, logits, strict=True):
+            batch_of_row = (start + torch.arange(size, device=device)) // batch_windows
+            batch_of_row.clamp_(max=len(fitted) - 1)  # padding's
             before = rows.at_scored(part)
-            after = fit.add(rows, before, delta.expand(size, -1))
-            in_own_loss = torch.isin(rows.positions, fitted) & fit.applies(rows)
+            after = fit.add(rows, before, deltas[batch_of_row])
+            in_own_loss = fit.applies(rows) & _fitted_to(
+                rows.positions, batch_of_row[rows.row], [problem for _, problem in fitted]
+            )
             yield score(rows, lanes, (before, after), iterations, in_own_loss)
             iterations = iterations[:0]
+
+
+Context = tuple[Tensor, Tensor, Tensor]
+"""What may be fitted to: probabilities [B, P, V], targets' positions [B, P], which count [B, P]."""
+
+
+def _joined(contexts: Sequence[Context], first: int, last: int) -> Context:
+    """One problem, B = 1, of the rows from `first` to `last` of passes that follow one another."""
+    parts = []
+    for context in contexts:
+        rows = len(context[0])
+        inside = slice(min(max(first, 0), rows), min(max(last, 0), rows))
+        parts.append([part[inside].flatten(0, 1) for part in context])
+        first, last = first - rows, last - rows
+    return tuple(torch.cat(part).unsqueeze(0) for part in zip(*parts, strict=True))
+
+
+def _fitted_to(positions: Tensor, batches: Tensor, problems: Sequence[Context]) -> Tensor:
+    """bool [m]: which targets at `positions` were fitted to by the delta of their own batch."""
+    found = torch.zeros_like(positions, dtype=torch.bool)
+    for batch, (_, fitted, counted) in enumerate(problems):
+        fitted = torch.where(counted, fitted, 0)  # no target is at 0
+        found |= (batches == batch) & torch.isin(positions, fitted)
+    return found
 
 
 @dataclass(frozen=True)
@@ -188,8 +218,8 @@ class _Fit:
             return is_inside
         return is_inside & self.stream.in_document(positions, rows.slice_documents)
 
-    def context(self, rows: Rows, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """This pass's probabilities [B, P, V] for every place that may be context; targets [B, P].
+    def context(self, rows: Rows, logits: Tensor) -> Context:
+        """This pass's, for every place that may be context.
 
         Places that every real row scores are left out: that is geometry, not content.
         """
@@ -197,7 +227,8 @@ class _Fit:
         count = max(places - rows.fewest_scored, 0)
         first = logits.shape[1] - places
         probabilities = self.kernels.softmax(logits[:, first : first + count])
-        return probabilities, rows.last_positions(places)[:, :count]
+        positions = rows.last_positions(places)[:, :count]
+        return probabilities, positions, self.is_context(rows, positions)
 
     def __call__(
         self, probabilities: Tensor, positions: Tensor, is_context: Tensor, initial: Tensor

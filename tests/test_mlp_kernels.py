@@ -83,6 +83,9 @@ def test_products_in_float32_against_float64():
     product = x.double() @ up.double().T
     torch.testing.assert_close(activation.double(), exact(product).double(), rtol=1e-4, atol=1e-4)
     assert torch.equal(is_negative(activation), product < 0)
+    unsigned = mlp_up(x, up, signed=False)
+    torch.testing.assert_close(unsigned.double(), exact(product).double(), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(unsigned, activation)
     found = mlp_down_backward(x, down, activation)
     expected = x.double() @ down.double() * slope(activation)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
@@ -110,9 +113,11 @@ def poisoned(*shape: int) -> torch.Tensor:
 def test_hoppers_product_and_activation(rows, width, mlp_width, monkeypatch):
     x, weight, _ = half_precision(rows, width, mlp_width)
     out = poisoned(rows, mlp_width)
-    mlp_hopper.up(x, weight, out, 132)
+    mlp_hopper.up(x, weight, out, True, 132)
     assert torch.equal(mlp_up(x, weight), out)
     product = x.float() @ weight.float().T
+    unsigned = mlp_up(x, weight, signed=False)
+    torch.testing.assert_close(unsigned.float(), exact(product), rtol=2**-8 + 1e-4, atol=1e-5)
     torch.testing.assert_close(out.float(), exact(product), rtol=2**-7 + 1e-4, atol=1e-5)
     certain = product.abs() > 1e-3
     assert torch.equal(is_negative(out)[certain], (product < 0)[certain])

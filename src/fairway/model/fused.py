@@ -316,7 +316,7 @@ def _block(geometry, weights, additions, index, layer, x0, values) -> torch.Tens
         additions.add("up", index, normed, up)
         layer.activation = activate(up)
     else:
-        layer.activation = mlp_up(normed, weights.up[index])
+        layer.activation = mlp_up(normed, weights.up[index], geometry.trains)
     x.addmm_(layer.activation, weights.down[index].T)
     additions.add("down", index, layer.activation, x)
     return x

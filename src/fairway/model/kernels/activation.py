@@ -1,7 +1,8 @@
 """The MLP's activation, leaky_relu(·, 0.5)², and its gradient, in the registers of a kernel.
 
-The gradient is 2·√a where what the activation `a` came from is positive, else −√a: `a` tells it
-but for that sign, which its last mantissa bit is spent on. Gluon's kernels call these as well.
+A backward pass needs nothing else: the gradient is 2·√a where what the activation `a` came from is
+positive, else −√a. `a` tells it but for that sign, which its last mantissa bit is spent on. Gluon's
+kernels call these as well.
 """
 
 import triton
@@ -9,12 +10,15 @@ import triton.language as tl
 
 
 @triton.jit
-def activation_of(x, dtype: tl.constexpr):
-    """Of float32 x, as the `dtype` nearest to it whose last mantissa bit tells x's sign."""
+def activation_of(x, dtype: tl.constexpr, SIGNED: tl.constexpr):
+    """Of float32 x, as the nearest `dtype`, or where SIGNED as the nearest whose last mantissa bit
+    tells x's sign."""
     LAST: tl.constexpr = _last_bit(dtype)
     # A NaN is none of these: rounding it up would overflow into a zero.
     is_positive = x >= 0
     leaky = tl.where(is_positive, x, 0.5 * x)
+    if not SIGNED:
+        return (leaky * leaky).to(dtype)
     bits = (leaky * leaky).to(tl.int32, bitcast=True)
     sign = tl.where(is_positive, 0, LAST)
     bits = ((bits + LAST - sign) & (-2 * LAST)) | sign

@@ -22,17 +22,20 @@ TILE_K_BYTES = 128
 NUM_WARPS, NUM_STAGES = 8, 3
 
 
-def mlp_up(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The activation of x [M, C] · weight [F, C]ᵀ: [M, F], with signs in its last bits."""
+def mlp_up(x: torch.Tensor, weight: torch.Tensor, signed: bool = True) -> torch.Tensor:
+    """The activation of x [M, C] · weight [F, C]ᵀ: [M, F].
+
+    signed: with signs in its last bits, which a backward pass needs.
+    """
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     programs = _multiprocessors(x.device)
     if _is_for_hopper(x):
-        mlp_hopper.up(x, weight, out, programs)
+        mlp_hopper.up(x, weight, out, signed, programs)
         return out
     tile_k = TILE_K_BYTES // x.element_size()
     _mlp_up[(programs,)](
         _tiles(x, TILE_M, tile_k), _tiles(weight, TILE_N, tile_k), _tiles(out, TILE_M, TILE_N // 2),
-        *out.shape, x.shape[1], TILE_M, TILE_N, tile_k, programs,
+        *out.shape, x.shape[1], signed, TILE_M, TILE_N, tile_k, programs,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     return out
@@ -77,7 +80,7 @@ def activate_backward(gradient: torch.Tensor, activation: torch.Tensor) -> None:
 def _activate(x_at, size, TILE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     x = tl.load(x_at + at, at < size).to(tl.float32)
-    tl.store(x_at + at, activation_of(x, x_at.dtype.element_ty), at < size)
+    tl.store(x_at + at, activation_of(x, x_at.dtype.element_ty, True), at < size)
 
 
 @triton.jit
@@ -90,7 +93,7 @@ def _activate_backward(gradient_at, activation_at, size, TILE: tl.constexpr):
 
 @triton.jit
 def _mlp_up(
-    x_tiles, weight_tiles, out_tiles, M, N, K,
+    x_tiles, weight_tiles, out_tiles, M, N, K, SIGNED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = TILE_N // 2
@@ -102,8 +105,8 @@ def _mlp_up(
             x = x_tiles.load([row, k])
             total = tl.dot(x, weight_tiles.load([column, k]).T, total, input_precision="ieee")
         left, right = _halves(total, TILE_M, TILE_N)
-        out_tiles.store([row, column], activation_of(left, out_tiles.dtype))
-        out_tiles.store([row, column + HALF], activation_of(right, out_tiles.dtype))
+        out_tiles.store([row, column], activation_of(left, out_tiles.dtype, SIGNED))
+        out_tiles.store([row, column + HALF], activation_of(right, out_tiles.dtype, SIGNED))
 
 
 @triton.jit

@@ -50,10 +50,12 @@ PIECES = gl.constexpr(4)  # of a tile
 LARGEST_K = 512  # The weights take 128 KiB then, and everything 224 of the 227 KiB that there are.
 
 
-def up(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, multiprocessors: int) -> None:
+def up(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, signed: bool, multiprocessors: int
+) -> None:
     """Write `mlp_up`'s result, from x [M, K] and weight [N, K], to out [M, N]."""
     weight_tiles = _tiles(weight, TILE, TILE_K)
-    _launch(x, weight_tiles, None, out, multiprocessors)
+    _launch(x, weight_tiles, None, out, signed, multiprocessors)
 
 
 def down_backward(
@@ -68,10 +70,10 @@ def down_backward(
     From the gradient [M, K], weight [K, N] and the saved activation [M, N].
     """
     weight_tiles = _tiles(weight, TILE_K, TILE)
-    _launch(gradient, weight_tiles, _tiles(saved, TILE, PIECE), out, multiprocessors)
+    _launch(gradient, weight_tiles, _tiles(saved, TILE, PIECE), out, True, multiprocessors)
 
 
-def _launch(x, weight_tiles, saved_tiles, out, multiprocessors: int) -> None:
+def _launch(x, weight_tiles, saved_tiles, out, signed: bool, multiprocessors: int) -> None:
     """One program for each multiprocessor, as far as the columns go into them."""
     (M, K), N = x.shape, out.shape[1]
     columns = triton.cdiv(N, TILE.value)
@@ -79,7 +81,7 @@ def _launch(x, weight_tiles, saved_tiles, out, multiprocessors: int) -> None:
     _mlp[(groups * columns,)](
         _tiles(x, TILE, TILE_K), weight_tiles, saved_tiles, _tiles(out, TILE, PIECE),
         triton.cdiv(M, TILE.value), columns, triton.cdiv(K, TILE_K.value), groups,
-        saved_tiles is not None, num_warps=4,
+        saved_tiles is not None, signed, num_warps=4,
     )  # fmt: skip
 
 
@@ -96,7 +98,7 @@ def _layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
 @gluon.jit(do_not_specialize=["row_tiles", "columns"])
 def _mlp(
     x_tiles, weight_tiles, saved_tiles, out_tiles, row_tiles, columns,
-    STEPS: gl.constexpr, GROUPS: gl.constexpr, BACKWARD: gl.constexpr,
+    STEPS: gl.constexpr, GROUPS: gl.constexpr, BACKWARD: gl.constexpr, SIGNED: gl.constexpr,
 ):  # fmt: skip
     """Programs of one group take the same rows; those of one column are GROUPS tiles apart."""
     ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, TILE_K], x_tiles.layout)
@@ -113,11 +115,11 @@ def _mlp(
         [
             (_consume, (
                 ring, weight, pieces, filled, emptied, turns, weight_filled, piece_filled,
-                saved_tiles, out_tiles, column, first, count, 0, STEPS, GROUPS, BACKWARD,
+                saved_tiles, out_tiles, column, first, count, 0, STEPS, GROUPS, BACKWARD, SIGNED,
             )),
             (_consume, (
                 ring, weight, pieces, filled, emptied, turns, weight_filled, piece_filled,
-                saved_tiles, out_tiles, column, first, count, 1, STEPS, GROUPS, BACKWARD,
+                saved_tiles, out_tiles, column, first, count, 1, STEPS, GROUPS, BACKWARD, SIGNED,
             )),
             (_produce, (
                 x_tiles, weight_tiles, ring, weight, filled, emptied, weight_filled,
@@ -164,6 +166,7 @@ def _consume(
     ring, weight, pieces, filled, emptied, turns, weight_filled, piece_filled,
     saved_tiles, out_tiles, column, first, count,
     WHICH: gl.constexpr, STEPS: gl.constexpr, GROUPS: gl.constexpr, BACKWARD: gl.constexpr,
+    SIGNED: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 16]
@@ -181,7 +184,7 @@ def _consume(
                 mbarrier.wait(there, i & 1)  # A tile's PIECES are an even number of phases.
                 part = (part * slope_of(piece.load(layout))).to(gl.bfloat16)
             else:
-                part = activation_of(part, gl.bfloat16)
+                part = activation_of(part, gl.bfloat16, SIGNED)
                 tma.store_wait(0)
             piece.store(part)
             fence_async_shared()

@@ -5,8 +5,8 @@ matrix products stand the kernels of `kernels/`; every per-channel scale next to
 folded into it; residual sums are accumulated by the products themselves; and gradients are
 written by hand, so that no activation is read or stored more often than it must be.
 
-Shapes: M = B·T tokens, C width, H query heads, K key/value heads, D head width, F MLP width, L
-blocks.
+Shapes: M = B·T tokens, C width, H query heads, K key/value heads, D head width, F MLP width, V
+vocabulary, L blocks.
 """
 
 from dataclasses import dataclass
@@ -53,6 +53,8 @@ class Weights(NamedTuple):
     """float32 [L, H]."""
     value_scales: torch.Tensor
     """float32 [value layers]."""
+    values: torch.Tensor | None
+    """float32 [V, K·D], the value embedding of every token, where there are value layers."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,14 @@ class Geometry:
         partner = 2 * self.encoders - index
         decoder = max(index, partner)
         return partner if self.encoders <= decoder < self.encoders + self.config.skips else None
+
+
+class Pass(NamedTuple):
+    """What every block of a pass computes with."""
+
+    geometry: Geometry
+    weights: Weights
+    additions: Additions
 
 
 @dataclass
@@ -131,10 +141,6 @@ def _hidden(model: GPT, tokens: torch.Tensor, first_place: int) -> torch.Tensor:
         torch.sigmoid(model.smear_gate),
         dtype,
     )
-    values = None
-    if config.value_layers:
-        values = model.value_scale * F.linear(model.value_embedding, model.value_projection)
-        values = values.to(dtype)
     rotation = rotary_angles(config, torch.arange(tokens.shape[1], device=tokens.device))
     trains = torch.is_grad_enabled()
     factors = folded_factors(model)
@@ -143,12 +149,14 @@ def _hidden(model: GPT, tokens: torch.Tensor, first_place: int) -> torch.Tensor:
         *rotation, (*factors,),
     )  # fmt: skip
     flat = [factor for pair in factors.values() for factor in pair]
-    return Blocks.apply(geometry, x0, values, *folded_weights(model), *flat)
+    return Blocks.apply(geometry, x0, *folded_weights(model), *flat)
 
 
 def folded_weights(model: GPT) -> Weights:
     """The banks in the compute dtype with the scales around them folded in; differentiable."""
-    layers = model.config.layers
+    layers, values = model.config.layers, None
+    if model.config.value_layers:
+        values = model.value_scale * F.linear(model.value_embedding, model.value_projection)
     depth = torch.arange(1, layers + 1, device=model.mlp_up_bank.device).rsqrt().view(-1, 1)
 
     def fold(bank: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -169,6 +177,7 @@ def folded_weights(model: GPT) -> Weights:
         skip=model.skip_weights,
         gain=model.query_gain,
         value_scales=model.value_layer_scales,
+        values=values,
     )
 
 
@@ -236,14 +245,14 @@ class HeadLoss(torch.autograd.Function):
 class Blocks(torch.autograd.Function):
     """All blocks and the final norm: x0 [M, C] → hidden [B·(T − first_place), C].
 
-    values: the value embedding of every token, [V, K·D], or None. tensors: those of Weights, then
-    two factors for each of `geometry.adapted`. Gradients need first_place 0.
+    tensors: those of Weights, then two factors for each of `geometry.adapted`. Gradients need
+    first_place 0.
     """
 
     @staticmethod
-    def forward(ctx, geometry, x0, values, *tensors):
+    def forward(ctx, geometry, x0, *tensors):
         weights, layers, x = Weights(*tensors[: len(Weights._fields)]), [], x0
-        additions = Additions(geometry.adapted, tensors[len(weights) :])
+        run = Pass(geometry, weights, Additions(geometry.adapted, tensors[len(weights) :]))
         for index in range(geometry.config.layers):
             layer = Layer(x, None, None)
             layers.append(layer)
@@ -251,36 +260,33 @@ class Blocks(torch.autograd.Function):
             if partner is not None and index >= geometry.encoders:
                 layer.skip = layers[partner].x
                 layer.skip_weight = weights.skip[index - geometry.encoders]
-            x = _block(geometry, weights, additions, index, layer, x0, values)
+            x = _block(run, index, layer, x0)
             if not geometry.trains:
                 layers[index] = Layer(layer.x, None, None)
         hidden, inverse = rms_norm(x)
         ctx.save_for_backward(hidden, inverse)
-        ctx.inputs = geometry, weights, additions, layers, x0, values
+        ctx.inputs = run, layers, x0
         return hidden
 
     @staticmethod
     def backward(ctx, gradient):
-        geometry, weights, additions, layers, x0, values = ctx.inputs
+        run, layers, x0 = ctx.inputs
+        geometry, weights, additions = run
         assert geometry.first_place == 0, "gradients need all places"
-        asked = ctx.needs_input_grad[3:]
+        asked = ctx.needs_input_grad[2 : 2 + len(weights)]
         gradients = Weights(
             *(
-                torch.empty_like(weight) if needed else None
-                for weight, needed in zip(weights, asked, strict=False)
+                torch.zeros_like(weight) if needed else None
+                for weight, needed in zip(weights, asked, strict=True)
             )
         )
         x0_gradient = torch.zeros_like(x0)
-        values_gradient = None if values is None else torch.zeros_like(values, dtype=torch.float32)
         gradient = rms_norm_backward(gradient, *ctx.saved_tensors, x0_gradient)
         skip_gradients: dict[int, torch.Tensor] = {}
         for index in reversed(range(len(layers))):
             layer = layers.pop()
-            gradient = _mlp_backward(weights, additions, gradients, index, layer, gradient)
-            inner = _attention_backward(
-                geometry, weights, additions, gradients, index, layer, gradient, values,
-                values_gradient,
-            )  # fmt: skip
+            gradient = _mlp_backward(run, gradients, index, layer, gradient)
+            inner = _attention_backward(run, gradients, index, layer, gradient)
             partner = geometry.skip_partner(index)
             taken = partner is not None and index <= geometry.encoders
             found = mix_and_norm_backward(
@@ -294,16 +300,17 @@ class Blocks(torch.autograd.Function):
                 skip_gradients[index] = inner
                 _note(gradients.skip, index - geometry.encoders, skip_weight_gradient)
         x0_gradient.add_(gradient)
-        return None, x0_gradient, values_gradient, *gradients, *additions.gradients()
+        return None, x0_gradient, *gradients, *additions.gradients()
 
 
-def _block(geometry, weights, additions, index, layer, x0, values) -> torch.Tensor:
+def _block(run, index, layer, x0) -> torch.Tensor:
     """Block `index` from `layer`'s input to its output; notes in `layer` what it computed."""
+    geometry, weights, additions = run
     x, *layer.attention_input = mix_and_norm(
         layer.x, x0, weights.mix[index], layer.skip, layer.skip_weight
     )
     place = geometry.first_place if index == geometry.config.layers - 1 else 0
-    output = _attention(geometry, weights, additions, index, layer, values, place)
+    output = _attention(run, index, layer, place)
     x = _rows_from(x, geometry, place)
     # Both sums go into the residual stream's own memory: the backward pass needs the norms'
     # outputs, not their inputs.
@@ -322,8 +329,9 @@ def _block(geometry, weights, additions, index, layer, x0, values) -> torch.Tens
     return x
 
 
-def _attention(geometry, weights, additions, index, layer, values, place) -> torch.Tensor:
+def _attention(run, index, layer, place) -> torch.Tensor:
     """Attention without self of the places from `place` on, before its output matrix."""
+    geometry, weights, additions = run
     config, (normed, _) = geometry.config, layer.attention_input
     latest = _rows_from(normed, geometry, place)
     if place:
@@ -337,7 +345,7 @@ def _attention(geometry, weights, additions, index, layer, values, place) -> tor
     queries, keys, own_values = (_heads(part, config) for part in parts)
     if index in config.value_layers:
         scale = weights.value_scales[config.value_layers.index(index)]
-        add_embedding(parts[2], geometry.tokens, values, scale)
+        add_embedding(parts[2], geometry.tokens, weights.values, scale)
     (B, T), cos, sin = geometry.tokens.shape, geometry.cos, geometry.sin
     queries = norm_and_rotate(queries, cos[place:], sin[place:], weights.gain[index], T - place)
     keys = norm_and_rotate(keys, cos, sin, None, T)
@@ -352,8 +360,9 @@ def _attention(geometry, weights, additions, index, layer, values, place) -> tor
     return excluded.flatten(1)
 
 
-def _mlp_backward(weights, additions, gradients, index, layer, gradient) -> torch.Tensor:
+def _mlp_backward(run, gradients, index, layer, gradient) -> torch.Tensor:
     """The gradient of the residual stream before the MLP, from the one after it."""
+    _, weights, additions = run
     activation, normed = layer.activation, layer.mlp_input[0]
     _note_product(gradients.down, index, gradient, activation)
     if additions.has("down", index):
@@ -368,10 +377,9 @@ def _mlp_backward(weights, additions, gradients, index, layer, gradient) -> torc
     return rms_norm_backward(input_gradient, *layer.mlp_input, gradient)
 
 
-def _attention_backward(
-    geometry, weights, additions, gradients, index, layer, gradient, values, values_gradient
-) -> torch.Tensor:
+def _attention_backward(run, gradients, index, layer, gradient) -> torch.Tensor:
     """The gradient of attention's normed input, from that of the residual stream after it."""
+    geometry, weights, additions = run
     config, (*inputs, joined, excluded) = geometry.config, layer.attention
     _note_product(gradients.attention_out, index, gradient, excluded.flatten(1))
     inner = gradient @ weights.attention_out[index]
@@ -390,9 +398,10 @@ def _attention_backward(
     parts = _split(qkv_gradient, config)
     if index in config.value_layers:
         number = config.value_layers.index(index)
-        by_token = sums_by_token(parts[2], geometry.tokens, len(values))
-        _note(gradients.value_scales, number, (by_token * values).sum())
-        values_gradient += weights.value_scales[number] * by_token
+        by_token = sums_by_token(parts[2], geometry.tokens, len(weights.values))
+        _note(gradients.value_scales, number, (by_token * weights.values).sum())
+        if gradients.values is not None:
+            gradients.values.add_(weights.value_scales[number] * by_token)
     normed = layer.attention_input[0]
     _note_product(gradients.qkv, index, qkv_gradient, normed)
     input_gradient = qkv_gradient @ weights.qkv[index]

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -250,3 +251,19 @@ def test_ngram_weights_are_fitted_on_training_text(with_artifact, tiny_config):
     assert validated(merge(tiny_config, found))["ngram"] == found["ngram"]
     short = with_artifact("fit_ngram.py", "--tokens", 20)
     assert short.returncode == 1 and "raise --tokens" in short.stderr
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton's interpreter")
+def test_kernels_are_timed_one_by_one(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = run_program(
+        "kernels.py", "--device", "cpu", "--sequences", 1, "--only", "mlp: up,forward"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    timed = dict(re.findall(r"^(.+): (\d+\.\d+) ms$", done.stdout, re.MULTILINE))
+    assert {"mlp: up and activation", "attention, sdpa: forward"} <= set(timed)
+    assert not any("norm" in name for name in timed)
+    assert all(float(milliseconds) > 0 for milliseconds in timed.values())
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    refused = run_program("kernels.py", "--device", "cpu")
+    assert refused.returncode != 0 and "runtime.kernels is 'fused'" in refused.stderr

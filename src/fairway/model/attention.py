@@ -24,7 +24,8 @@ FLASH_MODULES = {
 HOPPER = (9, 0)
 """Compute capability of the first GPUs on which cuDNN's attention is ahead of PyTorch's own."""
 
-AHEAD_OF_CUDNN = ("flash_attn_3", "flash_attn_4")
+AHEAD_OF_CUDNN = ("flash_attn_4",)
+"""Measured on an H200: docs/LOG.md, 2026-11-24."""
 
 
 def available_backends(device: torch.device) -> list[str]:

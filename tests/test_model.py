@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from fairway.config import load_config
 from fairway.errors import UserError
-from fairway.model import gpt
+from fairway.model import attention, gpt
 from fairway.model.attention import attend, available_backends, select_backend
 from fairway.model.gpt import GPT, GPTConfig, config_from_settings
 from fairway.model.runtime import RuntimeSettings, prepare, select_kernels
@@ -213,6 +213,23 @@ def test_flash_attention_cannot_be_forced_where_it_is_absent():
     assert select_backend("auto", torch.device("cpu")) == "sdpa"
     with pytest.raises(UserError, match="half precisions"):
         prepare(GPT(CONFIG), RuntimeSettings("cpu", "plain", "flash_attn", "float32", "off", "off"))
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "expected"),
+    [
+        (("flash_attn_2", "flash_attn_4"), (9, 0), "flash_attn_4 cudnn flash_attn_2 sdpa"),
+        (("flash_attn_3",), (9, 0), "cudnn flash_attn_3 sdpa"),
+        (("flash_attn_2",), (8, 0), "flash_attn_2 sdpa"),
+        ((), (8, 0), "sdpa"),
+    ],
+)
+def test_what_is_fastest_goes_first(monkeypatch, installed, capability, expected):
+    modules = {attention.FLASH_MODULES[name] for name in installed}
+    monkeypatch.setattr(attention, "_is_installed", modules.__contains__)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert available_backends(torch.device("cuda")) == expected.split()
 
 
 def test_logits_from_a_place_on_are_those_of_the_whole(model, tokens):

@@ -82,7 +82,7 @@ def embed_backward(
     """From the gradient of `embed` [M, C]: that of both tables' rows, [M, C], and of gate [C]."""
     M, C = gradient.shape
     out = torch.empty_like(gradient)
-    programs = programs_over(M, 12)
+    programs = programs_over(gradient, 12)
     partial = gradient.new_empty(programs, C, dtype=torch.float32)
     _embed_backward[(programs,)](
         gradient, tokens, buckets, table, bigram_table, gate, out, partial, M, C, tokens.shape[1],

@@ -74,7 +74,7 @@ def heads_backward(
     [M, K, D] in attention and in exclusion; all contiguous.
     """
     (M, H, D), K = query_gradient.shape, key_gradient.shape[1]
-    out, programs = torch.empty_like(qkv), programs_over(M, 28)
+    out, programs = torch.empty_like(qkv), programs_over(qkv, 28)
     partial = qkv.new_empty(programs, H, dtype=torch.float32)
     _heads_backward[(programs,)](
         query_gradient, key_gradient, value_gradient, exclusion_gradient, qkv, out, cos, sin, gain,

@@ -1,12 +1,11 @@
 """The two matrix products next to the MLP's activation, leaky_relu(·, 0.5)², with it fused in.
 
-Persistent programs take one tile of the product after another; the tensor memory accelerator
-moves the operands. The activation tells its own gradient (`activation.py`), so that nothing else
-is written or kept. In bfloat16 on Hopper other kernels do the same faster (`mlp_hopper.py`).
+Persistent programs, one for each multiprocessor, which a tile's accumulator fills, take one tile of
+the product after another; the tensor memory accelerator moves the operands. The activation tells
+its own gradient (`activation.py`), so that nothing else is written or kept. In bfloat16 on Hopper
+other kernels do the same faster (`mlp_hopper.py`).
 Shapes: M rows (tokens), C width, F MLP width.
 """
-
-from functools import cache
 
 import torch
 import triton
@@ -15,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fairway.model.kernels import mlp_hopper
 from fairway.model.kernels.activation import activation_of, slope_of
-from fairway.model.kernels.tiles import ELEMENTS_PER_TILE
+from fairway.model.kernels.tiles import ELEMENTS_PER_TILE, multiprocessors
 
 TILE_M, TILE_N = 128, 256
 TILE_K_BYTES = 128
@@ -28,7 +27,7 @@ def mlp_up(x: torch.Tensor, weight: torch.Tensor, signed: bool = True) -> torch.
     signed: with signs in its last bits, which a backward pass needs.
     """
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    programs = _multiprocessors(x.device)
+    programs = multiprocessors(x.device)
     if _is_for_hopper(x):
         mlp_hopper.up(x, weight, out, signed, programs)
         return out
@@ -49,7 +48,7 @@ def mlp_down_backward(
     From that of activation · weightᵀ, [M, C], with weight [C, F] that of the next product.
     """
     out = torch.empty_like(activation)
-    programs = _multiprocessors(gradient.device)
+    programs = multiprocessors(gradient.device)
     if _is_for_hopper(gradient):
         mlp_hopper.down_backward(gradient, weight, activation, out, programs)
         return out
@@ -147,11 +146,3 @@ def _is_for_hopper(x: torch.Tensor) -> bool:
         and x.dtype == torch.bfloat16
         and x.shape[1] <= mlp_hopper.LARGEST_K
     )
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """How many programs run at once, as a tile's accumulator fills one; an H200's for a CPU."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -122,7 +122,7 @@ def mix_and_norm_backward(
     inner = torch.empty_like(x)
     has_skip, has_later = skip is not None, later_weight is not None
     outer = torch.empty_like(x) if has_later else inner
-    programs = programs_over(M, 12)
+    programs = programs_over(x, 12)
     partial = x.new_empty(3, programs, C, dtype=torch.float32)
     _mix_and_norm_backward[(programs,)](
         residual, gradient, inverse, x, x0, skip if has_skip else x,

@@ -6,13 +6,21 @@ timing. Such a program is one warp that takes a row at a time: its sums stay in 
 warp waits for another. Shapes: M rows (tokens), C channels.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 ELEMENTS_PER_TILE = 4096
-MULTIPROCESSORS = 132
-"""Of an H100 or H200. Elsewhere some programs of a kernel that sums over rows wait for others."""
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; for a CPU, where kernels are interpreted or only compiled, those of an H200."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def row_tile(x: torch.Tensor) -> tuple[int, int]:
@@ -31,9 +39,9 @@ def one_row(x: torch.Tensor) -> tuple[int, int]:
     return 1, triton.next_power_of_2(x.shape[1])
 
 
-def programs_over(rows: int, per_multiprocessor: int) -> int:
-    """Programs of a kernel that sums over `rows`: as many as find registers at the same time."""
-    return min(MULTIPROCESSORS * per_multiprocessor, rows)
+def programs_over(x: torch.Tensor, per_multiprocessor: int) -> int:
+    """Programs of a kernel that sums over rows of x: as many as find registers at the same time."""
+    return min(multiprocessors(x.device) * per_multiprocessor, len(x))
 
 
 @triton.jit

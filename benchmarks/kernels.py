@@ -31,6 +31,7 @@ from fairway.model.kernels.loss import cross_entropy
 from fairway.model.runtime import select_kernels
 
 REPEATS = 20
+VOCABULARY = 1024
 SLOT_PLACES = 64
 """Of each window of a batch: with the record's focal tokens, those that are not scored."""
 
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     select_kernels("fused", device)
     is_cuda = device.type == "cuda"
     config = load_config(SIZES["record" if is_cuda else "toy"])
-    model = config_from_settings(config["model"], 1024, config["train"]["sequence_tokens"])
+    model = config_from_settings(config["model"], VOCABULARY, config["train"]["sequence_tokens"])
     sequences = options.sequences or (96 if is_cuda else 2)
     ceilings = measure_ceilings(device, seed=0)
     rows = []
@@ -87,7 +88,7 @@ def cases(config: GPTConfig, sequences: int, device: torch.device, slot: dict) -
     yield from _head_cases(config, rows, random)
     yield from _mlp_cases(config, rows, random)
     yield from _attention_cases(config, sequences, random, device)
-    scores, targets = random(rows, 1024), torch.zeros(rows, dtype=torch.int64, device=device)
+    scores, targets = random(rows, VOCABULARY), torch.zeros(rows, dtype=torch.int64, device=device)
     yield Case(
         "loss and its gradient", lambda: cross_entropy(scores, targets, 30.0), moved(scores, scores)
     )
@@ -209,10 +210,13 @@ def _fit_cases(config, device, slot) -> Iterator[Case]:
         ("slot: 128 fits of a window", 128, config.sequence_tokens - 64),
     ):
         rows, places = (1, 16) if small else (rows, places)
-        logits = 2.5 * torch.randn(rows, places, 1024, device=device)
+        logits = 2.5 * torch.randn(rows, places, VOCABULARY, device=device)
         probabilities = logit_delta_kernel.compact_softmax(logits)
-        targets = torch.randint(0, 1024, (rows, places), device=device)
-        counted, start = torch.ones_like(targets, dtype=torch.bool), logits.new_zeros(rows, 1024)
+        targets = torch.randint(0, VOCABULARY, (rows, places), device=device)
+        counted, start = (
+            torch.ones_like(targets, dtype=torch.bool),
+            logits.new_zeros(rows, VOCABULARY),
+        )
         yield Case(
             name,
             lambda data=(probabilities, targets, counted, start): logit_delta_kernel.fit_delta(

@@ -90,8 +90,8 @@ def compile_mlp_hopper(width: int, mlp_width: int) -> None:
         for shape in ((256, width), (mlp_width, width), (width, mlp_width), (256, mlp_width))
     )
     for signed in (True, False):
-        mlp_hopper.up(rows, up, activation, signed, 132)
-    mlp_hopper.down_backward(rows, down, activation, torch.empty_like(activation), 132)
+        mlp_hopper.up(rows, up, activation, signed)
+    mlp_hopper.down_backward(rows, down, activation, torch.empty_like(activation))
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ def poisoned(*shape: int) -> torch.Tensor:
 def test_hoppers_product_and_activation(rows, width, mlp_width, monkeypatch):
     x, weight, _ = half_precision(rows, width, mlp_width)
     out = poisoned(rows, mlp_width)
-    mlp_hopper.up(x, weight, out, True, 132)
+    mlp_hopper.up(x, weight, out, True)
     assert torch.equal(mlp_up(x, weight), out)
     product = x.float() @ weight.float().T
     unsigned = mlp_up(x, weight, signed=False)
@@ -130,7 +130,7 @@ def test_hoppers_gradient(rows, width, mlp_width, monkeypatch):
     x, up, down = half_precision(rows, width, mlp_width)
     activation, out = mlp_up(x, up), poisoned(rows, mlp_width)
     gradient = random(rows, width, seed=3, dtype=torch.bfloat16)
-    mlp_hopper.down_backward(gradient, down, activation, out, 132)
+    mlp_hopper.down_backward(gradient, down, activation, out)
     arguments = gradient, down, activation
     assert torch.equal(mlp_down_backward(*arguments), out)
     expected = (gradient.float() @ down.float()).mul_(slope(activation))

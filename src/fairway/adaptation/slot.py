@@ -151,22 +151,25 @@ def score_batches(
         ]
         logits = [model_logits(rows.inputs, rows.first_place) for rows in passes]
         contexts = [fit.context(rows, part) for rows, part in zip(passes, logits, strict=True)]
-        fitted = []
-        for batch in range(0, len(windows), batch_windows):
-            problem = _joined(contexts, batch, batch + batch_windows)
-            if delta is None:
-                delta = logits[0].new_zeros(1, problem[0].shape[2])
-            fitted.append((fit(*problem, delta), problem))
-            delta = fitted[-1][0].x
-        deltas = torch.cat([found.x for found, _ in fitted])
-        iterations = torch.cat([found.iterations for found, _ in fitted])
+        problems = [
+            _joined(contexts, batch, batch + batch_windows)
+            for batch in range(0, len(windows), batch_windows)
+        ]
+        if delta is None:
+            delta = logits[0].new_zeros(1, logits[0].shape[2])
+        fits = []
+        for problem in problems:
+            fits.append(fit(*problem, delta))
+            delta = fits[-1].x
+        deltas = torch.cat([found.x for found in fits])
+        iterations = torch.cat([found.iterations for found in fits])
         for start, rows, part in zip(starts, passes, logits, strict=True):
             batch_of_row = (start + torch.arange(size, device=device)) // batch_windows
-            batch_of_row.clamp_(max=len(fitted) - 1)  # padding's
+            batch_of_row.clamp_(max=len(fits) - 1)  # padding's
             before = rows.at_scored(part)
             after = fit.add(rows, before, deltas[batch_of_row])
             in_own_loss = fit.applies(rows) & _fitted_to(
-                rows.positions, batch_of_row[rows.row], [problem for _, problem in fitted]
+                rows.positions, batch_of_row[rows.row], problems
             )
             yield score(rows, lanes, (before, after), iterations, in_own_loss)
             iterations = iterations[:0]

@@ -12,6 +12,7 @@ def cross_entropy(scores: torch.Tensor, targets: torch.Tensor, cap: float) -> to
     """
     losses = torch.empty(len(scores), dtype=torch.float32, device=scores.device)
     wide = triton.next_power_of_2(scores.shape[1])
+    # One warp a place: its sums need no other one's.
     _cross_entropy[(len(scores),)](scores, targets, losses, scores.shape[1], cap, wide, num_warps=1)
     return losses
 

@@ -27,10 +27,10 @@ def mlp_up(x: torch.Tensor, weight: torch.Tensor, signed: bool = True) -> torch.
     signed: with signs in its last bits, which a backward pass needs.
     """
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    programs = multiprocessors(x.device)
     if _is_for_hopper(x):
-        mlp_hopper.up(x, weight, out, signed, programs)
+        mlp_hopper.up(x, weight, out, signed)
         return out
+    programs = multiprocessors(x.device)
     tile_k = TILE_K_BYTES // x.element_size()
     _mlp_up[(programs,)](
         _tiles(x, TILE_M, tile_k), _tiles(weight, TILE_N, tile_k), _tiles(out, TILE_M, TILE_N // 2),
@@ -48,10 +48,10 @@ def mlp_down_backward(
     From that of activation · weightᵀ, [M, C], with weight [C, F] that of the next product.
     """
     out = torch.empty_like(activation)
-    programs = multiprocessors(gradient.device)
     if _is_for_hopper(gradient):
-        mlp_hopper.down_backward(gradient, weight, activation, out, programs)
+        mlp_hopper.down_backward(gradient, weight, activation, out)
         return out
+    programs = multiprocessors(gradient.device)
     tile_k = TILE_K_BYTES // out.element_size()
     _mlp_down_backward[(programs,)](
         _tiles(gradient, TILE_M, tile_k), _tiles(weight, tile_k, TILE_N),

@@ -41,6 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fairway.model.kernels.activation import activation_of, slope_of
+from fairway.model.kernels.tiles import multiprocessors
 
 TILE = gl.constexpr(128)
 TILE_K = gl.constexpr(64)
@@ -50,12 +51,10 @@ PIECES = gl.constexpr(4)  # of a tile
 LARGEST_K = 512  # The weights take 128 KiB then, and everything 224 of the 227 KiB that there are.
 
 
-def up(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, signed: bool, multiprocessors: int
-) -> None:
+def up(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, signed: bool) -> None:
     """Write `mlp_up`'s result, from x [M, K] and weight [N, K], to out [M, N]."""
     weight_tiles = _tiles(weight, TILE, TILE_K)
-    _launch(x, weight_tiles, None, out, signed, multiprocessors)
+    _launch(x, weight_tiles, None, out, signed)
 
 
 def down_backward(
@@ -63,21 +62,20 @@ def down_backward(
     weight: torch.Tensor,
     saved: torch.Tensor,
     out: torch.Tensor,
-    multiprocessors: int,
 ) -> None:
     """Write `mlp_down_backward`'s result to out [M, N].
 
     From the gradient [M, K], weight [K, N] and the saved activation [M, N].
     """
     weight_tiles = _tiles(weight, TILE_K, TILE)
-    _launch(gradient, weight_tiles, _tiles(saved, TILE, PIECE), out, True, multiprocessors)
+    _launch(gradient, weight_tiles, _tiles(saved, TILE, PIECE), out, True)
 
 
-def _launch(x, weight_tiles, saved_tiles, out, signed: bool, multiprocessors: int) -> None:
+def _launch(x, weight_tiles, saved_tiles, out, signed: bool) -> None:
     """One program for each multiprocessor, as far as the columns go into them."""
     (M, K), N = x.shape, out.shape[1]
     columns = triton.cdiv(N, TILE.value)
-    groups = max(1, multiprocessors // columns)
+    groups = max(1, multiprocessors(x.device) // columns)
     _mlp[(groups * columns,)](
         _tiles(x, TILE, TILE_K), weight_tiles, saved_tiles, _tiles(out, TILE, PIECE),
         triton.cdiv(M, TILE.value), columns, triton.cdiv(K, TILE_K.value), groups,

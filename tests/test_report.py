@@ -91,6 +91,9 @@ def test_the_reach_of_a_batch_is_that_of_the_slices_before_its_last(finished):
     older = {"slot": {"scope": "batch", "batch_windows": 8, "stride_tokens": 64}}
     provenance = results.provenance | {key: results.provenance[key] | {"settings": older}}
     assert batch_reach_tokens(replace(results, provenance=provenance), "published") == 7 * 64
+    without_slot = {"evaluation": {"adapters": ["lora", "ngram"], "stride_tokens": 64}, "lora": {}}
+    provenance[key] = provenance[key] | {"settings": without_slot}
+    assert batch_reach_tokens(replace(results, provenance=provenance), "published") is None
 
 
 def test_the_page_says_what_a_pass_means(finished):

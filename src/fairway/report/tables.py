@@ -289,10 +289,10 @@ def batch_reach_tokens(results: Results, variant: str) -> int | None:
     """How far back a token can be felt where `batch_windows` windows share a delta: over the slices
     of all of them but the last, whose own slice is in no context. None where none share."""
     settings = results.provenance[variant, results.seeds[0], "slot"]["settings"]
-    slot = settings["slot"]
-    windows = settings.get("evaluation", slot)  # older runs: in the section `slot`
-    if slot["scope"] != "batch" or "slot" not in windows.get("adapters", ["slot"]):
+    slot = settings.get("slot")
+    if slot is None or slot["scope"] != "batch":  # left out where it is not among the adapters
         return None
+    windows = settings.get("evaluation", slot)  # older runs: in the section `slot`
     return (slot["batch_windows"] - 1) * windows["stride_tokens"]
 
 

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from fairway.adaptation import logit_delta_kernel
 from fairway.adaptation.lora import LoraSettings, RowLora
 from fairway.config import load_config
+from fairway.model import fused
 from fairway.model.gpt import GPT, config_from_settings
 from fairway.model.kernels import mlp_hopper
 
@@ -102,6 +103,8 @@ def main() -> None:
     model = GPT(config_from_settings(config["model"], 1024, sequence_tokens))
     model.compute_dtype, model.kernels = torch.bfloat16, "fused"
     tokens = torch.zeros(1, 64, dtype=torch.int64)
+    model.loss(tokens, tokens).backward()
+    fused.key_copies = lambda backend, queries_per_key: queries_per_key
     model.loss(tokens, tokens).backward()
     with torch.no_grad():
         model(tokens, 32)

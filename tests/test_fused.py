@@ -56,9 +56,25 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
+@pytest.fixture
+def copied_keys(monkeypatch):
+    """Every query head with a key of its own, as flash-attn-4 gets them, from any backend."""
+    monkeypatch.setattr(fused, "key_copies", lambda backend, queries_per_key: queries_per_key)
+
+
 @pytest.mark.parametrize("transform", [None, fake_quantize_int6], ids=["", "late QAT"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_gradients_are_the_plain_ones(name, transform):
+    compare_losses_and_gradients(name, transform)
+
+
+@pytest.mark.parametrize("name", ["odd", "even"])
+def test_loss_and_gradients_with_copied_keys_are_the_plain_ones(name, copied_keys):
+    assert CONFIGS[name].heads == 2 * CONFIGS[name].kv_heads
+    compare_losses_and_gradients(name, None)
+
+
+def compare_losses_and_gradients(name, transform):
     found = {}
     for kind in ("plain", "fused"):
         model = random_model(CONFIGS[name], kind)
@@ -72,6 +88,24 @@ def test_loss_and_gradients_are_the_plain_ones(name, transform):
             continue
         error = (found["fused"][1][parameter] - plain).norm() / plain.norm()
         assert error < 2e-5, f"{parameter}: {error}"
+
+
+def test_evaluation_shares_keys(copied_keys, monkeypatch):
+    heads = []
+
+    def watched(queries, keys, values, *options):
+        heads.append((queries.shape[2], keys.shape[2], values.shape[2]))
+        return attend(queries, keys, values, *options)
+
+    attend = fused.attend
+    monkeypatch.setattr(fused, "attend", watched)
+    model, (tokens, targets) = random_model(CONFIGS["odd"], "fused"), batch()
+    model.loss(tokens, targets)
+    assert set(heads) == {(6, 6, 6)}
+    heads.clear()
+    with torch.no_grad():
+        model(tokens)
+    assert set(heads) == {(6, 3, 3)}
 
 
 def test_logits_of_all_places_and_of_the_last_ones():

@@ -57,6 +57,15 @@ def select_backend(wanted: str, device: torch.device) -> str:
     return serving[0]
 
 
+def key_copies(backend: str, queries_per_key: int) -> int:
+    """How many copies of each key and value head `attend` should get where gradients are wanted.
+
+    flash-attn-4 adds up the gradients of a shared key in float32, in memory that it clears before
+    and converts afterwards. With a key for each query it writes them as they are.
+    """
+    return queries_per_key if backend == "flash_attn_4" else 1
+
+
 def attend(
     queries: torch.Tensor,
     keys: torch.Tensor,

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fairway.model.attention import attend
+from fairway.model.attention import attend, key_copies
 from fairway.model.gpt import GPT, GPTConfig, bigram_bucket, rotary_angles
 from fairway.model.kernels.embedding import add_embedding, embed, embed_backward
 from fairway.model.kernels.exclusion import exclude_self, exclude_self_backward
 from fairway.model.kernels.folding import scale_rows, scale_rows_backward
-from fairway.model.kernels.heads import heads_backward, norm_and_rotate
+from fairway.model.kernels.heads import copy_heads, heads_backward, norm_and_rotate
 from fairway.model.kernels.loss import cross_entropy
 from fairway.model.kernels.mlp import activate, activate_backward, mlp_down_backward, mlp_up
 from fairway.model.kernels.residual import (
@@ -348,14 +348,18 @@ def _attention(run, index, layer, place) -> torch.Tensor:
         add_embedding(parts[2], geometry.tokens, weights.values, scale)
     (B, T), cos, sin = geometry.tokens.shape, geometry.cos, geometry.sin
     queries = norm_and_rotate(queries, cos[place:], sin[place:], weights.gain[index], T - place)
-    keys = norm_and_rotate(keys, cos, sin, None, T)
-    inputs = [part.unflatten(0, (B, -1)).detach() for part in (queries, keys, own_values)]
+    copies = 1
+    if geometry.trains:
+        copies = key_copies(geometry.attention_backend, config.heads // config.kv_heads)
+    keys = norm_and_rotate(keys, cos, sin, None, T, copies)
+    values = own_values if copies == 1 else copy_heads(own_values, copies)
+    inputs = [part.unflatten(0, (B, -1)).detach() for part in (queries, keys, values)]
     with torch.set_grad_enabled(geometry.trains):
         for part in inputs:
             part.requires_grad_(geometry.trains)
         joined = attend(*inputs, geometry.attention_backend, geometry.deterministic_attention)
     output = joined.detach().flatten(0, 1).contiguous()
-    excluded = exclude_self(output, inputs[2].detach()[:, place:].flatten(0, 1))
+    excluded = exclude_self(output, _rows_from(own_values, geometry, place))
     layer.attention = *inputs, joined, excluded
     return excluded.flatten(1)
 
@@ -384,7 +388,7 @@ def _attention_backward(run, gradients, index, layer, gradient) -> torch.Tensor:
     _note_product(gradients.attention_out, index, gradient, excluded.flatten(1))
     inner = gradient @ weights.attention_out[index]
     additions.add_backward("output", index, excluded.flatten(1), gradient, inner)
-    output, own_values = joined.detach().flatten(0, 1), inputs[2].detach().flatten(0, 1)
+    output, own_values = joined.detach().flatten(0, 1), _heads(_split(layer.qkv, config)[2], config)
     inner, from_exclusion = exclude_self_backward(
         inner.view(excluded.shape), output.contiguous(), own_values
     )

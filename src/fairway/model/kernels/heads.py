@@ -22,17 +22,30 @@ def norm_and_rotate(
     sin: torch.Tensor,
     gain: torch.Tensor | None,
     positions: int,
+    copies: int = 1,
 ) -> torch.Tensor:
-    """Per head: RMS norm, rotary embedding of the first dimensions, gain. Contiguous [M, H, D].
+    """Per head: RMS norm, rotary embedding of the first dimensions, gain.
 
     x: [M, H, D], queries or keys, its rows as far apart as they like. cos, sin: float32
-    [positions, half]; row m is at position m mod `positions`. gain: float32 [H].
+    [positions, half]; row m is at position m mod `positions`. gain: float32 [H]. Contiguous
+    [M, H·copies, D], each head's copies side by side.
     """
     M, H, D = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(M, H * copies, D, dtype=x.dtype, device=x.device)
     _norm_and_rotate[(triton.cdiv(M, ROWS_PER_PROGRAM),)](
         x, out, cos, sin, cos if gain is None else gain, M, x.stride(0), positions, NORM_EPSILON,
-        gain is not None, ROWS_PER_PROGRAM, H, D, cos.shape[1], triton.next_power_of_2(H),
+        gain is not None, ROWS_PER_PROGRAM, H, D, cos.shape[1], copies, triton.next_power_of_2(H),
+        triton.next_power_of_2(D), num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def copy_heads(x: torch.Tensor, copies: int) -> torch.Tensor:
+    """x [M, K, D], its rows as far apart as they like, as contiguous [M, K·copies, D]."""
+    M, K, D = x.shape
+    out = torch.empty(M, K * copies, D, dtype=x.dtype, device=x.device)
+    _copy_heads[(triton.cdiv(M, ROWS_PER_PROGRAM),)](
+        x, out, M, x.stride(0), ROWS_PER_PROGRAM, K, D, copies, triton.next_power_of_2(K),
         triton.next_power_of_2(D), num_warps=1,
     )  # fmt: skip
     return out
@@ -42,7 +55,7 @@ def norm_and_rotate(
 def _norm_and_rotate(
     x_at, out_at, cos_at, sin_at, gain_at, M, stride, positions, epsilon, HAS_GAIN: tl.constexpr,
     ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
+    COPIES: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
     heads = tl.arange(0, WIDE_H)[:, None]
     at, mask = _places(H, D, WIDE_H, WIDE_D)
@@ -55,7 +68,24 @@ def _norm_and_rotate(
         cos, sin = _angles(cos_at, sin_at, row % positions, HALF, WIDE_D)
         x, turned = _turned(x_at + row * stride, exists, cos, sin, at, HALF, WIDE_D)
         scale = 1 / tl.sqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
-        tl.store(out_at + row * (H * D) + at, gain * scale * turned, exists)
+        for copy in tl.static_range(COPIES):
+            out = row * (H * COPIES * D) + _copy_places(copy, COPIES, D, WIDE_H, WIDE_D)
+            tl.store(out_at + out, gain * scale * turned, exists)
+
+
+@triton.jit
+def _copy_heads(
+    x_at, out_at, M, stride, ROWS: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    COPIES: tl.constexpr, WIDE_K: tl.constexpr, WIDE_D: tl.constexpr,
+):  # fmt: skip
+    at, mask = _places(K, D, WIDE_K, WIDE_D)
+    for number in tl.static_range(ROWS):
+        row = tl.full((1, 1), tl.program_id(0) * ROWS + number, tl.int64)
+        exists = mask & (row < M)
+        x = tl.load(x_at + row * stride + at, exists)
+        for copy in tl.static_range(COPIES):
+            out = row * (K * COPIES * D) + _copy_places(copy, COPIES, D, WIDE_K, WIDE_D)
+            tl.store(out_at + out, x, exists)
 
 
 def heads_backward(
@@ -70,16 +100,16 @@ def heads_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of qkv [M, (H + 2·K)·D], and that of gain, float32 [H].
 
-    From those of queries [M, H, D] and keys [M, K, D] after norm and rotation, and of values
-    [M, K, D] in attention and in exclusion; all contiguous.
+    From those of queries [M, H, D] and keys after norm and rotation, of values in attention, both
+    [M, K·copies, D], and of values in exclusion [M, K, D]; all contiguous.
     """
-    (M, H, D), K = query_gradient.shape, key_gradient.shape[1]
+    (M, H, D), K = query_gradient.shape, exclusion_gradient.shape[1]
     out, programs = torch.empty_like(qkv), programs_over(qkv, 28)
     partial = qkv.new_empty(programs, H, dtype=torch.float32)
     _heads_backward[(programs,)](
         query_gradient, key_gradient, value_gradient, exclusion_gradient, qkv, out, cos, sin, gain,
         partial, M, len(cos), NORM_EPSILON, programs, H, K, D, cos.shape[1],
-        *map(triton.next_power_of_2, (H, K, D)), num_warps=1,
+        key_gradient.shape[1] // K, *map(triton.next_power_of_2, (H, K, D)), num_warps=1,
     )  # fmt: skip
     return out, partial.sum(0)
 
@@ -88,7 +118,7 @@ def heads_backward(
 def _heads_backward(
     query_gradient_at, key_gradient_at, value_gradient_at, exclusion_gradient_at, qkv_at, out_at,
     cos_at, sin_at, gain_at, partial_at, M, positions, epsilon, PROGRAMS: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COPIES: tl.constexpr,
     WIDE_H: tl.constexpr, WIDE_K: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = (H + 2 * K) * D
@@ -101,15 +131,19 @@ def _heads_backward(
         of_queries, of_keys = row * WIDTH, row * WIDTH + H * D
         gain_sum += _turn_back(
             query_gradient_at + row * (H * D), qkv_at + of_queries, out_at + of_queries,
-            cos, sin, gain, epsilon, H, D, HALF, WIDE_H, WIDE_D,
+            cos, sin, gain, epsilon, H, D, HALF, 1, WIDE_H, WIDE_D,
         )  # fmt: skip
+        of_copies = row * (K * COPIES * D)
         _turn_back(
-            key_gradient_at + row * (K * D), qkv_at + of_keys, out_at + of_keys,
-            cos, sin, 1.0, epsilon, K, D, HALF, WIDE_K, WIDE_D,
+            key_gradient_at + of_copies, qkv_at + of_keys, out_at + of_keys,
+            cos, sin, 1.0, epsilon, K, D, HALF, COPIES, WIDE_K, WIDE_D,
         )  # fmt: skip
         at, mask = _places(K, D, WIDE_K, WIDE_D)
-        value = tl.load(value_gradient_at + row * (K * D) + at, mask, other=0.0).to(tl.float32)
-        value += tl.load(exclusion_gradient_at + row * (K * D) + at, mask, other=0.0)
+        exclusion = tl.load(exclusion_gradient_at + row * (K * D) + at, mask, other=0.0)
+        value = exclusion.to(tl.float32)
+        for copy in tl.static_range(COPIES):
+            copy_at = of_copies + _copy_places(copy, COPIES, D, WIDE_K, WIDE_D)
+            value += tl.load(value_gradient_at + copy_at, mask, other=0.0)
         tl.store(out_at + of_keys + K * D + at, value, mask)
     tl.store(partial_at + tl.program_id(0) * H + heads, gain_sum, heads < H)
 
@@ -117,12 +151,16 @@ def _heads_backward(
 @triton.jit
 def _turn_back(
     gradient_at, x_at, out_at, cos, sin, gain, epsilon, H: tl.constexpr, D: tl.constexpr,
-    HALF: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
+    HALF: tl.constexpr, COPIES: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
     """Write a row's gradient before norm, rotation and gain; return the gain's, [H, 1]."""
     at, mask = _places(H, D, WIDE_H, WIDE_D)
     # Its product with x is that of the gradient with x turned.
-    _, gradient = _turned(gradient_at, mask, cos, -sin, at, HALF, WIDE_D)
+    gradient = tl.zeros((WIDE_H, WIDE_D), tl.float32)
+    for copy in tl.static_range(COPIES):
+        copy_at = _copy_places(copy, COPIES, D, WIDE_H, WIDE_D)
+        _, turned = _turned(gradient_at, mask, cos, -sin, copy_at, HALF, WIDE_D)
+        gradient += turned
     x = tl.load(x_at + at, mask, other=0.0).to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
     x *= scale
@@ -155,3 +193,12 @@ def _places(H: tl.constexpr, D: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.c
     """Offsets in a row of heads, and which of them exist."""
     heads, places = tl.arange(0, WIDE_H)[:, None], tl.arange(0, WIDE_D)[None, :]
     return heads * D + places, (heads < H) & (places < D)
+
+
+@triton.jit
+def _copy_places(
+    copy, COPIES: tl.constexpr, D: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr
+):
+    """Offsets of every head's `copy` in a row of heads with COPIES of each."""
+    heads, places = tl.arange(0, WIDE_H)[:, None], tl.arange(0, WIDE_D)[None, :]
+    return (heads * COPIES + copy) * D + places

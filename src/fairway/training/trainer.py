@@ -185,7 +185,7 @@ class Trainer:
         settings = self.settings
         late = scale < settings.late_qat_scale
         self.model.matrix_transform = fake_quantize_int6 if late else None
-        loss = _to_host(self._accumulate_gradients(*(self.batch or self.loader.next_batch())))
+        loss = _to_host(self._accumulate_gradients(*(self.batch or self._next_batch())))
         momentum = muon_momentum(
             step,
             start=settings.muon_momentum_start,
@@ -199,17 +199,20 @@ class Trainer:
     def _prefetch(self) -> None:
         """Gather the next batch now, while the GPU is still at work on what was launched."""
         self.loader_state = self.loader.state()
-        self.batch = self.loader.next_batch()
+        self.batch = self._next_batch()
+
+    def _next_batch(self) -> tuple[torch.Tensor, ...]:
+        """inputs and targets, int64 [sequences, T], on the device."""
+        return tuple(_to_device(part, self.world.device) for part in self.loader.next_batch())
 
     def _rewind_loader(self, state: dict[str, Any]) -> None:
         self.loader.load_state(state)
         self.loader_state, self.batch = state, None
 
     def _accumulate_gradients(self, inputs, targets) -> torch.Tensor:
-        device, rows = self.world.device, self.settings.micro_batch_sequences
-        total = torch.zeros((), device=device)
-        for first in range(0, len(inputs), rows):
-            x, y = (_to_device(array[first : first + rows], device) for array in (inputs, targets))
+        rows = self.settings.micro_batch_sequences
+        total = torch.zeros((), device=self.world.device)
+        for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
             total += self.backward(x, y, len(x) / len(inputs))
         return total
 

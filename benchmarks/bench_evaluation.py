@@ -10,6 +10,7 @@ from record_evaluation import record_logits, record_sliding
 from results import Agreement, Bar, Row
 from timing import Run, alternate, held_bytes, timed, warmed_up
 
+from fairway.adaptation.forward import forward_pass
 from fairway.adaptation.scoring import EvaluatorSettings, evaluator_settings
 from fairway.adaptation.token_table import score_rank
 from fairway.errors import UserError
@@ -83,7 +84,7 @@ def window_count(
 
 def fast_logits(context: Context, model: GPT) -> Callable[..., torch.Tensor]:
     """The forward pass as slot_eval prepares it."""
-    return torch.compile(model, dynamic=False) if context.compiles(model) else model
+    return forward_pass(model, context.runtime)
 
 
 def fast_scores(

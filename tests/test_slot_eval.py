@@ -105,6 +105,7 @@ def test_the_metrics_are_sums_over_the_table(causal):
     assert metrics["windows"] == table["window"].nunique()
     assert 0 < metrics["adapter_seconds"] < metrics["evaluation_seconds"]
     assert metrics["mean_iterations"] > 0
+    assert metrics["cuda_graphs"] is False  # without a GPU
     assert not table["in_own_loss"].any()
     provenance = json.loads((causal / "provenance.json").read_text())
     assert provenance["splits"] == ["train"] and provenance["splits_read"] == []

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fairway.adaptation.forward import forward_pass
 from fairway.adaptation.scoring import evaluator_settings
 from fairway.adaptation.slot_evaluator import document_source, make_evaluator
 from fairway.adaptation.stream import ModelLogits
@@ -36,7 +37,7 @@ from fairway.data.dataset import Dataset, load_dataset, read_split
 from fairway.distributed import World, resolve_device
 from fairway.files import read_json, require_file, write_json, write_table
 from fairway.model.gpt import GPT
-from fairway.model.runtime import RuntimeSettings, compiles, prepare
+from fairway.model.runtime import RuntimeSettings, prepare
 from fairway.provenance import runtime_metrics, write_provenance
 from fairway.quantization.artifact import load_artifact
 from fairway.quantization.pruning import code_bytes
@@ -62,7 +63,7 @@ def audit(options: argparse.Namespace, settings: dict[str, Any]) -> None:
     model = prepare(load_artifact(options.gptq / "artifact.bin", world.device), runtime)
     metrics = {stage: read_json(getattr(options, stage) / "metrics.json") for stage in STAGES}
     dataset = load_dataset(options.dataset)
-    logits = torch.compile(model, dynamic=False) if compiles(runtime, model) else model
+    logits = forward_pass(model, runtime)
     subject = audit_subject(options, settings, model, logits, dataset, metrics["slot"])
     audit_settings = AuditSettings(**settings["audit"])
     findings = audit_evaluator(subject, audit_settings, options.seed)
@@ -113,7 +114,7 @@ def audit_subject(
 ) -> Subject:
     """The slot stage's evaluator, an excerpt of the text it scored, and the account it left.
 
-    logits: the model as the slot stage ran it, compiled or not.
+    logits: the model's, as the slot stage computed them.
     """
     evaluator = evaluator_settings(settings)
     cut = evaluator.evaluation

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from fairway.adaptation.forward import forward_pass
 from fairway.adaptation.lora import lora_kernels
 from fairway.adaptation.scoring import EvaluatorSettings, evaluator_settings
 from fairway.adaptation.token_table import (
@@ -31,7 +32,7 @@ from fairway.distributed import World, barrier, distributed_world, gather_object
 from fairway.errors import UserError
 from fairway.evaluation.bits_per_byte import byte_counts
 from fairway.files import write_json, write_table
-from fairway.model.runtime import RuntimeSettings, compiles, prepare
+from fairway.model.runtime import RuntimeSettings, prepare, records_graphs
 from fairway.progress import progress
 from fairway.provenance import runtime_metrics, write_provenance
 from fairway.quantization.artifact import load_artifact
@@ -53,9 +54,7 @@ def evaluate(options, settings, evaluator, runtime, world) -> None:
     dataset = load_dataset(options.dataset)
     model = prepare(load_artifact(options.artifact / "artifact.bin", world.device), runtime)
     check_vocabulary(model, dataset, options)
-    logits = TimedLogits(
-        torch.compile(model, dynamic=False) if compiles(runtime, model) else model, world.device
-    )
+    logits = TimedLogits(forward_pass(model, runtime), world.device)
     tokens = read_split(dataset, "val")
     stream = torch.from_numpy(tokens.astype("int64")).to(world.device)
     share, windows = windows_of_rank(len(tokens) - 1, evaluator, world.rank, world.size)
@@ -90,6 +89,7 @@ def evaluate(options, settings, evaluator, runtime, world) -> None:
             "adapter_seconds": scoring_seconds - sliding_seconds,
             "evaluation_seconds": time.perf_counter() - started,
             **runtime_metrics(model, world),
+            "cuda_graphs": records_graphs(runtime, model),
         }
         if "lora" in evaluator.evaluation.adapters:
             metrics["lora_kernels"] = lora_kernels(model, evaluator.lora)

@@ -80,6 +80,6 @@ def compiles(settings: RuntimeSettings, model: GPT) -> bool:
 
 
 def records_graphs(settings: RuntimeSettings, model: GPT) -> bool:
-    """Whether training replays its kernels as CUDA graphs."""
+    """Whether training and the evaluation replay their kernels as CUDA graphs."""
     is_cuda = model.token_embedding.device.type == "cuda"
     return settings.cuda_graphs != "off" and is_cuda and model.kernels == "fused"

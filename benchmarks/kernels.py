@@ -104,6 +104,7 @@ def _residual_cases(config, rows, random) -> Iterator[Case]:
     mix, weight = random(2, config.width).float(), random(config.width).float()
     yield Case("norm", lambda: residual.rms_norm(x), moved(x, x))
     normed, inverse = residual.rms_norm(x)
+    (sums,) = residual.mix_sums(x, 1)
     yield Case(
         "norm, backward",
         lambda: residual.rms_norm_backward(gradient, normed, inverse, x),
@@ -119,7 +120,7 @@ def _residual_cases(config, rows, random) -> Iterator[Case]:
         yield Case(
             f"{name}, backward",
             lambda own=own: residual.mix_and_norm_backward(
-                x, gradient, inverse, x, x0, mix, own, weight, None, None, total
+                x, gradient, inverse, x, x0, mix, own, weight, None, None, total, sums
             ),
             moved(x, gradient, x, x0, *skipped, total, total, x),
         )
@@ -133,6 +134,7 @@ def _head_cases(config, rows, random) -> Iterator[Case]:
     positions = torch.arange(config.sequence_tokens, device=qkv.device)
     cos, sin = rotary_angles(config, positions)
     strided = qkv[:, : H * D].unflatten(1, (H, D))
+    (sums,) = heads.gain_sums(qkv, H, 1)
     yield Case(
         "queries' norm and rotation",
         lambda: heads.norm_and_rotate(strided, cos, sin, gain, len(positions)),
@@ -140,7 +142,7 @@ def _head_cases(config, rows, random) -> Iterator[Case]:
     )
     yield Case(
         "heads, backward",
-        lambda: heads.heads_backward(queries, keys, values, other, qkv, cos, sin, gain),
+        lambda: heads.heads_backward(queries, keys, values, other, qkv, cos, sin, gain, sums),
         moved(queries, keys, values, other, queries, keys, qkv),
     )
     yield Case(

@@ -20,12 +20,18 @@ from fairway.model.gpt import GPT, GPTConfig, bigram_bucket, rotary_angles
 from fairway.model.kernels.embedding import add_embedding, embed, embed_backward
 from fairway.model.kernels.exclusion import exclude_self, exclude_self_backward
 from fairway.model.kernels.folding import scale_rows, scale_rows_backward
-from fairway.model.kernels.heads import copy_heads, heads_backward, norm_and_rotate
+from fairway.model.kernels.heads import (
+    copy_heads,
+    gain_sums,
+    heads_backward,
+    norm_and_rotate,
+)
 from fairway.model.kernels.loss import cross_entropy
 from fairway.model.kernels.mlp import activate, activate_backward, mlp_down_backward, mlp_up
 from fairway.model.kernels.residual import (
     mix_and_norm,
     mix_and_norm_backward,
+    mix_sums,
     rms_norm,
     rms_norm_backward,
 )
@@ -115,6 +121,25 @@ class Layer:
     mlp_input: tuple[torch.Tensor, ...] = ()
     activation: torch.Tensor | None = None
     """The MLP's, [M, F]."""
+
+
+class Sums(NamedTuple):
+    """Gradients of what all rows share, as the kernels leave them: one sum for each program."""
+
+    mix: torch.Tensor
+    """float32 [L, 3, programs, C]: of mix and, last, of the block's skip weight."""
+    gain: torch.Tensor
+    """float32 [L, programs, H]."""
+
+    def add_up(self, gradients: Weights, encoders: int) -> None:
+        """Write the sums to `gradients`, all blocks' at once, where they were asked for."""
+        mix = self.mix.sum(2)
+        if gradients.mix is not None:
+            gradients.mix.copy_(mix[:, :2])
+        if gradients.skip is not None:
+            gradients.skip.copy_(mix[encoders : encoders + len(gradients.skip), 2])
+        if gradients.gain is not None:
+            torch.sum(self.gain, 1, out=gradients.gain)
 
 
 def loss(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -280,25 +305,25 @@ class Blocks(torch.autograd.Function):
                 for weight, needed in zip(weights, asked, strict=True)
             )
         )
+        sums = Sums(mix_sums(x0, len(layers)), gain_sums(x0, geometry.config.heads, len(layers)))
         x0_gradient = torch.zeros_like(x0)
         gradient = rms_norm_backward(gradient, *ctx.saved_tensors, x0_gradient)
         skip_gradients: dict[int, torch.Tensor] = {}
         for index in reversed(range(len(layers))):
             layer = layers.pop()
             gradient = _mlp_backward(run, gradients, index, layer, gradient)
-            inner = _attention_backward(run, gradients, index, layer, gradient)
+            inner = _attention_backward(run, gradients, sums.gain[index], index, layer, gradient)
             partner = geometry.skip_partner(index)
             taken = partner is not None and index <= geometry.encoders
-            found = mix_and_norm_backward(
+            inner, gradient = mix_and_norm_backward(
                 gradient, inner, layer.attention_input[1], layer.x, x0, weights.mix[index],
                 layer.skip, layer.skip_weight, skip_gradients.get(partner),
                 weights.skip[partner - geometry.encoders] if taken else None, x0_gradient,
+                sums.mix[index],
             )  # fmt: skip
-            inner, gradient, mix_gradient, skip_weight_gradient = found
-            _note(gradients.mix, index, mix_gradient)
             if layer.skip is not None:
                 skip_gradients[index] = inner
-                _note(gradients.skip, index - geometry.encoders, skip_weight_gradient)
+        sums.add_up(gradients, geometry.encoders)
         x0_gradient.add_(gradient)
         return None, x0_gradient, *gradients, *additions.gradients()
 
@@ -381,7 +406,7 @@ def _mlp_backward(run, gradients, index, layer, gradient) -> torch.Tensor:
     return rms_norm_backward(input_gradient, *layer.mlp_input, gradient)
 
 
-def _attention_backward(run, gradients, index, layer, gradient) -> torch.Tensor:
+def _attention_backward(run, gradients, gain_sums, index, layer, gradient) -> torch.Tensor:
     """The gradient of attention's normed input, from that of the residual stream after it."""
     geometry, weights, additions = run
     config, (*inputs, joined, excluded) = geometry.config, layer.attention
@@ -394,16 +419,16 @@ def _attention_backward(run, gradients, index, layer, gradient) -> torch.Tensor:
     )
     found = torch.autograd.grad(joined, inputs, inner.view(joined.shape))
     query_gradient, key_gradient, value_gradient = (part.flatten(0, 1) for part in found)
-    qkv_gradient, gain_gradient = heads_backward(
+    qkv_gradient = heads_backward(
         query_gradient, key_gradient, value_gradient, from_exclusion, layer.qkv, geometry.cos,
-        geometry.sin, weights.gain[index],
+        geometry.sin, weights.gain[index], gain_sums,
     )  # fmt: skip
-    _note(gradients.gain, index, gain_gradient)
     parts = _split(qkv_gradient, config)
     if index in config.value_layers:
         number = config.value_layers.index(index)
         by_token = sums_by_token(parts[2], geometry.tokens, len(weights.values))
-        _note(gradients.value_scales, number, (by_token * weights.values).sum())
+        if gradients.value_scales is not None:
+            gradients.value_scales[number] = (by_token * weights.values).sum()
         if gradients.values is not None:
             gradients.values.add_(weights.value_scales[number] * by_token)
     normed = layer.attention_input[0]
@@ -414,16 +439,13 @@ def _attention_backward(run, gradients, index, layer, gradient) -> torch.Tensor:
     return input_gradient
 
 
-def _note(gradients: torch.Tensor | None, index: int, gradient: torch.Tensor) -> None:
-    """Keep the gradient of a parameter's part; nowhere where none was asked for."""
-    if gradients is not None:
-        gradients[index] = gradient
-
-
 def _note_product(
     gradients: torch.Tensor | None, index: int, gradient: torch.Tensor, x: torch.Tensor
 ) -> None:
-    """The same for a matrix, from the gradient [M, out] of its product with x [M, in]."""
+    """Keep a matrix's gradient, where it was asked for, from that [M, out] of its product with x.
+
+    x: [M, in].
+    """
     if gradients is not None:
         torch.mm(gradient.T, x, out=gradients[index])
 

@@ -97,27 +97,33 @@ def heads_backward(
     cos: torch.Tensor,
     sin: torch.Tensor,
     gain: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of qkv [M, (H + 2·K)·D], and that of gain, float32 [H].
+    sums: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of qkv [M, (H + 2·K)·D].
 
     From those of queries [M, H, D] and keys after norm and rotation, of values in attention, both
-    [M, K·copies, D], and of values in exclusion [M, K, D]; all contiguous.
+    [M, K·copies, D], and of values in exclusion [M, K, D]; all contiguous. sums: of `gain_sums` for
+    one block, overwritten with the partial sums of the gradient of gain.
     """
     (M, H, D), K = query_gradient.shape, exclusion_gradient.shape[1]
-    out, programs = torch.empty_like(qkv), programs_over(qkv, 28)
-    partial = qkv.new_empty(programs, H, dtype=torch.float32)
+    out, programs = torch.empty_like(qkv), len(sums)
     _heads_backward[(programs,)](
         query_gradient, key_gradient, value_gradient, exclusion_gradient, qkv, out, cos, sin, gain,
-        partial, M, len(cos), NORM_EPSILON, programs, H, K, D, cos.shape[1],
+        sums, M, len(cos), NORM_EPSILON, programs, H, K, D, cos.shape[1],
         key_gradient.shape[1] // K, *map(triton.next_power_of_2, (H, K, D)), num_warps=1,
     )  # fmt: skip
-    return out, partial.sum(0)
+    return out
+
+
+def gain_sums(x: torch.Tensor, heads: int, blocks: int) -> torch.Tensor:
+    """Room for what `heads_backward` sums over the rows of x: float32 [blocks, programs, heads]."""
+    return x.new_empty(blocks, programs_over(x, 28), heads, dtype=torch.float32)
 
 
 @triton.jit
 def _heads_backward(
     query_gradient_at, key_gradient_at, value_gradient_at, exclusion_gradient_at, qkv_at, out_at,
-    cos_at, sin_at, gain_at, partial_at, M, positions, epsilon, PROGRAMS: tl.constexpr,
+    cos_at, sin_at, gain_at, sums_at, M, positions, epsilon, PROGRAMS: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COPIES: tl.constexpr,
     WIDE_H: tl.constexpr, WIDE_K: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +151,7 @@ def _heads_backward(
             copy_at = of_copies + _copy_places(copy, COPIES, D, WIDE_K, WIDE_D)
             value += tl.load(value_gradient_at + copy_at, mask, other=0.0)
         tl.store(out_at + of_keys + K * D + at, value, mask)
-    tl.store(partial_at + tl.program_id(0) * H + heads, gain_sum, heads < H)
+    tl.store(sums_at + tl.program_id(0) * H + heads, gain_sum, heads < H)
 
 
 @triton.jit

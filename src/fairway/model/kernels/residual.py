@@ -110,34 +110,43 @@ def mix_and_norm_backward(
     later: torch.Tensor | None,
     later_weight: torch.Tensor | None,
     x0_gradient: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    sums: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `mix_and_norm`, from those of u (`residual`) and of its norm (`gradient`).
 
-    Adds to `x0_gradient` in place. Returns the gradient of x + skip_weight·skip; the gradient that
-    the block before receives; and those of mix [2, C] and skip_weight [C], float32. The second is
-    the first, but where x is the skip of a later block (with weight `later_weight`): then plus
-    later_weight·later, with `later` the first result for that block, or None for this very block.
+    Adds to `x0_gradient` in place. Returns the gradient of x + skip_weight·skip, and the gradient
+    that the block before receives. The second is the first, but where x is the skip of a later
+    block (with weight `later_weight`): then plus later_weight·later, with `later` the first result
+    for that block, or None for this very block. sums: of `mix_sums` for one block, overwritten
+    with the partial sums of the gradients of mix, its first two, and of skip_weight.
     """
     M, C = x.shape
     inner = torch.empty_like(x)
     has_skip, has_later = skip is not None, later_weight is not None
     outer = torch.empty_like(x) if has_later else inner
-    programs = programs_over(x, 12)
-    partial = x.new_empty(3, programs, C, dtype=torch.float32)
+    programs, warps = sums.shape[1], 1
+    if has_skip and has_later:  # so many programs of one warp would not find registers
+        programs, warps = programs_over(x, 8), 2
     _mix_and_norm_backward[(programs,)](
         residual, gradient, inverse, x, x0, skip if has_skip else x,
         inner if later is None else later, mix, skip_weight if has_skip else mix,
-        later_weight if has_later else mix, x0_gradient, inner, outer, partial,
-        M, C, has_skip, has_later, later is None, programs, *one_row(x), num_warps=1,
+        later_weight if has_later else mix, x0_gradient, inner, outer, sums,
+        M, C, has_skip, has_later, later is None, programs, *one_row(x),
+        num_warps=warps,
     )  # fmt: skip
-    sums = partial.sum(1)
-    return inner, outer, sums[:2], sums[2]
+    return inner, outer
+
+
+def mix_sums(x: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Room for what `mix_and_norm_backward` sums over x: float32 [blocks, 3, programs, C]."""
+    # Zeros, for a block may need fewer programs.
+    return x.new_zeros(blocks, 3, programs_over(x, 12), x.shape[1], dtype=torch.float32)
 
 
 @triton.jit
 def _mix_and_norm_backward(
     residual_at, gradient_at, inverse_at, x_at, x0_at, skip_at, later_at, mix_at,
-    skip_weight_at, later_weight_at, x0_gradient_at, inner_at, outer_at, partial_at, M, C,
+    skip_weight_at, later_weight_at, x0_gradient_at, inner_at, outer_at, sums_at, M, C,
     HAS_SKIP: tl.constexpr, HAS_LATER: tl.constexpr, LATER_IS_OWN: tl.constexpr,
     PROGRAMS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +188,7 @@ def _mix_and_norm_backward(
             else:
                 later = tl.load(later_at + at, mask, other=0.0).to(tl.float32)
             tl.store(outer_at + at, inner + later_weight[None, :] * later, mask)
-    own = partial_at + tl.program_id(0) * C + channels
+    own = sums_at + tl.program_id(0) * C + channels
     tl.store(own, mix0_sum, inside)
     tl.store(own + PROGRAMS * C, mix1_sum, inside)
     tl.store(own + 2 * PROGRAMS * C, skip_sum, inside)

@@ -25,6 +25,20 @@ def choose_trial(mask, yes, no):
 
 
 @triton.jit
+def load_trial(numbers):
+    """The trial in three numbers."""
+    return tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+
+
+@triton.jit
+def store_trial(numbers, trial):
+    """Keep a trial as three numbers."""
+    tl.store(numbers, trial[0])
+    tl.store(numbers + 1, trial[1])
+    tl.store(numbers + 2, trial[2])
+
+
+@triton.jit
 def next_step(before, low, high, new):
     """Interpolate inside the bracket; extrapolate where none is known yet.
 

@@ -70,7 +70,7 @@ def exact_losses(delta, logits, targets, is_context, l2):
         (64, "warm", 4.0, 3),
         (50, "warm", 0.5, 3),
         (50, "cold", 4.0, 3),
-        (64, "warm", 0.5, 9),  # more pairs than the kernel reads at a time
+        (64, "warm", 0.5, 9),
     ],
 )
 def test_it_reaches_the_minimum_of_the_plain_fit(vocabulary, starts, l2, history):
@@ -109,6 +109,51 @@ def test_a_row_is_bitwise_the_same_whatever_the_other_rows_hold():
     for left, right in zip(one, two, strict=True):
         assert torch.equal(left[:2], right[:2])
     assert not torch.equal(one.x[3], two.x[3])
+
+
+def test_a_row_alone_is_bitwise_the_same():
+    problems = problem()
+    together = fused_fit(*problems)
+    for row in (1, 3):
+        alone = fused_fit(*(tensor[row : row + 1] for tensor in problems))
+        for left, right in zip(alone, together, strict=True):
+            assert torch.equal(left[0], right[row])
+
+
+@pytest.mark.parametrize("places", [7, 16, 37])
+def test_it_does_not_matter_how_many_programs_share_a_row(places, monkeypatch):
+    problems = problem(places=places)
+    spread = fused_fit(*problems)
+    monkeypatch.setattr(logit_delta_kernel, "PLACES", 64)
+    whole = fused_fit(*problems)
+    torch.testing.assert_close(spread.x, whole.x, rtol=0, atol=DELTA_TOLERANCE)
+    torch.testing.assert_close(spread.value, whole.value, rtol=0, atol=LOSS_TOLERANCE)
+
+
+def test_places_of_programs_without_context_are_not_read():
+    logits, targets, is_context, initial = problem()
+    is_context[0, 8:24] = False
+    probabilities = logit_delta_kernel.compact_softmax(logits)
+    expected = logit_delta_kernel.fit_delta(probabilities, targets, is_context, initial, **OPTIONS)
+    probabilities[0, 8:24] = torch.nan
+    found = logit_delta_kernel.fit_delta(probabilities, targets, is_context, initial, **OPTIONS)
+    for left, right in zip(found, expected, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+def test_its_evaluations_end_where_those_of_the_plain_fit_do(iterations):
+    logits, targets, is_context, initial = problem()
+    options = OPTIONS | {"iterations": iterations}
+    compacted = logit_delta_kernel.compact_softmax(logits)
+    exact = compacted.float() / logit_delta_kernel.UNITS_PER_ONE
+    plain = logit_delta.fit_delta(exact, targets, is_context, initial, **options)
+    fused = logit_delta_kernel.fit_delta(compacted, targets, is_context, initial, **options)
+    assert plain.evaluations.max() == logit_delta.max_evaluations(iterations)
+    assert torch.equal(fused.evaluations, plain.evaluations)
+    assert torch.equal(fused.iterations, plain.iterations)
+    torch.testing.assert_close(fused.x, plain.x, rtol=0, atol=DELTA_TOLERANCE)
+    torch.testing.assert_close(fused.value, plain.value, rtol=0, atol=LOSS_TOLERANCE)
 
 
 def test_without_context_the_delta_is_zero():

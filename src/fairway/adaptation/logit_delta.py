@@ -97,7 +97,7 @@ class FitKernels(NamedTuple):
 
 
 def fit_kernels(kernels: str) -> FitKernels:
-    """The fit of this file for "plain", that of one Triton kernel for "fused"."""
+    """The fit of this file for "plain", that of Triton kernels for "fused"."""
     if kernels == "fused":
         from fairway.adaptation import logit_delta_kernel  # there is no Triton without a GPU
 

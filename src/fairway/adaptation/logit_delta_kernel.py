@@ -189,21 +189,23 @@ def _evaluate_kernel(
 ):  # fmt: skip
     """A row's loss and gradient at its trial, over some places and without wanted and ridge."""
     row = tl.program_id(0).to(tl.int64)
+    # First of all, for most launches meet some rows that have finished.
+    if tl.load(numbers + row * _NUMBERS + _FINISHED) != 0:
+        return
     first = tl.program_id(1) * PLACES
     part = row * tl.num_programs(1) + tl.program_id(1)
     share += row * num_places
     probabilities += row * num_places * V
-    finished = tl.load(numbers + row * _NUMBERS + _FINISHED) != 0
+    columns = tl.arange(0, BLOCK_V)
+    inside = columns < V
+    trial = tl.load(vectors + (row * _VECTORS + _TRIAL) * V + columns, mask=inside, other=0.0)
     places = first + tl.arange(0, PLACES)
     counted = tl.load(share + places, mask=places < num_places, other=0.0)
-    if finished | (tl.max(counted) == 0):
+    if tl.max(counted) == 0:
         return
 
     CHUNKS: tl.constexpr = BLOCK_V // COLUMNS
-    columns = tl.arange(0, BLOCK_V)
-    inside = columns < V
-    trial = vectors + (row * _VECTORS + _TRIAL) * V + columns
-    growth = tl.exp(tl.load(trial, mask=inside, other=0.0)) * _UNIT
+    growth = tl.exp(trial) * _UNIT
     growths = tl.reshape(growth, [CHUNKS, COLUMNS])[:, None, :]
     lost = tl.zeros([BLOCK_P], tl.float32)
     expected = tl.zeros([CHUNKS, BLOCK_P, COLUMNS], tl.float32)

@@ -120,12 +120,15 @@ def test_a_row_alone_is_bitwise_the_same():
             assert torch.equal(left[0], right[row])
 
 
-@pytest.mark.parametrize("places", [7, 16, 37])
-def test_it_does_not_matter_how_many_programs_share_a_row(places, monkeypatch):
-    problems = problem(places=places)
-    spread = fused_fit(*problems)
-    monkeypatch.setattr(logit_delta_kernel, "PLACES", 64)
-    whole = fused_fit(*problems)
+@pytest.mark.parametrize(
+    ("places", "vocabulary"),
+    [(7, 64), (16, 64), (37, 64), (139, 1024)],  # the last makes more parts than are read at a time
+)
+def test_it_does_not_matter_how_many_programs_share_a_row(places, vocabulary, monkeypatch):
+    problems = [tensor[:1] for tensor in problem(places=places, vocabulary=vocabulary)]
+    spread = fused_fit(*problems, iterations=5)
+    monkeypatch.setattr(logit_delta_kernel, "PLACES", 256)
+    whole = fused_fit(*problems, iterations=5)
     torch.testing.assert_close(spread.x, whole.x, rtol=0, atol=DELTA_TOLERANCE)
     torch.testing.assert_close(spread.value, whole.value, rtol=0, atol=LOSS_TOLERANCE)
 

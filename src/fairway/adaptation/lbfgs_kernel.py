@@ -11,7 +11,8 @@ from fairway.adaptation.lbfgs import BRACKET_MARGIN, LARGEST_EXTRAPOLATION
 
 _BRACKET_MARGIN = tl.constexpr(BRACKET_MARGIN)
 _LARGEST_EXTRAPOLATION = tl.constexpr(LARGEST_EXTRAPOLATION)
-_GROUP = tl.constexpr(16)  # the most vectors of the history on their way to registers at a time
+# What a program reads at a time: 16 vectors of 1,024, which take 64 registers of each thread.
+GROUP_NUMBERS = tl.constexpr(2**14)
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def history_times(
     vectors, right, pairs, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     """Inner products [BLOCK_H] of the history's first `pairs` vectors with `right` [BLOCK_V]."""
-    GROUP: tl.constexpr = max(1, min(BLOCK_H // 2, _GROUP))
+    GROUP: tl.constexpr = max(1, min(BLOCK_H // 2, GROUP_NUMBERS // BLOCK_V))
     groups = tl.arange(0, BLOCK_H // GROUP)[:, None]
     products = tl.zeros([BLOCK_H // GROUP, GROUP], tl.float32)
     for group in range(0, tl.cdiv(pairs, GROUP)):
@@ -91,7 +92,7 @@ def times_history(
     left, vectors, pairs, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     """The sum [BLOCK_V] of the history's first `pairs` vectors, weighted with `left` [BLOCK_H]."""
-    GROUP: tl.constexpr = max(1, min(BLOCK_H // 2, _GROUP))
+    GROUP: tl.constexpr = max(1, min(BLOCK_H // 2, GROUP_NUMBERS // BLOCK_V))
     groups = tl.arange(0, BLOCK_H // GROUP)[:, None]
     weights = tl.reshape(left, [BLOCK_H // GROUP, GROUP])
     total = tl.zeros([BLOCK_V], tl.float32)

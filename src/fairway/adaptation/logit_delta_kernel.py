@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fairway.adaptation.lbfgs import CURVATURE, SUFFICIENT_DECREASE, Minimum
 from fairway.adaptation.lbfgs_kernel import (
+    GROUP_NUMBERS,
     choose_trial,
     descent_direction,
     extend_inverse,
@@ -48,7 +49,8 @@ from fairway.adaptation.logit_delta import (
     max_evaluations,
 )
 
-NUM_WARPS = 8
+NUM_WARPS = 8  # of an evaluation's program
+ADVANCE_WARPS = 8
 NUM_STAGES = 4  # one more than there are tiles in shared memory
 LANE_COLUMNS = 8  # half-precision numbers in 16 bytes
 MAX_CHUNKS = 4  # of a place in a lane's registers
@@ -66,7 +68,6 @@ _CURVATURE = tl.constexpr(CURVATURE)
 _TOLERANCE_GRADIENT = tl.constexpr(TOLERANCE_GRADIENT)
 _TOLERANCE_CHANGE = tl.constexpr(TOLERANCE_CHANGE)
 _MAX_LINE_SEARCH_STEPS = tl.constexpr(MAX_LINE_SEARCH_STEPS)
-_GROUP = tl.constexpr(16)  # parts that a program has on their way at a time
 
 # A row's vectors between two launches.
 _TRIAL, _X, _DIRECTION, _GRADIENT, _LOW_GRADIENT, _VECTORS = (tl.constexpr(n) for n in range(6))
@@ -129,30 +130,34 @@ def fit_delta(
     numbers = initial.new_zeros(rows, _NUMBERS.value)
     ring = initial.new_empty(rows, 2, history, vocabulary)
     triangles = initial.new_zeros(rows, 1 + block_history, block_history)
-    # Zeros, for a part without a counted place is never written.
+    # Zeros, for a program without a counted place writes no part.
     parts = initial.new_zeros(rows, num_parts, vocabulary)
     losses = initial.new_zeros(rows, num_parts)
-    sizes = dict(V=vocabulary, BLOCK_V=block_vocabulary, num_warps=NUM_WARPS)
+    sizes = dict(V=vocabulary, BLOCK_V=block_vocabulary)
     terms = parts, losses, wanted, ridge, num_parts
     most = max_evaluations(iterations)
 
     def evaluate() -> None:
         _evaluate_kernel[(rows, num_parts)](
             vectors, numbers, probabilities, share, parts, losses, num_places,
-            PLACES=places, BLOCK_P=block_places, COLUMNS=columns, STAGES=NUM_STAGES, **sizes,
+            PLACES=places, BLOCK_P=block_places, COLUMNS=columns, STAGES=NUM_STAGES,
+            num_warps=NUM_WARPS, **sizes,
         )  # fmt: skip
 
     evaluate()
-    _start_kernel[(rows,)](vectors, numbers, *terms, **sizes)
+    _start_kernel[(rows,)](vectors, numbers, *terms, num_warps=ADVANCE_WARPS, **sizes)
     for _ in range(1, most):
         evaluate()
         _advance_kernel[(rows,)](
             vectors, numbers, ring, triangles, *terms, iterations, most,
-            HISTORY=history, BLOCK_H=block_history, **sizes,
+            HISTORY=history, BLOCK_H=block_history, num_warps=ADVANCE_WARPS, **sizes,
         )  # fmt: skip
-    counts = numbers[:, [_ITERATIONS.value, _EVALUATIONS.value]].long()
-    x = vectors[:, _X.value].clamp(-clamp, clamp)
-    return Minimum(x, numbers[:, _VALUE.value], *counts.unbind(1))
+    return Minimum(
+        vectors[:, _X.value].clamp(-clamp, clamp),
+        numbers[:, _VALUE.value],
+        numbers[:, _ITERATIONS.value].long(),
+        numbers[:, _EVALUATIONS.value].long(),
+    )
 
 
 def tile_shape(block_vocabulary: int) -> tuple[int, int]:
@@ -229,8 +234,7 @@ def _load_tile(
     probabilities, share, first, num_places, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Weights [BLOCK_P] of the places from `first` on, and their probabilities, which are
-    [BLOCK_V / COLUMNS, BLOCK_P, COLUMNS]."""
+    """Weights [BLOCK_P] and probabilities [BLOCK_V / COLUMNS, BLOCK_P, COLUMNS] from `first` on."""
     places = first + tl.arange(0, BLOCK_P)
     weight = tl.load(share + places, mask=places < num_places, other=0.0)
     # Chunk by chunk as a matrix, whose layout is the same in every version of Triton: a line's
@@ -251,14 +255,15 @@ def _value_and_gradient(
     trial, row, parts, losses, wanted, ridge, num_parts, V: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """What the row's programs made of `trial` [BLOCK_V], added up, with the terms they left out."""
+    GROUP: tl.constexpr = max(1, GROUP_NUMBERS // BLOCK_V)
     columns = tl.arange(0, BLOCK_V)
     inside = columns < V
     wanted = tl.load(wanted + row * V + columns, mask=inside, other=0.0)
     ridge = tl.load(ridge + row)
-    lost = tl.zeros([_GROUP], tl.float32)
+    lost = tl.zeros([GROUP], tl.float32)
     gradient = tl.zeros([BLOCK_V], tl.float32)
-    for first in range(0, num_parts, _GROUP):
-        group = first + tl.arange(0, _GROUP)
+    for first in range(0, num_parts, GROUP):
+        group = first + tl.arange(0, GROUP)
         part = row * num_parts + group
         lost += tl.load(losses + part, mask=group < num_parts, other=0.0)
         mask = (group < num_parts)[:, None] & inside[None, :]

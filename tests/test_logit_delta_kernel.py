@@ -133,6 +133,10 @@ def test_it_does_not_matter_how_many_programs_share_a_row(places, vocabulary, mo
     torch.testing.assert_close(spread.value, whole.value, rtol=0, atol=LOSS_TOLERANCE)
 
 
+def test_a_fit_may_evaluate_as_often_as_torch_lets_it():
+    assert [logit_delta.max_evaluations(iterations) for iterations in (1, 4, 25)] == [2, 6, 32]
+
+
 def test_places_of_programs_without_context_are_not_read():
     logits, targets, is_context, initial = problem()
     is_context[0, 8:24] = False
@@ -144,15 +148,16 @@ def test_places_of_programs_without_context_are_not_read():
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 4])
-def test_its_evaluations_end_where_those_of_the_plain_fit_do(iterations):
+@pytest.mark.parametrize("most", range(2, 9))
+def test_it_ends_with_its_evaluations_where_the_plain_fit_does(most, monkeypatch):
     logits, targets, is_context, initial = problem()
-    options = OPTIONS | {"iterations": iterations}
+    for module in (logit_delta, logit_delta_kernel):
+        monkeypatch.setattr(module, "max_evaluations", lambda iterations: most)
     compacted = logit_delta_kernel.compact_softmax(logits)
     exact = compacted.float() / logit_delta_kernel.UNITS_PER_ONE
-    plain = logit_delta.fit_delta(exact, targets, is_context, initial, **options)
-    fused = logit_delta_kernel.fit_delta(compacted, targets, is_context, initial, **options)
-    assert plain.evaluations.max() == logit_delta.max_evaluations(iterations)
+    plain = logit_delta.fit_delta(exact, targets, is_context, initial, **OPTIONS)
+    fused = logit_delta_kernel.fit_delta(compacted, targets, is_context, initial, **OPTIONS)
+    assert plain.evaluations.max() == most
     assert torch.equal(fused.evaluations, plain.evaluations)
     assert torch.equal(fused.iterations, plain.iterations)
     torch.testing.assert_close(fused.x, plain.x, rtol=0, atol=DELTA_TOLERANCE)

@@ -11,6 +11,7 @@ from fairway.adaptation.lbfgs import minimize
 
 OPTIONS = dict(
     max_iterations=200,
+    max_evaluations=4000,
     history_size=10,
     tolerance_gradient=1e-9,
     tolerance_change=1e-14,
@@ -201,6 +202,27 @@ def test_evaluations_are_bounded_even_where_nothing_helps():
     result = minimize(hostile, torch.zeros(2, 5), **options)
     assert hostile.calls <= 1 + 3 * 4
     assert torch.equal(result.x, torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("most", range(1, 9))
+def test_a_row_stops_at_its_best_point_when_its_evaluations_are_spent(most):
+    generator = torch.Generator().manual_seed(11)
+    values = rosenbrock(generator, rows=16, unknowns=6)
+    initial = 2 * torch.randn(16, 6, generator=generator, dtype=torch.float64)
+    seen = []
+
+    def objective(x):
+        value, gradient = with_gradient(values)(x)
+        seen.append(value)
+        return value, gradient
+
+    result = minimize(objective, initial, **OPTIONS | {"max_evaluations": most})
+    assert len(seen) == most and (result.evaluations == most).all()
+    torch.testing.assert_close(values(result.x), result.value, rtol=1e-12, atol=0)
+    # Every point that was tried and not taken lies higher.
+    torch.testing.assert_close(result.value, torch.stack(seen).amin(dim=0), rtol=1e-12, atol=0)
+    longer = minimize(objective, initial, **OPTIONS | {"max_evaluations": most + 1})
+    assert (longer.value <= result.value).all()
 
 
 def test_a_wall_of_infinite_values_is_backed_away_from():

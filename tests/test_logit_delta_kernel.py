@@ -24,7 +24,9 @@ LOSS_TOLERANCE = 1e-5  # nats
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Several blocks of places even in tiny problems, the last ragged, and chunks of a place."""
+    """Several programs a row and tiles a program even in tiny problems, the last ragged, and
+    chunks of a place."""
+    monkeypatch.setattr(logit_delta_kernel, "PLACES", 8)
     monkeypatch.setattr(logit_delta_kernel, "NUM_WARPS", 4)
     monkeypatch.setattr(logit_delta_kernel, "LANE_COLUMNS", 1)
 
@@ -68,7 +70,7 @@ def exact_losses(delta, logits, targets, is_context, l2):
         (64, "warm", 4.0, 3),
         (50, "warm", 0.5, 3),
         (50, "cold", 4.0, 3),
-        (64, "warm", 0.5, 9),  # more pairs than the kernel reads at a time
+        (64, "warm", 0.5, 9),
     ],
 )
 def test_it_reaches_the_minimum_of_the_plain_fit(vocabulary, starts, l2, history):
@@ -109,6 +111,59 @@ def test_a_row_is_bitwise_the_same_whatever_the_other_rows_hold():
     assert not torch.equal(one.x[3], two.x[3])
 
 
+def test_a_row_alone_is_bitwise_the_same():
+    problems = problem()
+    together = fused_fit(*problems)
+    for row in (1, 3):
+        alone = fused_fit(*(tensor[row : row + 1] for tensor in problems))
+        for left, right in zip(alone, together, strict=True):
+            assert torch.equal(left[0], right[row])
+
+
+@pytest.mark.parametrize(
+    ("places", "vocabulary"),
+    [(7, 64), (16, 64), (37, 64), (139, 1024)],  # the last makes more parts than are read at a time
+)
+def test_it_does_not_matter_how_many_programs_share_a_row(places, vocabulary, monkeypatch):
+    problems = [tensor[:1] for tensor in problem(places=places, vocabulary=vocabulary)]
+    spread = fused_fit(*problems, iterations=5)
+    monkeypatch.setattr(logit_delta_kernel, "PLACES", 256)
+    whole = fused_fit(*problems, iterations=5)
+    torch.testing.assert_close(spread.x, whole.x, rtol=0, atol=DELTA_TOLERANCE)
+    torch.testing.assert_close(spread.value, whole.value, rtol=0, atol=LOSS_TOLERANCE)
+
+
+def test_a_fit_may_evaluate_as_often_as_torch_lets_it():
+    assert [logit_delta.max_evaluations(iterations) for iterations in (1, 4, 25)] == [2, 6, 32]
+
+
+def test_places_of_programs_without_context_are_not_read():
+    logits, targets, is_context, initial = problem()
+    is_context[0, 8:24] = False
+    probabilities = logit_delta_kernel.compact_softmax(logits)
+    expected = logit_delta_kernel.fit_delta(probabilities, targets, is_context, initial, **OPTIONS)
+    probabilities[0, 8:24] = torch.nan
+    found = logit_delta_kernel.fit_delta(probabilities, targets, is_context, initial, **OPTIONS)
+    for left, right in zip(found, expected, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("most", range(2, 9))
+def test_it_ends_with_its_evaluations_where_the_plain_fit_does(most, monkeypatch):
+    logits, targets, is_context, initial = problem()
+    for module in (logit_delta, logit_delta_kernel):
+        monkeypatch.setattr(module, "max_evaluations", lambda iterations: most)
+    compacted = logit_delta_kernel.compact_softmax(logits)
+    exact = compacted.float() / logit_delta_kernel.UNITS_PER_ONE
+    plain = logit_delta.fit_delta(exact, targets, is_context, initial, **OPTIONS)
+    fused = logit_delta_kernel.fit_delta(compacted, targets, is_context, initial, **OPTIONS)
+    assert plain.evaluations.max() == most
+    assert torch.equal(fused.evaluations, plain.evaluations)
+    assert torch.equal(fused.iterations, plain.iterations)
+    torch.testing.assert_close(fused.x, plain.x, rtol=0, atol=DELTA_TOLERANCE)
+    torch.testing.assert_close(fused.value, plain.value, rtol=0, atol=LOSS_TOLERANCE)
+
+
 def test_without_context_the_delta_is_zero():
     logits, targets, is_context, initial = problem(rows=4)
     fit = fused_fit(logits, targets, torch.zeros_like(is_context), initial)
@@ -123,8 +178,7 @@ def test_without_a_prior_it_is_the_clamp_that_ends_a_row():
     fit = fused_fit(logits, targets, is_context, initial, l2=0.0, clamp=0.25, iterations=6)
     assert fit.x.abs().max() == 0.25
     assert (fit.iterations <= 6).all()
-    most = 1 + 6 * logit_delta.MAX_LINE_SEARCH_STEPS
-    assert (fit.evaluations <= most).all()
+    assert (fit.evaluations <= logit_delta.max_evaluations(6)).all()
 
 
 def test_a_start_beyond_all_bounds_stays_put_as_in_the_plain_fit():
@@ -148,18 +202,6 @@ def test_compact_softmax_keeps_eleven_bits(shape):
     expected = torch.softmax(logits.double(), -1)
     assert compacted.dtype == torch.float16 and compacted.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=2**-10.9, atol=1e-12)
-
-
-def test_block_runs_are_the_shortest_in_a_circle():
-    share = torch.zeros(6, 40)
-    share[0] = 1  # everything
-    share[2, 17] = 1
-    share[3, 9:30] = 1
-    share[4, 35:], share[4, :3] = 1, 1  # wraps around
-    share[5, 8], share[5, 30] = 1, 1  # holes are visited
-    runs = logit_delta_kernel.block_runs(share, 8).tolist()
-    assert runs == [[0, 5], [0, 0], [2, 1], [1, 3], [4, 2], [1, 3]]
-    assert logit_delta_kernel.block_runs(share[:, :0], 8).tolist() == [[0, 0]] * 6
 
 
 @pytest.mark.parametrize(

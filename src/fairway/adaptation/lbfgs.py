@@ -218,6 +218,7 @@ def minimize(
     initial: Tensor,
     *,
     max_iterations: int,
+    max_evaluations: int,
     history_size: int,
     tolerance_gradient: float,
     tolerance_change: float,
@@ -227,8 +228,9 @@ def minimize(
 
     The objective must treat rows independently. A row stops, and stays put, when its largest
     gradient entry is at most `tolerance_gradient`; when an iteration moves no entry by more than
-    `tolerance_change`, or changes the value by less or promises to; or after `max_iterations`.
-    It costs at most 1 + max_iterations * max_line_search_steps evaluations.
+    `tolerance_change`, or changes the value by less or promises to; after `max_iterations`; or
+    after `max_evaluations`, the one at `initial` included, which may be in the middle of a line
+    search. As one of `max_line_search_steps` trials, it then ends at the best point it found.
     """
     x = initial.clone()
     value, gradient = objective(x)
@@ -236,7 +238,7 @@ def minimize(
     evaluations = torch.ones_like(iterations)
     history = History(x, history_size)
     direction = -gradient
-    active = largest(gradient) > tolerance_gradient
+    active = (largest(gradient) > tolerance_gradient) & (evaluations < max_evaluations)
     # A gradient says nothing about distance, so the very first step is a short one.
     first_step = (1 / gradient.abs().sum(dim=1)).clamp(max=1.0)
     search = LineSearch.begin(value, dot(gradient, direction), gradient, first_step)
@@ -248,7 +250,9 @@ def minimize(
         trial = Trial(step, trial_value, dot(trial_gradient, direction))
         accepted = search.update(trial, trial_gradient, tolerance_change)
         is_narrow = search.bracket_width() * largest(direction) < tolerance_change
-        moved = active & (accepted | is_narrow | (search.trials >= max_line_search_steps))
+        is_last = evaluations >= max_evaluations
+        is_over = accepted | is_narrow | is_last | (search.trials >= max_line_search_steps)
+        moved = active & is_over
         if not bool(moved.any()):
             continue
 
@@ -267,6 +271,7 @@ def minimize(
             | (decrease.abs() < tolerance_change)
             | ~(slope < -tolerance_change)
             | (iterations >= max_iterations)
+            | is_last
         )
         active = active & ~(moved & finished)
         fresh = LineSearch.begin(value, slope, gradient, torch.ones_like(value))

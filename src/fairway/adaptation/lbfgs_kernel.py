@@ -11,7 +11,8 @@ from fairway.adaptation.lbfgs import BRACKET_MARGIN, LARGEST_EXTRAPOLATION
 
 _BRACKET_MARGIN = tl.constexpr(BRACKET_MARGIN)
 _LARGEST_EXTRAPOLATION = tl.constexpr(LARGEST_EXTRAPOLATION)
-_GROUP = tl.constexpr(8)  # vectors of the history that a program holds in registers at a time
+# What a program reads at a time: 16 vectors of 1,024, which take 64 registers of each thread.
+GROUP_NUMBERS = tl.constexpr(2**14)
 
 
 @triton.jit
@@ -22,6 +23,20 @@ def choose_trial(mask, yes, no):
         tl.where(mask, yes[1], no[1]),
         tl.where(mask, yes[2], no[2]),
     )
+
+
+@triton.jit
+def load_trial(numbers):
+    """The trial in three numbers."""
+    return tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+
+
+@triton.jit
+def store_trial(numbers, trial):
+    """Keep a trial as three numbers."""
+    tl.store(numbers, trial[0])
+    tl.store(numbers + 1, trial[1])
+    tl.store(numbers + 2, trial[2])
 
 
 @triton.jit
@@ -62,7 +77,7 @@ def history_times(
     vectors, right, pairs, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     """Inner products [BLOCK_H] of the history's first `pairs` vectors with `right` [BLOCK_V]."""
-    GROUP: tl.constexpr = min(BLOCK_H, _GROUP)
+    GROUP: tl.constexpr = max(1, min(BLOCK_H // 2, GROUP_NUMBERS // BLOCK_V))
     groups = tl.arange(0, BLOCK_H // GROUP)[:, None]
     products = tl.zeros([BLOCK_H // GROUP, GROUP], tl.float32)
     for group in range(0, tl.cdiv(pairs, GROUP)):
@@ -77,7 +92,7 @@ def times_history(
     left, vectors, pairs, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     """The sum [BLOCK_V] of the history's first `pairs` vectors, weighted with `left` [BLOCK_H]."""
-    GROUP: tl.constexpr = min(BLOCK_H, _GROUP)
+    GROUP: tl.constexpr = max(1, min(BLOCK_H // 2, GROUP_NUMBERS // BLOCK_V))
     groups = tl.arange(0, BLOCK_H // GROUP)[:, None]
     weights = tl.reshape(left, [BLOCK_H // GROUP, GROUP])
     total = tl.zeros([BLOCK_V], tl.float32)

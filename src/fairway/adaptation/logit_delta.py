@@ -36,7 +36,8 @@ def fit_delta(
 
     probabilities: float32 [B, P, V]. targets: int64 [B, P]. is_context: bool [B, P], the places
     that count. initial: float32 [B, V]. Minimizes, row by row and over its counted places,
-    (sum of cross-entropies + l2 / 2 |delta|^2) / places.
+    (sum of cross-entropies + l2 / 2 |delta|^2) / places, in at most `iterations` of L-BFGS and
+    max_evaluations(iterations).
     """
     share, wanted, ridge = loss_terms(targets, is_context, initial, l2)
 
@@ -53,12 +54,21 @@ def fit_delta(
         objective,
         torch.where(has_context, initial, 0.0),
         max_iterations=iterations,
+        max_evaluations=max_evaluations(iterations),
         history_size=history,
         tolerance_gradient=TOLERANCE_GRADIENT,
         tolerance_change=TOLERANCE_CHANGE,
         max_line_search_steps=MAX_LINE_SEARCH_STEPS,
     )
     return result._replace(x=result.x.clamp(-clamp, clamp))
+
+
+def max_evaluations(iterations: int) -> int:
+    """The most that torch.optim.LBFGS's default `max_eval` lets this many iterations cost.
+
+    That is max_iter * 5 // 4, but a line search that begins below it tries one more step.
+    """
+    return iterations * 5 // 4 + 1
 
 
 def loss_terms(
@@ -87,7 +97,7 @@ class FitKernels(NamedTuple):
 
 
 def fit_kernels(kernels: str) -> FitKernels:
-    """The fit of this file for "plain", that of one Triton kernel for "fused"."""
+    """The fit of this file for "plain", that of Triton kernels for "fused"."""
     if kernels == "fused":
         from fairway.adaptation import logit_delta_kernel  # there is no Triton without a GPU
 

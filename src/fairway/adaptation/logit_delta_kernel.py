@@ -1,9 +1,14 @@
-"""The fit of logit_delta.py as one Triton kernel: a whole L-BFGS fit for each row, in one launch.
+"""The fit of logit_delta.py as Triton kernels: two small ones for each evaluation of all rows.
 
-One program fits one row from its start to its end and reads nothing of another, so rows are
-independent by construction, and nothing waits for the host. The algorithm is that of lbfgs.py,
-written for a single problem, with the inverse of the history's triangle in place of the triangular
-systems (the same direction in exact arithmetic).
+The first spreads every row over programs of PLACES consecutive places; each writes its part of
+the loss and of the gradient. The second, one program a row, adds the parts up in their order and
+moves the row's fit on by one step of lbfgs.py's state machine, up to the next point to try. Both
+are launched as often as a fit may evaluate, without waiting for the host to look at anything;
+rows that have finished leave at once. A row's programs depend on the number of its places alone
+and read nothing of another row, so rows are independent to the bit by construction.
+
+The algorithm is that of lbfgs.py, written for a single problem, with the inverse of the history's
+triangle in place of the triangular systems (the same direction in exact arithmetic).
 
 An evaluation streams the row's probabilities once: a tile of places serves both for its sums
 sum_u q_u exp(delta_u) and for the gradient. Many rows at once take the time of reading the
@@ -11,10 +16,10 @@ probabilities, and they are kept in half precision. In units of 2^-15 every prob
 2e-9 has 11 significant bits there. Relative errors of up to 2^-12 in the q move a fitted entry by
 about as much, in nats, at most, and the loss, flat at its minimum, by the order of their square.
 
-A single row takes the time of its program's instructions, and of its warps' waiting for one
+A single row takes the time of its programs' instructions, and of their warps' waiting for one
 another. So a tile lies in the registers such that up to 1,024 tokens a warp holds its places
 whole: a place's sum stays inside the warp, and every warp adds up a gradient of its own places
-(`expected`), which meets the other warps' once an evaluation. For that a place is folded into
+(`expected`), which meets the other warps' once a program. For that a place is folded into
 chunks of COLUMNS tokens, as many as a warp reads at once in pieces of 16 bytes.
 
 Sources: Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5, 3.6 and 7.5.
@@ -27,24 +32,31 @@ from torch import Tensor
 
 from fairway.adaptation.lbfgs import CURVATURE, SUFFICIENT_DECREASE, Minimum
 from fairway.adaptation.lbfgs_kernel import (
+    GROUP_NUMBERS,
     choose_trial,
     descent_direction,
     extend_inverse,
     history_times,
+    load_trial,
     next_step,
+    store_trial,
 )
 from fairway.adaptation.logit_delta import (
     MAX_LINE_SEARCH_STEPS,
     TOLERANCE_CHANGE,
     TOLERANCE_GRADIENT,
     loss_terms,
+    max_evaluations,
 )
 
-NUM_WARPS = 8
+NUM_WARPS = 8  # of an evaluation's program
+ADVANCE_WARPS = 8
 NUM_STAGES = 4  # one more than there are tiles in shared memory
-PLACES_PER_WARP = 1  # in a tile; more leave too few registers for their gradients
 LANE_COLUMNS = 8  # half-precision numbers in 16 bytes
 MAX_CHUNKS = 4  # of a place in a lane's registers
+# Of one program: a row of 2,048 takes 32 programs, and the parts of the gradient that they write
+# and read again, in float32, are a sixteenth of the probabilities.
+PLACES = 64
 
 UNITS_PER_ONE = 2.0**15  # float16 ends at 65504
 
@@ -56,6 +68,13 @@ _CURVATURE = tl.constexpr(CURVATURE)
 _TOLERANCE_GRADIENT = tl.constexpr(TOLERANCE_GRADIENT)
 _TOLERANCE_CHANGE = tl.constexpr(TOLERANCE_CHANGE)
 _MAX_LINE_SEARCH_STEPS = tl.constexpr(MAX_LINE_SEARCH_STEPS)
+
+# A row's vectors between two launches.
+_TRIAL, _X, _DIRECTION, _GRADIENT, _LOW_GRADIENT, _VECTORS = (tl.constexpr(n) for n in range(6))
+# Its numbers, those of lbfgs.minimize and lbfgs.LineSearch; PUSHED counts the pairs ever kept.
+_FINISHED, _ITERATIONS, _EVALUATIONS, _PUSHED, _TRIALS = (tl.constexpr(n) for n in range(5))
+_VALUE, _SLOPE, _FARTHEST, _SCALE, _STEP = (tl.constexpr(n) for n in range(5, 10))
+_LOW, _HIGH, _NUMBERS = tl.constexpr(10), tl.constexpr(13), tl.constexpr(16)
 
 
 def compact(probabilities: Tensor) -> Tensor:
@@ -96,67 +115,60 @@ def fit_delta(
     """As `logit_delta.fit_delta`; `probabilities` also as `compact` makes them."""
     if probabilities.dtype != torch.float16:
         probabilities = compact(probabilities)
+    probabilities = probabilities.contiguous()
     rows, num_places, vocabulary = probabilities.shape
     block_vocabulary = triton.next_power_of_2(vocabulary)
+    block_history = triton.next_power_of_2(history)
     block_places, columns = tile_shape(block_vocabulary)
+    places = max(PLACES, block_places)
+    num_parts = max(1, triton.cdiv(num_places, places))
     share, wanted, ridge = loss_terms(targets, is_context, initial, l2)
-    pairs = initial.new_empty(2, rows, history, vocabulary)
-    x, value = torch.empty_like(wanted), torch.empty_like(ridge)
-    counts = torch.empty(2, rows, dtype=torch.int64, device=x.device)
-    _fit_kernel[(rows,)](
-        probabilities.contiguous(),
-        share,
-        block_runs(share, block_places),
-        wanted,
-        ridge,
-        initial.contiguous(),
-        *pairs,
-        x,
-        value,
-        counts[0],
-        counts[1],
-        num_places,
-        float(clamp),
-        iterations,
-        V=vocabulary,
-        HISTORY=history,
-        BLOCK_V=block_vocabulary,
-        BLOCK_H=triton.next_power_of_2(history),
-        BLOCK_P=block_places,
-        COLUMNS=columns,
-        STAGES=NUM_STAGES,
-        num_warps=NUM_WARPS,
+
+    vectors = initial.new_empty(rows, _VECTORS.value, vocabulary)
+    has_context = is_context.any(dim=1, keepdim=True)
+    vectors[:, _TRIAL.value] = torch.where(has_context, initial, 0.0)
+    numbers = initial.new_zeros(rows, _NUMBERS.value)
+    ring = initial.new_empty(rows, 2, history, vocabulary)
+    triangles = initial.new_zeros(rows, 1 + block_history, block_history)
+    # Zeros, for a program without a counted place writes no part.
+    parts = initial.new_zeros(rows, num_parts, vocabulary)
+    losses = initial.new_zeros(rows, num_parts)
+    sizes = dict(V=vocabulary, BLOCK_V=block_vocabulary)
+    terms = parts, losses, wanted, ridge, num_parts
+    most = max_evaluations(iterations)
+
+    def evaluate() -> None:
+        _evaluate_kernel[(rows, num_parts)](
+            vectors, numbers, probabilities, share, parts, losses, num_places,
+            PLACES=places, BLOCK_P=block_places, COLUMNS=columns, STAGES=NUM_STAGES,
+            num_warps=NUM_WARPS, **sizes,
+        )  # fmt: skip
+
+    evaluate()
+    _start_kernel[(rows,)](vectors, numbers, *terms, num_warps=ADVANCE_WARPS, **sizes)
+    for _ in range(1, most):
+        evaluate()
+        _advance_kernel[(rows,)](
+            vectors, numbers, ring, triangles, *terms, iterations, most,
+            HISTORY=history, BLOCK_H=block_history, num_warps=ADVANCE_WARPS, **sizes,
+        )  # fmt: skip
+    return Minimum(
+        vectors[:, _X.value].clamp(-clamp, clamp),
+        numbers[:, _VALUE.value],
+        numbers[:, _ITERATIONS.value].long(),
+        numbers[:, _EVALUATIONS.value].long(),
     )
-    return Minimum(x, value, *counts)
 
 
 def tile_shape(block_vocabulary: int) -> tuple[int, int]:
     """Places of a tile, and the columns of each of their chunks.
 
-    Long vocabularies spread a place over several warps. Their vectors take more registers too.
+    A warp has one place at a time: more leave too few registers for their gradients. Long
+    vocabularies spread a place over several warps. Their vectors take more registers too.
     """
     warp_columns = 32 * LANE_COLUMNS
     columns = max(min(warp_columns, block_vocabulary), block_vocabulary // MAX_CHUNKS)
-    at_once = max(1, NUM_WARPS * warp_columns // columns)
-    return at_once * (PLACES_PER_WARP if columns <= warp_columns else 1), columns
-
-
-def block_runs(share: Tensor, block_places: int) -> Tensor:
-    """Which blocks of places each row must visit: the first, and how many from there on.
-
-    share: float32 [B, P], 0 where a place does not count. Returns int32 [B, 2]. Blocks are taken
-    in a circle, so a run that goes on from the last place at the first, as in a ring buffer, is
-    one run. Blocks without a counted place inside it are visited too.
-    """
-    rows, places = share.shape
-    blocks = max(1, -(-places // block_places))
-    padded = torch.nn.functional.pad(share, (0, blocks * block_places - places))
-    counts = padded.view(rows, blocks, block_places).any(dim=2)
-    begins = counts & ~counts.roll(1, dims=1)
-    first = begins.int().argmax(dim=1, keepdim=True)
-    distance = (torch.arange(blocks, device=share.device) - first) % blocks
-    length = torch.where(counts, distance + 1, 0).amax(dim=1, keepdim=True)
-    return torch.cat([first, length], dim=1).int()
+    return max(1, NUM_WARPS * warp_columns // columns), columns
 
 
 @triton.jit
@@ -175,50 +187,60 @@ def _compact_softmax_kernel(
 
 
 @triton.jit
-def _loss_and_gradient(
-    delta, problem, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
+def _evaluate_kernel(
+    vectors, numbers, probabilities, share, parts, losses, num_places,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, PLACES: tl.constexpr, BLOCK_P: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Value and gradient [BLOCK_V] at `delta` [BLOCK_V]."""
-    probabilities, share, wanted, ridge, first_block, num_blocks, num_places = problem
-    CHUNKS: tl.constexpr = BLOCK_V // COLUMNS
+    """A row's loss and gradient at its trial, over some places and without wanted and ridge."""
+    row = tl.program_id(0).to(tl.int64)
+    # First of all, for most launches meet some rows that have finished.
+    if tl.load(numbers + row * _NUMBERS + _FINISHED) != 0:
+        return
+    first = tl.program_id(1) * PLACES
+    part = row * tl.num_programs(1) + tl.program_id(1)
+    share += row * num_places
+    probabilities += row * num_places * V
     columns = tl.arange(0, BLOCK_V)
-    growth = tl.exp(delta) * _UNIT
+    inside = columns < V
+    trial = tl.load(vectors + (row * _VECTORS + _TRIAL) * V + columns, mask=inside, other=0.0)
+    places = first + tl.arange(0, PLACES)
+    counted = tl.load(share + places, mask=places < num_places, other=0.0)
+    if tl.max(counted) == 0:
+        return
+
+    CHUNKS: tl.constexpr = BLOCK_V // COLUMNS
+    growth = tl.exp(trial) * _UNIT
     growths = tl.reshape(growth, [CHUNKS, COLUMNS])[:, None, :]
-    losses = tl.zeros([BLOCK_P], tl.float32)
+    lost = tl.zeros([BLOCK_P], tl.float32)
     expected = tl.zeros([CHUNKS, BLOCK_P, COLUMNS], tl.float32)
-    for index in tl.range(0, num_blocks, num_stages=STAGES):
+    for index in tl.range(0, PLACES // BLOCK_P, num_stages=STAGES):
         weight, tile = _load_tile(
-            probabilities, share, first_block + index, num_places, V, BLOCK_V, BLOCK_P, COLUMNS
+            probabilities, share, first + index * BLOCK_P, num_places, V, BLOCK_V, BLOCK_P, COLUMNS
         )
         tile = tile.to(tl.float32)
         total = tl.sum(tl.sum(tile * growths, axis=0), axis=1)
         # Not tl.maximum: what is not a number must stay so, or a wild trial would look good.
         total = tl.where(total < _TINY, _TINY, total)
-        losses += weight * tl.log(total)
+        lost += weight * tl.log(total)
         expected += tile * (weight / total)[None, :, None]
-    expected = tl.reshape(tl.sum(expected, axis=1), [BLOCK_V])
-    # Read anew each time, for a warp has no registers to spare.
-    wanted = tl.load(wanted + columns, mask=columns < V, other=0.0)
-    value = tl.sum(losses) - tl.sum(wanted * delta) + ridge / 2 * tl.sum(delta * delta)
-    return value, expected * growth - wanted + ridge * delta
+    gradient = tl.reshape(tl.sum(expected, axis=1), [BLOCK_V]) * growth
+    tl.store(parts + part * V + columns, gradient, mask=inside)
+    tl.store(losses + part, tl.sum(lost))
 
 
 @triton.jit
 def _load_tile(
-    probabilities, share, block, num_places, V: tl.constexpr, BLOCK_V: tl.constexpr,
+    probabilities, share, first, num_places, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Weights [BLOCK_P] and probabilities [BLOCK_V / COLUMNS, BLOCK_P, COLUMNS] of a block."""
-    all_blocks = tl.cdiv(num_places, BLOCK_P)
-    block = tl.where(block < all_blocks, block, block - all_blocks)
-    places = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = places < num_places
-    weight = tl.load(share + places, mask=inside, other=0.0)
+    """Weights [BLOCK_P] and probabilities [BLOCK_V / COLUMNS, BLOCK_P, COLUMNS] from `first` on."""
+    places = first + tl.arange(0, BLOCK_P)
+    weight = tl.load(share + places, mask=places < num_places, other=0.0)
     # Chunk by chunk as a matrix, whose layout is the same in every version of Triton: a line's
     # columns along a warp, the lines in turn to the warps, so that a place's chunks meet in one.
     lines = tl.arange(0, BLOCK_V // COLUMNS * BLOCK_P)
-    places = block * BLOCK_P + lines % BLOCK_P
+    places = first + lines % BLOCK_P
     columns = (lines // BLOCK_P * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
     mask = (places < num_places)[:, None]
     if V < BLOCK_V:
@@ -229,122 +251,178 @@ def _load_tile(
 
 
 @triton.jit
-def _line_search(
-    x, value, gradient, direction, slope, step, problem, V: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """lbfgs.LineSearch: the step taken, value and gradient there, and how many were tried."""
-    farthest = tl.max(tl.abs(direction))
-    low = (tl.full((), 0.0, tl.float32), value, slope)
-    high = (tl.full((), float("inf"), tl.float32), value, slope)
-    low_gradient = gradient
-    trials = tl.full((), 0, tl.int32)
-    searching = trials == 0
-    while searching:
-        new_value, new_gradient = _loss_and_gradient(
-            x + step * direction, problem, V, BLOCK_V, BLOCK_P, COLUMNS, STAGES
-        )
-        new = (step, new_value, tl.sum(new_gradient * direction))
-        trials += 1
-        low_enough = new[1] <= value + step * slope * _SUFFICIENT_DECREASE + _TOLERANCE_CHANGE
-        accepted = low_enough & (tl.abs(new[2]) <= tl.abs(slope) * _CURVATURE)
-        too_high = (low_enough == 0) | ((new[1] >= low[1]) & (trials > 1))
-        uphill = tl.where(high[0] < low[0], -new[2], new[2]) >= 0
-        before = low
-        high = choose_trial(too_high, new, choose_trial(uphill, low, high))
-        # An accepted trial is the one to take, whatever its rank.
-        lower = accepted | (too_high == 0)
-        low = choose_trial(lower, new, low)
-        low_gradient = tl.where(lower, new_gradient, low_gradient)
-        step = next_step(before, low, high, new)
-        narrow = tl.abs(high[0] - low[0]) * farthest < _TOLERANCE_CHANGE
-        searching = (accepted | narrow | (trials >= _MAX_LINE_SEARCH_STEPS)) == 0
-    return low[0], low[1], low_gradient, trials
+def _value_and_gradient(
+    trial, row, parts, losses, wanted, ridge, num_parts, V: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """What the row's programs made of `trial` [BLOCK_V], added up, with the terms they left out."""
+    GROUP: tl.constexpr = max(1, GROUP_NUMBERS // BLOCK_V)
+    columns = tl.arange(0, BLOCK_V)
+    inside = columns < V
+    wanted = tl.load(wanted + row * V + columns, mask=inside, other=0.0)
+    ridge = tl.load(ridge + row)
+    lost = tl.zeros([GROUP], tl.float32)
+    gradient = tl.zeros([BLOCK_V], tl.float32)
+    for first in range(0, num_parts, GROUP):
+        group = first + tl.arange(0, GROUP)
+        part = row * num_parts + group
+        lost += tl.load(losses + part, mask=group < num_parts, other=0.0)
+        mask = (group < num_parts)[:, None] & inside[None, :]
+        found = tl.load(parts + part[:, None] * V + columns[None, :], mask=mask, other=0.0)
+        gradient += tl.sum(found, axis=0)
+    value = tl.sum(lost) + tl.sum((ridge / 2 * trial - wanted) * trial)
+    return value, gradient - wanted + ridge * trial
 
 
 @triton.jit
-def _fit_kernel(
-    probabilities, share, runs, wanted, ridge, initial, steps, changes,
-    x_out, value_out, iterations_out, evaluations_out, num_places, clamp, max_iterations,
-    V: tl.constexpr, HISTORY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+def _begin_search(
+    vectors, numbers, x, value, gradient, direction, slope, step,
+    V: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """lbfgs.minimize for the row of this program. steps, changes: scratch [B, HISTORY, V]."""
-    row = tl.program_id(0).to(tl.int64)
+    """lbfgs.LineSearch.begin, and its first point to try."""
     columns = tl.arange(0, BLOCK_V)
     inside = columns < V
-    slots = tl.arange(0, BLOCK_H)
-    probabilities += row * num_places * V
-    share += row * num_places
-    steps += row * HISTORY * V
-    changes += row * HISTORY * V
-    num_blocks = tl.load(runs + 2 * row + 1)
-    problem = (
-        probabilities,
-        share,
-        wanted + row * V,
-        tl.load(ridge + row),
-        tl.load(runs + 2 * row),
-        num_blocks,
-        num_places,
-    )
-    x = tl.load(initial + row * V + columns, mask=inside & (num_blocks > 0), other=0.0)
+    tl.store(vectors + _X * V + columns, x, mask=inside)
+    tl.store(vectors + _GRADIENT * V + columns, gradient, mask=inside)
+    tl.store(vectors + _LOW_GRADIENT * V + columns, gradient, mask=inside)
+    tl.store(vectors + _DIRECTION * V + columns, direction, mask=inside)
+    tl.store(vectors + _TRIAL * V + columns, x + step * direction, mask=inside)
+    tl.store(numbers + _VALUE, value)
+    tl.store(numbers + _SLOPE, slope)
+    tl.store(numbers + _FARTHEST, tl.max(tl.abs(direction)))
+    tl.store(numbers + _STEP, step)
+    tl.store(numbers + _TRIALS, 0.0)
+    store_trial(numbers + _LOW, (0.0, value, slope))
+    store_trial(numbers + _HIGH, (float("inf"), value, slope))
 
-    value, gradient = _loss_and_gradient(x, problem, V, BLOCK_V, BLOCK_P, COLUMNS, STAGES)
-    curvatures = tl.zeros([BLOCK_H], tl.float32)
-    inverse = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
-    scale = tl.full((), 1.0, tl.float32)
-    pushed = tl.full((), 0, tl.int32)
-    iterations = tl.full((), 0, tl.int32)
-    evaluations = tl.full((), 1, tl.int32)
-    direction = -gradient
-    slope = tl.sum(gradient * direction)
+
+@triton.jit
+def _start_kernel(
+    vectors, numbers, parts, losses, wanted, ridge, num_parts,
+    V: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """What lbfgs.minimize makes of the evaluation at a row's start."""
+    row = tl.program_id(0).to(tl.int64)
+    vectors += row * _VECTORS * V
+    numbers += row * _NUMBERS
+    columns = tl.arange(0, BLOCK_V)
+    x = tl.load(vectors + _TRIAL * V + columns, mask=columns < V, other=0.0)
+    value, gradient = _value_and_gradient(
+        x, row, parts, losses, wanted, ridge, num_parts, V, BLOCK_V
+    )
     # A gradient says nothing about distance, so the very first step is a short one.
     step = tl.minimum(1.0 / tl.sum(tl.abs(gradient)), 1.0)
+    slope = -tl.sum(gradient * gradient)
+    _begin_search(vectors, numbers, x, value, gradient, -gradient, slope, step, V, BLOCK_V)
     active = tl.max(tl.abs(gradient)) > _TOLERANCE_GRADIENT
+    tl.store(numbers + _FINISHED, tl.where(active, 0.0, 1.0))
+    tl.store(numbers + _EVALUATIONS, 1.0)
+    tl.store(numbers + _SCALE, 1.0)
 
-    while active:
-        low_step, low_value, low_gradient, trials = _line_search(
-            x, value, gradient, direction, slope, step, problem,
-            V, BLOCK_V, BLOCK_P, COLUMNS, STAGES,
-        )  # fmt: skip
-        moved = low_step * direction
-        decrease = value - low_value
-        gradient_change = low_gradient - gradient
-        curvature = tl.sum(moved * gradient_change)
-        change_square = tl.sum(gradient_change * gradient_change)
-        if curvature > change_square * _EPSILON:
-            slot = pushed % HISTORY
-            tl.store(steps + slot * V + columns, moved, mask=inside)
-            tl.store(changes + slot * V + columns, gradient_change, mask=inside)
-            # The pair is read by other threads than those that wrote it.
-            tl.debug_barrier()
-            pushed += 1
-            pairs = tl.minimum(pushed, HISTORY)
-            products = history_times(steps, gradient_change, pairs, V, BLOCK_V, BLOCK_H)
-            inverse = extend_inverse(inverse, products, curvature, slot, BLOCK_H)
-            curvatures = tl.where(slots == slot, curvature, curvatures)
-            scale = curvature / change_square
-        x += moved
-        value, gradient = low_value, low_gradient
-        iterations += 1
-        evaluations += trials
-        direction = descent_direction(
-            gradient, steps, changes, inverse, curvatures, scale, tl.minimum(pushed, HISTORY),
-            V, BLOCK_V, BLOCK_H,
-        )  # fmt: skip
-        slope = tl.sum(gradient * direction)
-        step = tl.full((), 1.0, tl.float32)
-        active = (
-            (tl.max(tl.abs(gradient)) > _TOLERANCE_GRADIENT)
-            & (tl.max(tl.abs(moved)) > _TOLERANCE_CHANGE)
-            & (tl.abs(decrease) >= _TOLERANCE_CHANGE)
-            & (slope < -_TOLERANCE_CHANGE)
-            & (iterations < max_iterations)
+
+@triton.jit
+def _advance_kernel(
+    vectors, numbers, ring, triangles, parts, losses, wanted, ridge, num_parts,
+    max_iterations, max_evaluations,
+    V: tl.constexpr, HISTORY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One turn of lbfgs.minimize for the row of this program."""
+    row = tl.program_id(0).to(tl.int64)
+    vectors += row * _VECTORS * V
+    numbers += row * _NUMBERS
+    if tl.load(numbers + _FINISHED) != 0:
+        return
+    columns = tl.arange(0, BLOCK_V)
+    inside = columns < V
+    trial = tl.load(vectors + _TRIAL * V + columns, mask=inside, other=0.0)
+    x = tl.load(vectors + _X * V + columns, mask=inside, other=0.0)
+    direction = tl.load(vectors + _DIRECTION * V + columns, mask=inside, other=0.0)
+    low_gradient = tl.load(vectors + _LOW_GRADIENT * V + columns, mask=inside, other=0.0)
+    value = tl.load(numbers + _VALUE)
+    slope = tl.load(numbers + _SLOPE)
+    step = tl.load(numbers + _STEP)
+    low, high = load_trial(numbers + _LOW), load_trial(numbers + _HIGH)
+    trials = tl.load(numbers + _TRIALS) + 1
+    evaluations = tl.load(numbers + _EVALUATIONS) + 1
+    farthest = tl.load(numbers + _FARTHEST)
+
+    # lbfgs.LineSearch.update
+    new_value, new_gradient = _value_and_gradient(
+        trial, row, parts, losses, wanted, ridge, num_parts, V, BLOCK_V
+    )
+    new = (step, new_value, tl.sum(new_gradient * direction))
+    low_enough = new[1] <= value + step * slope * _SUFFICIENT_DECREASE + _TOLERANCE_CHANGE
+    accepted = low_enough & (tl.abs(new[2]) <= tl.abs(slope) * _CURVATURE)
+    too_high = (low_enough == 0) | ((new[1] >= low[1]) & (trials > 1))
+    uphill = tl.where(high[0] < low[0], -new[2], new[2]) >= 0
+    before = low
+    high = choose_trial(too_high, new, choose_trial(uphill, low, high))
+    # An accepted trial is the one to take, whatever its rank.
+    lower = accepted | (too_high == 0)
+    low = choose_trial(lower, new, low)
+    low_gradient = tl.where(lower, new_gradient, low_gradient)
+
+    tl.store(numbers + _EVALUATIONS, evaluations)
+    is_narrow = tl.abs(high[0] - low[0]) * farthest < _TOLERANCE_CHANGE
+    is_last = evaluations >= max_evaluations
+    if (accepted | is_narrow | is_last | (trials >= _MAX_LINE_SEARCH_STEPS)) == 0:
+        step = next_step(before, low, high, new)
+        tl.store(vectors + _TRIAL * V + columns, x + step * direction, mask=inside)
+        tl.store(vectors + _LOW_GRADIENT * V + columns, low_gradient, mask=inside)
+        tl.store(numbers + _STEP, step)
+        tl.store(numbers + _TRIALS, trials)
+        store_trial(numbers + _LOW, low)
+        store_trial(numbers + _HIGH, high)
+        return
+
+    steps = ring + row * 2 * HISTORY * V
+    changes = steps + HISTORY * V
+    slots = tl.arange(0, BLOCK_H)
+    triangles += row * (1 + BLOCK_H) * BLOCK_H
+    in_triangle = BLOCK_H + slots[:, None] * BLOCK_H + slots[None, :]
+    curvatures = tl.load(triangles + slots)
+    inverse = tl.load(triangles + in_triangle)
+    scale = tl.load(numbers + _SCALE)
+    pushed = tl.load(numbers + _PUSHED).to(tl.int32)
+    iterations = tl.load(numbers + _ITERATIONS) + 1
+    gradient = tl.load(vectors + _GRADIENT * V + columns, mask=inside, other=0.0)
+
+    moved = low[0] * direction
+    decrease = value - low[1]
+    gradient_change = low_gradient - gradient
+    curvature = tl.sum(moved * gradient_change)
+    change_square = tl.sum(gradient_change * gradient_change)
+    if curvature > change_square * _EPSILON:
+        slot = pushed % HISTORY
+        tl.store(steps + slot * V + columns, moved, mask=inside)
+        tl.store(changes + slot * V + columns, gradient_change, mask=inside)
+        # The pair is read by other threads than those that wrote it.
+        tl.debug_barrier()
+        pushed += 1
+        products = history_times(
+            steps, gradient_change, tl.minimum(pushed, HISTORY), V, BLOCK_V, BLOCK_H
         )
-
-    clamped = tl.minimum(tl.maximum(x, -clamp), clamp)
-    tl.store(x_out + row * V + columns, clamped, mask=inside)
-    tl.store(value_out + row, value)
-    tl.store(iterations_out + row, iterations)
-    tl.store(evaluations_out + row, evaluations)
+        inverse = extend_inverse(inverse, products, curvature, slot, BLOCK_H)
+        curvatures = tl.where(slots == slot, curvature, curvatures)
+        scale = curvature / change_square
+        tl.store(triangles + slots, curvatures)
+        tl.store(triangles + in_triangle, inverse)
+        tl.store(numbers + _SCALE, scale)
+        tl.store(numbers + _PUSHED, pushed.to(tl.float32))
+    direction = descent_direction(
+        low_gradient, steps, changes, inverse, curvatures, scale, tl.minimum(pushed, HISTORY),
+        V, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+    slope = tl.sum(low_gradient * direction)
+    active = (
+        (tl.max(tl.abs(low_gradient)) > _TOLERANCE_GRADIENT)
+        & (tl.max(tl.abs(moved)) > _TOLERANCE_CHANGE)
+        & (tl.abs(decrease) >= _TOLERANCE_CHANGE)
+        & (slope < -_TOLERANCE_CHANGE)
+        & (iterations < max_iterations)
+        & (is_last == 0)
+    )
+    _begin_search(
+        vectors, numbers, x + moved, low[1], low_gradient, direction, slope, 1.0, V, BLOCK_V
+    )
+    tl.store(numbers + _ITERATIONS, iterations)
+    tl.store(numbers + _FINISHED, tl.where(active, 0.0, 1.0))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fairway.adaptation.forward import forward_pass
 from fairway.adaptation.scoring import evaluator_settings
 from fairway.adaptation.token_table import RankScores, score_rank
 from fairway.data.dataset import Dataset, load_dataset, read_split
@@ -43,7 +44,7 @@ def score_held_out(
     settings = evaluator_settings(config)
     started = time.perf_counter()
     scores = score_rank(
-        model, stream, settings, dataset.bos_id, 0, 1, lambda windows: None,
+        forward_pass(model, runtime), stream, settings, dataset.bos_id, 0, 1, lambda windows: None,
         kernels=model.kernels, model=model, seed=options.seed,
     )  # fmt: skip
     return scores, time.perf_counter() - started

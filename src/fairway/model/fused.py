@@ -82,6 +82,13 @@ class Geometry:
     """Projections and blocks to which the rows of the batch add products of their own."""
 
     @property
+    def key_copies(self) -> int:
+        """Of every key and value head that attention gets."""
+        if not self.trains:
+            return 1
+        return key_copies(self.attention_backend, self.config.heads // self.config.kv_heads)
+
+    @property
     def encoders(self) -> int:
         return self.config.layers // 2
 
@@ -373,9 +380,7 @@ def _attention(run, index, layer, place) -> torch.Tensor:
         add_embedding(parts[2], geometry.tokens, weights.values, scale)
     (B, T), cos, sin = geometry.tokens.shape, geometry.cos, geometry.sin
     queries = norm_and_rotate(queries, cos[place:], sin[place:], weights.gain[index], T - place)
-    copies = 1
-    if geometry.trains:
-        copies = key_copies(geometry.attention_backend, config.heads // config.kv_heads)
+    copies = geometry.key_copies
     keys = norm_and_rotate(keys, cos, sin, None, T, copies)
     values = own_values if copies == 1 else copy_heads(own_values, copies)
     inputs = [part.unflatten(0, (B, -1)).detach() for part in (queries, keys, values)]

@@ -345,20 +345,11 @@ def _advance_kernel(
     evaluations = tl.load(numbers + _EVALUATIONS) + 1
     farthest = tl.load(numbers + _FARTHEST)
 
-    # lbfgs.LineSearch.update
     new_value, new_gradient = _value_and_gradient(
         trial, row, parts, losses, wanted, ridge, num_parts, V, BLOCK_V
     )
-    new = (step, new_value, tl.sum(new_gradient * direction))
-    low_enough = new[1] <= value + step * slope * _SUFFICIENT_DECREASE + _TOLERANCE_CHANGE
-    accepted = low_enough & (tl.abs(new[2]) <= tl.abs(slope) * _CURVATURE)
-    too_high = (low_enough == 0) | ((new[1] >= low[1]) & (trials > 1))
-    uphill = tl.where(high[0] < low[0], -new[2], new[2]) >= 0
-    before = low
-    high = choose_trial(too_high, new, choose_trial(uphill, low, high))
-    # An accepted trial is the one to take, whatever its rank.
-    lower = accepted | (too_high == 0)
-    low = choose_trial(lower, new, low)
+    before, new = low, (step, new_value, tl.sum(new_gradient * direction))
+    accepted, lower, low, high = _updated_bracket(value, slope, trials, low, high, new)
     low_gradient = tl.where(lower, new_gradient, low_gradient)
 
     tl.store(numbers + _EVALUATIONS, evaluations)
@@ -374,43 +365,13 @@ def _advance_kernel(
         store_trial(numbers + _HIGH, high)
         return
 
-    steps = ring + row * 2 * HISTORY * V
-    changes = steps + HISTORY * V
-    slots = tl.arange(0, BLOCK_H)
-    triangles += row * (1 + BLOCK_H) * BLOCK_H
-    in_triangle = BLOCK_H + slots[:, None] * BLOCK_H + slots[None, :]
-    curvatures = tl.load(triangles + slots)
-    inverse = tl.load(triangles + in_triangle)
-    scale = tl.load(numbers + _SCALE)
-    pushed = tl.load(numbers + _PUSHED).to(tl.int32)
-    iterations = tl.load(numbers + _ITERATIONS) + 1
     gradient = tl.load(vectors + _GRADIENT * V + columns, mask=inside, other=0.0)
-
     moved = low[0] * direction
     decrease = value - low[1]
-    gradient_change = low_gradient - gradient
-    curvature = tl.sum(moved * gradient_change)
-    change_square = tl.sum(gradient_change * gradient_change)
-    if curvature > change_square * _EPSILON:
-        slot = pushed % HISTORY
-        tl.store(steps + slot * V + columns, moved, mask=inside)
-        tl.store(changes + slot * V + columns, gradient_change, mask=inside)
-        # The pair is read by other threads than those that wrote it.
-        tl.debug_barrier()
-        pushed += 1
-        products = history_times(
-            steps, gradient_change, tl.minimum(pushed, HISTORY), V, BLOCK_V, BLOCK_H
-        )
-        inverse = extend_inverse(inverse, products, curvature, slot, BLOCK_H)
-        curvatures = tl.where(slots == slot, curvature, curvatures)
-        scale = curvature / change_square
-        tl.store(triangles + slots, curvatures)
-        tl.store(triangles + in_triangle, inverse)
-        tl.store(numbers + _SCALE, scale)
-        tl.store(numbers + _PUSHED, pushed.to(tl.float32))
-    direction = descent_direction(
-        low_gradient, steps, changes, inverse, curvatures, scale, tl.minimum(pushed, HISTORY),
-        V, BLOCK_V, BLOCK_H,
+    iterations = tl.load(numbers + _ITERATIONS) + 1
+    direction = _next_direction(
+        numbers, ring + row * 2 * HISTORY * V, triangles + row * (1 + BLOCK_H) * BLOCK_H,
+        moved, low_gradient - gradient, low_gradient, V, HISTORY, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     slope = tl.sum(low_gradient * direction)
     active = (
@@ -426,3 +387,60 @@ def _advance_kernel(
     )
     tl.store(numbers + _ITERATIONS, iterations)
     tl.store(numbers + _FINISHED, tl.where(active, 0.0, 1.0))
+
+
+@triton.jit
+def _updated_bracket(value, slope, trials, low, high, new):
+    """lbfgs.LineSearch.update of a search from `value` and `slope`.
+
+    Returns whether the trial `new` is accepted, whether it is the new low end, and both ends.
+    """
+    low_enough = new[1] <= value + new[0] * slope * _SUFFICIENT_DECREASE + _TOLERANCE_CHANGE
+    accepted = low_enough & (tl.abs(new[2]) <= tl.abs(slope) * _CURVATURE)
+    too_high = (low_enough == 0) | ((new[1] >= low[1]) & (trials > 1))
+    uphill = tl.where(high[0] < low[0], -new[2], new[2]) >= 0
+    high = choose_trial(too_high, new, choose_trial(uphill, low, high))
+    # An accepted trial is the one to take, whatever its rank.
+    lower = accepted | (too_high == 0)
+    return accepted, lower, choose_trial(lower, new, low), high
+
+
+@triton.jit
+def _next_direction(
+    numbers, ring, triangles, moved, change, gradient,
+    V: tl.constexpr, HISTORY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """lbfgs.History: push the pair (moved, change) if its curvature is safe; then the direction.
+
+    ring: the pairs' steps and changes. triangles: their curvatures and, below, the inverse.
+    """
+    columns = tl.arange(0, BLOCK_V)
+    inside = columns < V
+    slots = tl.arange(0, BLOCK_H)
+    in_triangle = BLOCK_H + slots[:, None] * BLOCK_H + slots[None, :]
+    steps, changes = ring, ring + HISTORY * V
+    curvatures = tl.load(triangles + slots)
+    inverse = tl.load(triangles + in_triangle)
+    scale = tl.load(numbers + _SCALE)
+    pushed = tl.load(numbers + _PUSHED).to(tl.int32)
+    curvature = tl.sum(moved * change)
+    change_square = tl.sum(change * change)
+    if curvature > change_square * _EPSILON:
+        slot = pushed % HISTORY
+        tl.store(steps + slot * V + columns, moved, mask=inside)
+        tl.store(changes + slot * V + columns, change, mask=inside)
+        # The pair is read by other threads than those that wrote it.
+        tl.debug_barrier()
+        pushed += 1
+        products = history_times(steps, change, tl.minimum(pushed, HISTORY), V, BLOCK_V, BLOCK_H)
+        inverse = extend_inverse(inverse, products, curvature, slot, BLOCK_H)
+        curvatures = tl.where(slots == slot, curvature, curvatures)
+        scale = curvature / change_square
+        tl.store(triangles + slots, curvatures)
+        tl.store(triangles + in_triangle, inverse)
+        tl.store(numbers + _SCALE, scale)
+        tl.store(numbers + _PUSHED, pushed.to(tl.float32))
+    return descent_direction(
+        gradient, steps, changes, inverse, curvatures, scale, tl.minimum(pushed, HISTORY),
+        V, BLOCK_V, BLOCK_H,
+    )  # fmt: skip

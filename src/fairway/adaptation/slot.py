@@ -135,20 +135,14 @@ def score_batches(
     These windows overlap, so that one's context is another's scored slice: this leaks. A batch may
     need several forward passes, or a pass serve several batches; deltas are fitted one by one.
     """
-    fit = _Fit(stream, settings, fit_kernels(kernels))
-    device, batch_windows = stream.tokens.device, settings.batch_windows
+    fit, batch_windows = _Fit(stream, settings, fit_kernels(kernels)), settings.batch_windows
     together = batch_windows * max(1, forward_windows // batch_windows)
     size = min(forward_windows, together)
-    lanes = on_device([lane] * size, device)
+    lanes = on_device([lane] * size, stream.tokens.device)
     delta = None
     for step, first in enumerate(range(0, len(run), together)):
         windows = run[first : first + together]
-        starts = range(0, len(windows), size)
-        table = np.array([padded(windows[start : start + size], size) for start in starts])
-        passes = [
-            Rows(stream, step, numbers, index, fit.context_places)
-            for numbers, index in zip(table, on_device(table, device), strict=True)
-        ]
+        passes = _passes(stream, step, windows, size, fit.context_places)
         logits = [model_logits(rows.inputs, rows.first_place) for rows in passes]
         contexts = [fit.context(rows, part) for rows, part in zip(passes, logits, strict=True)]
         problems = [
@@ -157,15 +151,11 @@ def score_batches(
         ]
         if delta is None:
             delta = logits[0].new_zeros(1, logits[0].shape[2])
-        fits = []
-        for problem in problems:
-            fits.append(fit(*problem, delta))
-            delta = fits[-1].x
-        deltas = torch.cat([found.x for found in fits])
-        iterations = torch.cat([found.iterations for found in fits])
-        for start, rows, part in zip(starts, passes, logits, strict=True):
-            batch_of_row = (start + torch.arange(size, device=device)) // batch_windows
-            batch_of_row.clamp_(max=len(fits) - 1)  # padding's
+        deltas, iterations = fit.in_turn(problems, delta)
+        delta = deltas[-1:]
+        batches = torch.arange(len(passes) * size, device=delta.device) // batch_windows
+        batches.clamp_(max=len(problems) - 1)  # padding's
+        for batch_of_row, rows, part in zip(batches.split(size), passes, logits, strict=True):
             before = rows.at_scored(part)
             after = fit.add(rows, before, deltas[batch_of_row])
             in_own_loss = fit.applies(rows) & _fitted_to(
@@ -173,6 +163,17 @@ def score_batches(
             )
             yield score(rows, lanes, (before, after), iterations, in_own_loss)
             iterations = iterations[:0]
+
+
+def _passes(stream: Stream, step: int, windows: range, size: int, needed_places: int) -> list[Rows]:
+    """The forward passes of `size` rows that `windows` need, the last with padding."""
+    starts = range(0, len(windows), size)
+    table = np.array([padded(windows[start : start + size], size) for start in starts])
+    indices = on_device(table, stream.tokens.device)
+    return [
+        Rows(stream, step, numbers, index, needed_places)
+        for numbers, index in zip(table, indices, strict=True)
+    ]
 
 
 Context = tuple[Tensor, Tensor, Tensor]
@@ -246,6 +247,14 @@ class _Fit:
             iterations=self.settings.iterations,
             history=self.settings.history,
         )
+
+    def in_turn(self, problems: Sequence[Context], delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Each problem's delta [problems, V], where the next one's fit starts, and iterations."""
+        found = []
+        for problem in problems:
+            found.append(self(*problem, delta))
+            delta = found[-1].x
+        return torch.cat([one.x for one in found]), torch.cat([one.iterations for one in found])
 
     def applies(self, rows: Rows) -> Tensor:
         """bool [m]: which scored targets take a delta."""

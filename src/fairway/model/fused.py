@@ -16,16 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from fairway.model.attention import attend, key_copies
+from fairway.model.folded_weights import Weights, folded_weights
 from fairway.model.gpt import GPT, GPTConfig, bigram_bucket, rotary_angles
 from fairway.model.kernels.embedding import add_embedding, embed, embed_backward
 from fairway.model.kernels.exclusion import exclude_self, exclude_self_backward
-from fairway.model.kernels.folding import scale_rows, scale_rows_backward
-from fairway.model.kernels.heads import (
-    copy_heads,
-    gain_sums,
-    heads_backward,
-    norm_and_rotate,
-)
+from fairway.model.kernels.heads import copy_heads, gain_sums, heads_backward, norm_and_rotate
 from fairway.model.kernels.loss import cross_entropy
 from fairway.model.kernels.mlp import activate, activate_backward, mlp_down_backward, mlp_up
 from fairway.model.kernels.residual import (
@@ -38,29 +33,6 @@ from fairway.model.kernels.residual import (
 from fairway.model.low_rank import Additions, folded_factors
 
 QKV = ("query", "key", "value")
-
-
-class Weights(NamedTuple):
-    """What the blocks compute with; matrices in the compute dtype, scales folded in."""
-
-    qkv: torch.Tensor
-    """[L, C + 2·K·D, C]: query, key and value matrices, times the block's depth scale."""
-    attention_out: torch.Tensor
-    """[L, C, C], rows times attention_scale."""
-    up: torch.Tensor
-    """[L, F, C], times the block's depth scale."""
-    down: torch.Tensor
-    """[L, C, F], rows times mlp_scale."""
-    mix: torch.Tensor
-    """float32 [L, 2, C]."""
-    skip: torch.Tensor
-    """float32 [skips, C]."""
-    gain: torch.Tensor
-    """float32 [L, H]."""
-    value_scales: torch.Tensor
-    """float32 [value layers]."""
-    values: torch.Tensor | None
-    """float32 [V, K·D], the value embedding of every token, where there are value layers."""
 
 
 @dataclass(frozen=True)
@@ -182,49 +154,6 @@ def _hidden(model: GPT, tokens: torch.Tensor, first_place: int) -> torch.Tensor:
     )  # fmt: skip
     flat = [factor for pair in factors.values() for factor in pair]
     return Blocks.apply(geometry, x0, *folded_weights(model), *flat)
-
-
-def folded_weights(model: GPT) -> Weights:
-    """The banks in the compute dtype with the scales around them folded in; differentiable."""
-    layers, values = model.config.layers, None
-    if model.config.value_layers:
-        values = model.value_scale * F.linear(model.value_embedding, model.value_projection)
-    depth = torch.arange(1, layers + 1, device=model.mlp_up_bank.device).rsqrt().view(-1, 1)
-
-    def fold(bank: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        if model.matrix_transform is not None:
-            bank = model.matrix_transform(bank)
-        return ScaleRows.apply(bank, rows.expand(bank.shape[:2]), model.compute_dtype)
-
-    query_rows = depth.expand(layers, model.config.width)
-    query_output = fold(model.query_output_bank, torch.cat((query_rows, model.attention_scale)))
-    key_value = fold(model.key_value_bank, torch.cat((depth, depth)))
-    parts = (query_output[:layers], key_value[:layers], key_value[layers:])
-    return Weights(
-        qkv=torch.cat(parts, dim=1),
-        attention_out=query_output[layers:],
-        up=fold(model.mlp_up_bank, depth),
-        down=fold(model.mlp_down_bank, model.mlp_scale),
-        mix=model.residual_mix,
-        skip=model.skip_weights,
-        gain=model.query_gain,
-        value_scales=model.value_layer_scales,
-        values=values,
-    )
-
-
-class ScaleRows(torch.autograd.Function):
-    """bank [n, out, in] times scales [n, out], written in `dtype` without a float32 copy."""
-
-    @staticmethod
-    def forward(ctx, bank, scales, dtype):
-        bank, scales = bank.contiguous(), scales.contiguous()
-        ctx.save_for_backward(bank, scales)
-        return scale_rows(bank, scales, dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return *scale_rows_backward(gradient.contiguous(), *ctx.saved_tensors), None
 
 
 class Embed(torch.autograd.Function):

@@ -18,7 +18,7 @@ Place = tuple[str, int]
 def folded_factors(model: GPT) -> dict[Place, tuple[torch.Tensor, torch.Tensor]]:
     """The adapter's factors, [B, r, in] and [B, out, r], with the scales around them folded in.
 
-    As the matrices have them: `fused.folded_weights`. Differentiable; empty without an adapter.
+    As the matrices have them in `folded_weights`. Differentiable; empty without an adapter.
     """
     if model.adapter is None:
         return {}

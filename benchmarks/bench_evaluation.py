@@ -82,11 +82,6 @@ def window_count(
     return windows
 
 
-def fast_logits(context: Context, model: GPT) -> Callable[..., torch.Tensor]:
-    """The forward pass as slot_eval prepares it."""
-    return forward_pass(model, context.runtime)
-
-
 def fast_scores(
     context: Context,
     logits: Callable,
@@ -173,7 +168,7 @@ def fast_run(
     context: Context, model: GPT, settings: EvaluatorSettings, text: Excerpt, found
 ) -> Run:
     """Scores the excerpt as slot_eval does, and leaves the losses under `fast` in `found`."""
-    logits = fast_logits(context, model)
+    logits = forward_pass(model, context.runtime)
 
     def score() -> None:
         found["fast"] = fast_scores(context, logits, settings, text, model.kernels, model)

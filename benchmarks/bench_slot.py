@@ -9,7 +9,6 @@ from baseline import BaselineGPT
 from bench_evaluation import (
     Excerpt,
     excerpt,
-    fast_logits,
     fast_run,
     fast_scores,
     first_batches,
@@ -25,6 +24,7 @@ from record_evaluation import focal_places, record_logits, record_slot
 from results import Agreement, Bar, Row
 from timing import Run, Side, Stopwatch, alternate, held_bytes, timed, warmed_up
 
+from fairway.adaptation.forward import forward_pass
 from fairway.adaptation.scoring import EvaluatorSettings
 from fairway.model.gpt import GPT
 
@@ -84,7 +84,7 @@ def _window_fits_agree(
 ) -> tuple[Agreement, ...]:
     """A fit leaves the scores before its delta alone; fused fits find what plain ones find."""
     text = excerpt(context, settings, settings.slot.batch_windows)
-    logits = fast_logits(context, model)
+    logits = forward_pass(model, context.runtime)
     own = fast_scores(context, logits, settings, text, model.kernels)
     plain = fast_scores(context, logits, settings, text, "plain")
     alone = fast_scores(context, logits, without_adapters(settings), text, "plain")
@@ -133,7 +133,7 @@ def _way(context: Context, model: GPT | BaselineGPT) -> Way:
     def scores(logits: Callable, settings: EvaluatorSettings, text: Excerpt) -> torch.Tensor:
         return fast_scores(context, logits, settings, text, model.kernels)["nll_after"]
 
-    return fast_logits(context, model), scores
+    return forward_pass(model, context.runtime), scores
 
 
 def _record_scores(logits: Callable, settings: EvaluatorSettings, text: Excerpt) -> torch.Tensor:

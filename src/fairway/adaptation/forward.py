@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fairway.adaptation.stream import ModelLogits
 from fairway.model.gpt import GPT
-from fairway.model.runtime import RuntimeSettings, compiles, records_graphs
+from fairway.model.runtime import RuntimeSettings, compiles, record_graph, records_graphs
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,9 @@ def graph_recorder() -> Record:
     pool = torch.cuda.graph_pool_handle()
 
     def record(model: GPT, tokens: Tensor, first_place: int) -> Recording:
-        # The launched pass was the warm-up: it has compiled what is compiled at first use.
-        tokens, graph = tokens.clone(), torch.cuda.CUDAGraph()
-        # Of this thread alone: NCCL's own may query their events in the meantime.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            logits = model(tokens, first_place)
+        # The launched pass was the warm-up.
+        tokens = tokens.clone()
+        graph, logits = record_graph(lambda: model(tokens, first_place), pool)
         return Recording(graph.replay, tokens, logits)
 
     return record

@@ -112,11 +112,11 @@ class Sums(NamedTuple):
 
     def add_up(self, gradients: Weights, encoders: int) -> None:
         """Write the sums to `gradients`, all blocks' at once, where they were asked for."""
-        mix = self.mix.sum(2)
         if gradients.mix is not None:
-            gradients.mix.copy_(mix[:, :2])
+            torch.sum(self.mix[:, :2], 2, out=gradients.mix)
         if gradients.skip is not None:
-            gradients.skip.copy_(mix[encoders : encoders + len(gradients.skip), 2])
+            decoders = slice(encoders, encoders + len(gradients.skip))
+            torch.sum(self.mix[decoders, 2], 1, out=gradients.skip)
         if gradients.gain is not None:
             torch.sum(self.gain, 1, out=gradients.gain)
 

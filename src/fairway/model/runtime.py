@@ -1,6 +1,7 @@
 """How a model computes: device, kernels, attention backend, precision, compilation."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -83,3 +84,18 @@ def records_graphs(settings: RuntimeSettings, model: GPT) -> bool:
     """Whether training and the evaluation replay their kernels as CUDA graphs."""
     is_cuda = model.token_embedding.device.type == "cuda"
     return settings.cuda_graphs != "off" and is_cuda and model.kernels == "fused"
+
+
+def record_graph(
+    compute: Callable[[], torch.Tensor], pool: tuple[int, int]
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A CUDA graph of what `compute` launches, and its result, which every replay fills anew.
+
+    pool: of `torch.cuda.graph_pool_handle`, whose memory it computes in. `compute` must have run
+    before: what is compiled or allocated at first use must not be part of the recording.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Of this thread alone: NCCL's own may query their events in the meantime.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = compute()
+    return graph, result

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fairway.model.gpt import GPT
+from fairway.model.runtime import record_graph
 
 Backward = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """inputs, targets int64 [B, T] and a factor: adds the gradients of factor · loss to `.grad`, and
@@ -17,7 +18,7 @@ returns factor · loss, a float32 scalar on the device."""
 
 
 WARM_UP_RUNS = 2
-"""Before a recording: what is compiled or allocated at first use must not be part of it."""
+"""Before a recording."""
 
 
 def fill_missing_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -81,9 +82,6 @@ def _record(model, inputs, targets, factor, gradients, pool) -> Recording:
         for _ in range(WARM_UP_RUNS):
             backward(inputs, targets, factor)
     main.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # Of this thread alone: NCCL's own may query their events in the meantime.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        loss = backward(inputs, targets, factor)
+    graph, loss = record_graph(lambda: backward(inputs, targets, factor), pool)
     torch._foreach_copy_(gradients, before)
     return Recording(graph, inputs, targets, loss)

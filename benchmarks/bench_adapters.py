@@ -15,7 +15,7 @@ from context import Context, ran
 from results import Agreement, Bar, Row
 from timing import Side, alternate, held_bytes, warmed_up
 
-from fairway.adaptation.scoring import EvaluatorSettings
+from fairway.evaluation.evaluator import EvaluatorSettings
 
 SCORED_TOKENS_PER_SECOND = 13_000
 """The record's validation text has 62 M tokens: in 600 s, 8 GPUs score 12,917 a second each."""

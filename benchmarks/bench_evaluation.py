@@ -10,10 +10,10 @@ from record_evaluation import record_logits, record_sliding
 from results import Agreement, Bar, Row
 from timing import Run, alternate, held_bytes, timed, warmed_up
 
-from fairway.adaptation.forward import forward_pass
-from fairway.adaptation.scoring import EvaluatorSettings, evaluator_settings
-from fairway.adaptation.token_table import score_rank
 from fairway.errors import UserError
+from fairway.evaluation.evaluator import EvaluatorSettings, evaluator_settings
+from fairway.evaluation.forward import forward_pass
+from fairway.evaluation.token_table import score_rank
 from fairway.model.gpt import GPT
 
 WINDOWS_PER_LANE = 8

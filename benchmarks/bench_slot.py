@@ -24,8 +24,8 @@ from record_evaluation import focal_places, record_logits, record_slot
 from results import Agreement, Bar, Row
 from timing import Run, Side, Stopwatch, alternate, held_bytes, timed, warmed_up
 
-from fairway.adaptation.forward import forward_pass
-from fairway.adaptation.scoring import EvaluatorSettings
+from fairway.evaluation.evaluator import EvaluatorSettings
+from fairway.evaluation.forward import forward_pass
 from fairway.model.gpt import GPT
 
 KERNEL_TOLERANCE = 2e-3

@@ -21,12 +21,12 @@ from record_training import (
 from results import Agreement, Bar, Row
 from timing import Run, alternate, held_bytes, timed, warmed_up
 
-from fairway.adaptation.ttt import TTTSettings, adapt
 from fairway.data.dataset import read_split
 from fairway.errors import UserError
 from fairway.model.gpt import BANKS, GPT
 from fairway.training.averaging import WeightAverages
 from fairway.training.trainer import Trainer, TrainSettings
+from fairway.training.ttt import TTTSettings, adapt
 
 STEPS_PER_TURN = 4
 TTT_STEPS = 8

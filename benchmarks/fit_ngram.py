@@ -19,7 +19,10 @@ from context import say
 from held_out import add_arguments, held_out_text, score_held_out
 from torch import Tensor
 
-from fairway.adaptation.ngram import (
+from fairway.command import run
+from fairway.config import load_config, merge
+from fairway.errors import UserError
+from fairway.evaluation.adapters.ngram import (
     Cache,
     CacheSettings,
     NgramSettings,
@@ -27,11 +30,8 @@ from fairway.adaptation.ngram import (
     recent_followers,
     trust,
 )
-from fairway.adaptation.stream import EvaluationSettings, Stream, cut_stream
-from fairway.adaptation.token_table import RankScores
-from fairway.command import run
-from fairway.config import load_config, merge
-from fairway.errors import UserError
+from fairway.evaluation.stream import EvaluationSettings, Stream, cut_stream
+from fairway.evaluation.token_table import RankScores
 
 WEIGHTS = ("bias", "order_weight", "count_weight", "variety_weight")
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairway.adaptation.forward import forward_pass
-from fairway.adaptation.scoring import evaluator_settings
-from fairway.adaptation.token_table import RankScores, score_rank
 from fairway.data.dataset import Dataset, load_dataset, read_split
 from fairway.distributed import resolve_device
+from fairway.evaluation.evaluator import evaluator_settings
+from fairway.evaluation.forward import forward_pass
+from fairway.evaluation.token_table import RankScores, score_rank
 from fairway.model.runtime import RuntimeSettings, prepare
 from fairway.quantization.artifact import load_artifact
 

@@ -20,14 +20,14 @@ from ceilings import Ceilings, measure_ceilings
 from context import SIZES, say
 from timing import median_seconds
 
-from fairway.adaptation import logit_delta_kernel
 from fairway.command import run as run_command
 from fairway.config import load_config
 from fairway.distributed import resolve_device
+from fairway.evaluation.adapters.fit import logit_delta_kernel
 from fairway.model.attention import attend, available_backends
+from fairway.model.fused.forward_backward import exclusion, heads, mlp, residual
+from fairway.model.fused.loss import cross_entropy
 from fairway.model.gpt import GPTConfig, config_from_settings, rotary_angles
-from fairway.model.kernels import exclusion, heads, mlp, residual
-from fairway.model.kernels.loss import cross_entropy
 from fairway.model.runtime import select_kernels
 
 REPEATS = 20

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from baseline import BaselineGPT, record_attention
 from torch import Tensor
 
-from fairway.adaptation.scoring import EvaluatorSettings
-from fairway.adaptation.slot import SlotSettings
+from fairway.evaluation.adapters.slot import SlotSettings
+from fairway.evaluation.evaluator import EvaluatorSettings
 from fairway.evaluation.windows import Windows, sliding_windows
 
 Logits = Callable[[Tensor], Tensor]

@@ -8,10 +8,10 @@ import torch
 from baseline import BaselineGPT, record_attention
 from torch import Tensor
 
-from fairway.adaptation.ttt import TTTSettings
 from fairway.data.dataset import Span
 from fairway.model.gpt import BANKS
 from fairway.training.trainer import TrainSettings
+from fairway.training.ttt import TTTSettings
 
 MICRO_BATCHES = 8
 """Of a step on one GPU: 786,432 tokens in eight times 98,304."""

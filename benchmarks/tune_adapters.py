@@ -18,12 +18,12 @@ import yaml
 from context import say
 from held_out import add_arguments, held_out_text, score_held_out
 
-from fairway.adaptation.token_table import table_metrics, token_table
 from fairway.command import run
 from fairway.config import load_config, merge, validated
 from fairway.data.dataset import Dataset
 from fairway.data.tokenizer import load_tokenizer
 from fairway.evaluation.bits_per_byte import byte_counts
+from fairway.evaluation.token_table import table_metrics, token_table
 
 
 def main(arguments: list[str] | None = None) -> None:

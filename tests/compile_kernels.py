@@ -16,12 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fairway.adaptation import logit_delta_kernel
-from fairway.adaptation.lora import LoraSettings, RowLora
 from fairway.config import load_config
-from fairway.model import fused
+from fairway.evaluation.adapters.fit import logit_delta_kernel
+from fairway.evaluation.adapters.lora import LoraSettings, RowLora
+from fairway.model.fused.forward_backward import forward_backward as fused
+from fairway.model.fused.forward_backward import mlp_hopper
 from fairway.model.gpt import GPT, config_from_settings
-from fairway.model.kernels import mlp_hopper
 
 ROOT = Path(__file__).resolve().parents[1]
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairway.adaptation.lora import LoraSettings
-from fairway.adaptation.ngram import NgramSettings
-from fairway.adaptation.scoring import EvaluatorSettings
-from fairway.adaptation.slot import SlotSettings
-from fairway.adaptation.stream import EvaluationSettings
-from fairway.audit.contract import Scores
+from fairway.audit.interface import Scores
+from fairway.evaluation.adapters.lora import LoraSettings
+from fairway.evaluation.adapters.ngram import NgramSettings
+from fairway.evaluation.adapters.slot import SlotSettings
+from fairway.evaluation.evaluator import EvaluatorSettings
+from fairway.evaluation.stream import EvaluationSettings
 from fairway.model.gpt import GPT, GPTConfig
 
 SMALL = EvaluatorSettings(

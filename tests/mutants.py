@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairway.audit.contract import Evaluator, Scores
-from fairway.audit.positions import Geometry
+from fairway.audit.flip_plan import Geometry
+from fairway.audit.interface import Evaluator, Scores
 
 FIT_STEPS = 4
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from mutants import context_start
 
-from fairway.audit.account import (
+from fairway.audit.bookkeeping import (
     check_claimed_score,
     check_coverage,
     faults_of_scores,
     read_evaluation,
 )
 from fairway.audit.checks import check_attribution, check_budgets, check_normalisation
-from fairway.audit.contract import FAIL, NOT_RUN, PASS, Scores, load_callable
 from fairway.audit.flip import (
     check_flips,
     detectable_leak_rate,
@@ -24,9 +23,10 @@ from fairway.audit.flip import (
     reach_table,
     run_flips,
 )
+from fairway.audit.flip_plan import Flip, Geometry, choose_excerpt, plan_flips
+from fairway.audit.interface import FAIL, NOT_RUN, PASS, Scores, load_callable
 from fairway.audit.null import check_null, draw_stream, largest_rises
-from fairway.audit.positions import Flip, Geometry, choose_excerpt, plan_flips
-from fairway.audit.verdict import AuditSettings, Findings, audit_record, verdict_lines
+from fairway.audit.runner import AuditSettings, Findings, audit_record, verdict_lines
 from fairway.errors import UserError
 from fairway.evaluation.windows import lane_runs, sliding_windows
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fairway.audit.contract import FAIL, NOT_RUN, PASS
+from fairway.audit.interface import FAIL, NOT_RUN, PASS
 from fairway.audit.lineage import check_lineage
 from fairway.files import sha256_of
 from fairway.provenance import write_provenance

@@ -10,13 +10,14 @@ from evaluators import SMALL, changed, random_model
 from mutants import Toy
 from test_score_first import LearnsFirst
 
-from fairway.adaptation import ngram, scoring
-from fairway.adaptation.scoring import EvaluatorSettings
-from fairway.adaptation.slot_evaluator import document_source, make_evaluator
-from fairway.audit.contract import FAIL
+from fairway.audit.flip_plan import Geometry
+from fairway.audit.interface import FAIL
 from fairway.audit.null import draw_stream
-from fairway.audit.positions import Geometry
-from fairway.audit.verdict import AuditSettings, Subject, audit_evaluator
+from fairway.audit.runner import AuditSettings, Subject, audit_evaluator
+from fairway.evaluation import evaluator as scoring
+from fairway.evaluation.adapters import ngram
+from fairway.evaluation.evaluator import EvaluatorSettings
+from fairway.evaluation.slot_evaluator import document_source, make_evaluator
 from fairway.model.gpt import GPT, PROJECTIONS, GPTConfig
 
 TOY = Toy(vocab_size=32, seed=5)

@@ -93,8 +93,8 @@ def test_the_adapters_measured_follow_the_config():
 def test_every_lane_learns_in_whole_chunks(chunk_tokens, windows):
     from bench_adapters import windows_per_lane
 
-    from fairway.adaptation.scoring import evaluator_settings
     from fairway.config import load_config
+    from fairway.evaluation.evaluator import evaluator_settings
 
     sections = load_config([ROOT / "config.yaml", ROOT / "config/record.yaml"])
     sections["lora"]["chunk_tokens"] = chunk_tokens

@@ -6,9 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY_CONFIG
 
-from fairway.adaptation.scoring import evaluator_settings
-from fairway.adaptation.ttt import TTTSettings
-from fairway.audit.verdict import AuditSettings
+from fairway.audit.runner import AuditSettings
 from fairway.config import (
     ADAPTERS,
     SCHEMA_PATH,
@@ -21,10 +19,12 @@ from fairway.config import (
 )
 from fairway.data.settings import DataSettings
 from fairway.errors import UserError
+from fairway.evaluation.evaluator import evaluator_settings
 from fairway.model.runtime import RuntimeSettings
 from fairway.quantization.gptq import GptqSettings
 from fairway.training.selection import EMASettings
 from fairway.training.trainer import TrainSettings
+from fairway.training.ttt import TTTSettings
 
 SHIPPED = (["config.yaml"], ["config.yaml", "config/record.yaml"])
 

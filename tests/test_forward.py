@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_model import CONFIG
 
-from fairway.adaptation import forward
-from fairway.adaptation.forward import Recording, forward_pass, graph_recorder, replayed
+from fairway.evaluation import forward
+from fairway.evaluation.forward import Recording, forward_pass, graph_recorder, replayed
 from fairway.model.gpt import GPT
 from fairway.model.runtime import RuntimeSettings
 

@@ -12,16 +12,16 @@ from conftest import ROOT
 from evaluators import SMALL, changed
 from test_model import CONFIG
 
-from fairway.adaptation.lora import RowLora
+from fairway.evaluation.adapters.lora import RowLora
 from fairway.model import gpt
 from fairway.model.gpt import GPT, PROJECTIONS
 from fairway.quantization.integers import fake_quantize_int6
 
 pytest.importorskip("triton")
-from fairway.model import fused
-from fairway.model.fused import Layer as fused_layer
-from fairway.model.kernels.loss import cross_entropy
-from fairway.model.kernels.residual import rms_norm, rms_norm_backward
+from fairway.model.fused.forward_backward import Layer as fused_layer
+from fairway.model.fused.forward_backward import forward_backward as fused
+from fairway.model.fused.loss import cross_entropy
+from fairway.model.fused.residual import rms_norm, rms_norm_backward
 from fairway.training.gradients import launched, replayed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import SCRIPTS, run_script
 
+from fairway.code_hash import import_closure
 from fairway.config import load_config
 from fairway.data.dataset import load_dataset
-from fairway.evaluation.evaluator import evaluate_split
+from fairway.evaluation.plain import evaluate_split
 from fairway.files import sha256_of, write_json
 from fairway.model.gpt import BANKS, GPT, config_from_settings
 from fairway.model.weights import save_model
 from fairway.quantization.artifact import load_artifact, stream_table
 from fairway.quantization.pruning import code_bytes
-from fairway.sources import import_closure
 
 
 @pytest.fixture(scope="module")

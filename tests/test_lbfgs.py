@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, softplus
 
-from fairway.adaptation.lbfgs import minimize
+from fairway.evaluation.adapters.fit.lbfgs import minimize
 
 OPTIONS = dict(
     max_iterations=200,

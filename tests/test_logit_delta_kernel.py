@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 pytest.importorskip("triton")
 
-from fairway.adaptation import logit_delta, logit_delta_kernel
+from fairway.evaluation.adapters.fit import logit_delta, logit_delta_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from evaluators import SMALL, changed, random_model
 from test_slot import VOCABULARY
 
-from fairway.adaptation import lora
-from fairway.adaptation.lora import SCALES, RowLora
 from fairway.errors import UserError
+from fairway.evaluation.adapters import lora
+from fairway.evaluation.adapters.lora import SCALES, RowLora
 from fairway.model.gpt import PROJECTIONS
 
 SETTINGS = changed(SMALL, adapters=("lora",))

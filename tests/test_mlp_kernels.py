@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from fairway.model.kernels import mlp, mlp_hopper
-from fairway.model.kernels.mlp import activate, activate_backward, mlp_down_backward, mlp_up
+from fairway.model.fused.forward_backward import mlp, mlp_hopper
+from fairway.model.fused.mlp import activate, activate_backward, mlp_down_backward, mlp_up
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_slot import BOS, VOCABULARY, collect, toy_stream
 
-from fairway.adaptation.ngram import CacheSettings
-from fairway.adaptation.slot_evaluator import make_evaluator
-from fairway.adaptation.token_table import score_rank
 from fairway.errors import UserError
+from fairway.evaluation.adapters.ngram import CacheSettings
+from fairway.evaluation.slot_evaluator import make_evaluator
+from fairway.evaluation.token_table import score_rank
 
 ALONE = changed(SMALL, adapters=("ngram",))
 CACHES = [CacheSettings(**cache) for cache in SMALL.ngram.caches]

@@ -22,9 +22,9 @@ from synthetic_run import (
 
 from fairway.errors import UserError
 from fairway.report import token_sums
+from fairway.report.format import compact, joined, probability, signed
 from fairway.report.statistics import describe, welch_gain
 from fairway.report.tables import Budgets, batch_reach_tokens, budgets_table
-from fairway.report.wording import compact, joined, probability, signed
 
 
 @pytest.fixture(scope="module")

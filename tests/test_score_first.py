@@ -8,11 +8,12 @@ import torch
 from evaluators import SMALL, changed, random_model, reaches_of_flips
 from test_slot import BOS, VOCABULARY, collect, toy_stream, windows_of
 
-from fairway.adaptation import lora, scoring
-from fairway.adaptation.lora import LoraAdapter, RowLora
-from fairway.adaptation.scoring import score_stream
-from fairway.adaptation.slot_evaluator import document_source, make_evaluator
-from fairway.adaptation.token_table import score_rank
+from fairway.evaluation import evaluator as scoring
+from fairway.evaluation.adapters import lora
+from fairway.evaluation.adapters.lora import LoraAdapter, RowLora
+from fairway.evaluation.evaluator import score_stream
+from fairway.evaluation.slot_evaluator import document_source, make_evaluator
+from fairway.evaluation.token_table import score_rank
 from fairway.evaluation.windows import lane_runs
 from fairway.model.gpt import PROJECTIONS
 

@@ -8,10 +8,10 @@ from evaluators import SMALL, changed, reaches_of_flips
 from reference_slot import reference_scores
 from torch.nn.functional import cross_entropy
 
-from fairway.adaptation.logit_delta import fit_delta
-from fairway.adaptation.scoring import score_stream, target_nll
-from fairway.adaptation.slot_evaluator import make_evaluator
 from fairway.errors import UserError
+from fairway.evaluation.adapters.fit.logit_delta import fit_delta
+from fairway.evaluation.evaluator import score_stream, target_nll
+from fairway.evaluation.slot_evaluator import make_evaluator
 from fairway.evaluation.windows import lane_runs, sliding_windows
 
 BOS = 1

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SCRIPTS
 
-from fairway.sources import PACKAGE, fingerprint, import_closure
+from fairway.code_hash import PACKAGE, fingerprint, import_closure
 
 STAGE_SCRIPTS = sorted(path.name for path in SCRIPTS.glob("*.py"))
 
 # fingerprint() remembers what it read, as it may within one Snakemake run: ask in a new process.
-FINGERPRINT = "import sys; from fairway.sources import fingerprint; print(fingerprint(sys.argv[1]))"
+FINGERPRINT = (
+    "import sys; from fairway.code_hash import fingerprint; print(fingerprint(sys.argv[1]))"
+)
 
 
 LOADED_FILES = """

@@ -9,11 +9,11 @@ import torch
 from conftest import run_script
 from test_model import CONFIG
 
-from fairway.adaptation.ttt import TTTSettings, adapt, cosine_rate
 from fairway.distributed import World
 from fairway.errors import UserError
 from fairway.model.gpt import BANKS, GPT, block_of_bank_row
 from fairway.model.weights import load_model
+from fairway.training.ttt import TTTSettings, adapt, cosine_rate
 
 SETTINGS = TTTSettings(
     data="train",

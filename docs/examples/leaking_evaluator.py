@@ -18,7 +18,7 @@ import sys
 import torch
 from torch import Tensor
 
-from fairway.audit.contract import Scores
+from fairway.audit.interface import Scores
 
 VOCAB_SIZE = 64
 BOS_ID = 1

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from fairway.audit.checks import check_budgets
-from fairway.audit.contract import FAIL, load_callable
+from fairway.audit.flip_plan import Geometry, choose_excerpt
+from fairway.audit.interface import FAIL, load_callable
 from fairway.audit.lineage import check_lineage
 from fairway.audit.null import draw_stream
-from fairway.audit.positions import Geometry, choose_excerpt
-from fairway.audit.verdict import (
+from fairway.audit.runner import (
     AuditSettings,
     Subject,
     audit_evaluator,

@@ -16,7 +16,7 @@ sys.path.insert(0, str(HOME / "src"))
 
 from fairway.config import VARIANT_STAGES, merge, stage_settings, validated
 from fairway.errors import UserError
-from fairway.sources import fingerprint
+from fairway.code_hash import fingerprint
 
 
 def get_typed(value):

@@ -17,31 +17,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairway.adaptation.forward import forward_pass
-from fairway.adaptation.scoring import evaluator_settings
-from fairway.adaptation.slot_evaluator import document_source, make_evaluator
-from fairway.adaptation.stream import ModelLogits
-from fairway.audit.account import Evaluation, read_evaluation
+from fairway.audit.bookkeeping import Evaluation, read_evaluation
 from fairway.audit.checks import check_budgets
+from fairway.audit.flip_plan import Geometry, choose_excerpt
 from fairway.audit.lineage import check_lineage
-from fairway.audit.positions import Geometry, choose_excerpt
-from fairway.audit.verdict import (
+from fairway.audit.runner import (
     AuditSettings,
     Subject,
     audit_evaluator,
     audit_record,
     verdict_lines,
 )
+from fairway.code_hash import import_closure
 from fairway.command import run, seed_stage_parser, stage_settings
 from fairway.data.dataset import Dataset, load_dataset, read_split
 from fairway.distributed import World, resolve_device
+from fairway.evaluation.evaluator import evaluator_settings
+from fairway.evaluation.forward import forward_pass
+from fairway.evaluation.slot_evaluator import document_source, make_evaluator
+from fairway.evaluation.stream import ModelLogits
 from fairway.files import read_json, require_file, write_json, write_table
 from fairway.model.gpt import GPT
 from fairway.model.runtime import RuntimeSettings, prepare
 from fairway.provenance import runtime_metrics, write_provenance
 from fairway.quantization.artifact import load_artifact
 from fairway.quantization.pruning import code_bytes
-from fairway.sources import import_closure
 
 EVALUATION_SCRIPT = Path(__file__).with_name("slot_eval.py")
 STAGES = ("train", "ema", "ttt", "gptq", "slot")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fairway.command import run, seed_stage_parser, stage_settings
 from fairway.data.dataset import load_dataset, read_split
 from fairway.distributed import World, resolve_device
-from fairway.evaluation.evaluator import evaluate_split
+from fairway.evaluation.plain import evaluate_split
 from fairway.files import require_file, write_json
 from fairway.model.runtime import RuntimeSettings, prepare
 from fairway.model.weights import load_model, save_model

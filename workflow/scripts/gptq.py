@@ -12,10 +12,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from fairway.code_hash import import_closure
 from fairway.command import run, seed_stage_parser, stage_settings
 from fairway.data.dataset import load_dataset
 from fairway.distributed import World, resolve_device
-from fairway.evaluation.evaluator import evaluate_split
+from fairway.evaluation.plain import evaluate_split
 from fairway.files import write_json, write_table
 from fairway.model.gpt import BANKS
 from fairway.model.runtime import RuntimeSettings, prepare
@@ -25,7 +26,6 @@ from fairway.quantization.artifact import load_artifact, storable, stream_table,
 from fairway.quantization.calibration import calibration_tokens, collect_hessians
 from fairway.quantization.gptq import GptqSettings, quantize_banks
 from fairway.quantization.pruning import code_bytes, count_zeros, fit_to_limit
-from fairway.sources import import_closure
 
 # The artifact needs this program, and what it imports, to be scored: its bytes count as well.
 EVALUATION_SCRIPT = Path(__file__).with_name("slot_eval.py")

@@ -15,22 +15,22 @@ from pathlib import Path
 
 import torch
 
-from fairway.adaptation.forward import forward_pass
-from fairway.adaptation.lora import lora_kernels
-from fairway.adaptation.scoring import EvaluatorSettings, evaluator_settings
-from fairway.adaptation.token_table import (
+from fairway.command import run, seed_stage_parser, stage_settings
+from fairway.data.dataset import Dataset, load_dataset, read_split
+from fairway.data.tokenizer import load_tokenizer
+from fairway.distributed import World, barrier, distributed_world, gather_objects
+from fairway.errors import UserError
+from fairway.evaluation.adapters.lora import lora_kernels
+from fairway.evaluation.bits_per_byte import byte_counts
+from fairway.evaluation.evaluator import EvaluatorSettings, evaluator_settings
+from fairway.evaluation.forward import forward_pass
+from fairway.evaluation.token_table import (
     TimedLogits,
     score_rank,
     table_metrics,
     token_table,
     windows_of_rank,
 )
-from fairway.command import run, seed_stage_parser, stage_settings
-from fairway.data.dataset import Dataset, load_dataset, read_split
-from fairway.data.tokenizer import load_tokenizer
-from fairway.distributed import World, barrier, distributed_world, gather_objects
-from fairway.errors import UserError
-from fairway.evaluation.bits_per_byte import byte_counts
 from fairway.files import write_json, write_table
 from fairway.model.runtime import RuntimeSettings, prepare, records_graphs
 from fairway.progress import progress

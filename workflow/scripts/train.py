@@ -17,11 +17,12 @@ from pathlib import Path
 import pandas as pd
 from safetensors.torch import save_file
 
+from fairway.code_hash import fingerprint
 from fairway.command import run, seed_stage_parser, stage_settings
 from fairway.data.dataset import load_dataset
 from fairway.data.loader import CoprimeLoader
 from fairway.distributed import barrier, distributed_world, gather_objects
-from fairway.evaluation.evaluator import evaluate_split
+from fairway.evaluation.plain import evaluate_split
 from fairway.files import (
     atomic_path,
     read_json,
@@ -34,7 +35,6 @@ from fairway.model.gpt import GPT, config_from_settings
 from fairway.model.runtime import RuntimeSettings, compiles, prepare, records_graphs
 from fairway.model.weights import save_model
 from fairway.provenance import runtime_metrics, write_provenance
-from fairway.sources import fingerprint
 from fairway.training.checkpoint import Checkpoints, exclusive
 from fairway.training.trainer import Trainer, TrainSettings, check_batch
 

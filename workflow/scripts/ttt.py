@@ -10,15 +10,15 @@ Several processes: torchrun --standalone --nproc_per_node=8 workflow/scripts/ttt
 import time
 from pathlib import Path
 
-from fairway.adaptation.ttt import TTTSettings, adapt
 from fairway.command import run, seed_stage_parser, stage_settings
 from fairway.data.dataset import load_dataset, read_split
 from fairway.distributed import barrier, distributed_world
-from fairway.evaluation.evaluator import evaluate_split
+from fairway.evaluation.plain import evaluate_split
 from fairway.files import write_json
 from fairway.model.runtime import RuntimeSettings, compiles, prepare
 from fairway.model.weights import load_model, save_model
 from fairway.provenance import runtime_metrics, write_provenance
+from fairway.training.ttt import TTTSettings, adapt
 
 # `data: train` reads held-out training text, which train itself never draws.
 SPLITS = {"train": "adaptation", "val": "val"}

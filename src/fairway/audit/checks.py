@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fairway.audit.account import Evaluation
-from fairway.audit.contract import FAIL, NOT_RUN, PASS, Check
+from fairway.audit.bookkeeping import Evaluation
+from fairway.audit.interface import FAIL, NOT_RUN, PASS, Check
 
 NORMALISATION_TOLERANCE_NATS = 1e-4
 """Float32 log-softmax over a few thousand entries errs by about 1e-6."""

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fairway.audit.contract import FAIL, PASS, Check, Evaluator, evaluate, log_probs_of
-from fairway.audit.positions import Flip, flipped
+from fairway.audit.flip_plan import Flip, flipped
+from fairway.audit.interface import FAIL, PASS, Check, Evaluator, evaluate, log_probs_of
 from fairway.progress import progress
 
 NOISE_MARGIN = 10.0

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fairway.audit.contract import FAIL, NOT_RUN, PASS, Check
+from fairway.audit.interface import FAIL, NOT_RUN, PASS, Check
 from fairway.errors import UserError
 from fairway.files import read_json, sha256_of
 

@@ -23,7 +23,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fairway.audit.contract import (
+from fairway.audit.interface import (
     FAIL,
     NOT_RUN,
     PASS,

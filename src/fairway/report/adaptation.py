@@ -9,11 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from fairway.report.results import FAIL, Results
-from fairway.report.statistics import describe
-from fairway.report.tables import gain_bpb
-from fairway.report.token_sums import TokenSums, gain_nats, saved_nats
-from fairway.report.wording import (
+from fairway.report.format import (
     adapter_name,
     badge,
     bits,
@@ -22,6 +18,10 @@ from fairway.report.wording import (
     probability,
     signed,
 )
+from fairway.report.results import FAIL, Results
+from fairway.report.statistics import describe
+from fairway.report.tables import gain_bpb
+from fairway.report.token_sums import TokenSums, gain_nats, saved_nats
 
 
 def changes_of(comparisons: pd.DataFrame, variant: str) -> pd.DataFrame:

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+from fairway.report.format import joined
 from fairway.report.results import FAIL, Results
-from fairway.report.wording import joined
 
 
 class Caption(NamedTuple):

@@ -16,10 +16,7 @@ from fairway.report.adaptation import (
     comparisons_of_variants,
     gains_by_adapter,
 )
-from fairway.report.results import FAIL, NOT_RUN, PASS, SHARED, SHARED_STAGES, Results
-from fairway.report.statistics import RESAMPLES, describe
-from fairway.report.tables import FINAL_STAGE, STAGES, ReportSettings, Tables, stage_bpb
-from fairway.report.wording import (
+from fairway.report.format import (
     adapter_name,
     badge,
     bits,
@@ -32,6 +29,9 @@ from fairway.report.wording import (
     quantity,
     signed,
 )
+from fairway.report.results import FAIL, NOT_RUN, PASS, SHARED, SHARED_STAGES, Results
+from fairway.report.statistics import RESAMPLES, describe
+from fairway.report.tables import FINAL_STAGE, STAGES, ReportSettings, Tables, stage_bpb
 
 STAGE_NAMES = {
     "train": "Training, last step",

@@ -28,6 +28,7 @@ from fairway.report.drawing import (
     style_of,
     zero_line,
 )
+from fairway.report.format import adapted_by, adapter_name, compact
 from fairway.report.results import FAIL, SHARED, SHARED_STAGES, VARIANT_STAGES, Results
 from fairway.report.tables import (
     ALL_ADAPTERS,
@@ -39,7 +40,6 @@ from fairway.report.tables import (
     stage_bpb,
 )
 from fairway.report.token_sums import STREAM_PARTS, gain_nats
-from fairway.report.wording import adapted_by, adapter_name, compact
 
 STAGE_LABELS = {
     "train": "train",

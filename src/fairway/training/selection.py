@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fairway.errors import UserError
-from fairway.evaluation.evaluator import target_losses
+from fairway.evaluation.plain import target_losses
 from fairway.model.gpt import GPT
 from fairway.training.averaging import tracker_name, tracker_weights
 

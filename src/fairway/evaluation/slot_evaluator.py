@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairway.adaptation.scoring import EvaluatorSettings, score_stream, target_nll
-from fairway.adaptation.stream import ModelLogits
-from fairway.audit.contract import Scores
+from fairway.audit.interface import Scores
 from fairway.audit.null import Draw
+from fairway.evaluation.evaluator import EvaluatorSettings, score_stream, target_nll
+from fairway.evaluation.stream import ModelLogits
 from fairway.model.gpt import GPT
 from fairway.progress import progress
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fairway.model.fused.folding import scale_rows, scale_rows_backward
 from fairway.model.gpt import GPT
-from fairway.model.kernels.folding import scale_rows, scale_rows_backward
 
 
 class Weights(NamedTuple):

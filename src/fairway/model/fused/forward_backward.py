@@ -16,21 +16,21 @@ import torch
 import torch.nn.functional as F
 
 from fairway.model.attention import attend, key_copies
-from fairway.model.folded_weights import Weights, folded_weights
-from fairway.model.gpt import GPT, GPTConfig, bigram_bucket, rotary_angles
-from fairway.model.kernels.embedding import add_embedding, embed, embed_backward
-from fairway.model.kernels.exclusion import exclude_self, exclude_self_backward
-from fairway.model.kernels.heads import copy_heads, gain_sums, heads_backward, norm_and_rotate
-from fairway.model.kernels.loss import cross_entropy
-from fairway.model.kernels.mlp import activate, activate_backward, mlp_down_backward, mlp_up
-from fairway.model.kernels.residual import (
+from fairway.model.fused.embedding import add_embedding, embed, embed_backward
+from fairway.model.fused.exclusion import exclude_self, exclude_self_backward
+from fairway.model.fused.folded_weights import Weights, folded_weights
+from fairway.model.fused.heads import copy_heads, gain_sums, heads_backward, norm_and_rotate
+from fairway.model.fused.loss import cross_entropy
+from fairway.model.fused.low_rank import Additions, folded_factors
+from fairway.model.fused.mlp import activate, activate_backward, mlp_down_backward, mlp_up
+from fairway.model.fused.residual import (
     mix_and_norm,
     mix_and_norm_backward,
     mix_sums,
     rms_norm,
     rms_norm_backward,
 )
-from fairway.model.low_rank import Additions, folded_factors
+from fairway.model.gpt import GPT, GPTConfig, bigram_bucket, rotary_angles
 
 QKV = ("query", "key", "value")
 

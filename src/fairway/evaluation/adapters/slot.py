@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairway.adaptation.lbfgs import Minimum
-from fairway.adaptation.logit_delta import ContextBuffer, FitKernels, fit_kernels
-from fairway.adaptation.stream import (
+from fairway.errors import UserError
+from fairway.evaluation.adapters.fit.lbfgs import Minimum
+from fairway.evaluation.adapters.fit.logit_delta import ContextBuffer, FitKernels, fit_kernels
+from fairway.evaluation.stream import (
     ModelLogits,
     Rows,
     Scored,
@@ -29,7 +30,6 @@ from fairway.adaptation.stream import (
     padded,
     score,
 )
-from fairway.errors import UserError
 
 
 @dataclass(frozen=True)

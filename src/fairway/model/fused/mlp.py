@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fairway.model.kernels import mlp_hopper
-from fairway.model.kernels.activation import activation_of, slope_of
-from fairway.model.kernels.tiles import ELEMENTS_PER_TILE, multiprocessors
+from fairway.model.fused.activation import activation_of, slope_of
+from fairway.model.fused.forward_backward import mlp_hopper
+from fairway.model.fused.tiles import ELEMENTS_PER_TILE, multiprocessors
 
 TILE_M, TILE_N = 128, 256
 TILE_K_BYTES = 128

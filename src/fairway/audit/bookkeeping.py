@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow.parquet as parquet
 from torch import Tensor
 
-from fairway.audit.contract import FAIL, NOT_RUN, PASS, Check, Scores
+from fairway.audit.interface import FAIL, NOT_RUN, PASS, Check, Scores
 from fairway.errors import UserError
 
 CLAIM_TOLERANCE_NATS = 1e-4
@@ -193,7 +193,7 @@ def check_coverage(
         faults["whole evaluation"] = evaluation.faults
     if not faults:
         reason = (
-            "The evaluator returned distributions only; return fairway.audit.contract.Scores to "
+            "The evaluator returned distributions only; return fairway.audit.interface.Scores to "
             "show which targets were scored, in which order."
         )
         return Check("coverage", NOT_RUN, reason)

@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fairway.adaptation.scoring import EvaluatorSettings, score_stream, target_nll
-from fairway.adaptation.stream import ModelLogits, lane_groups
 from fairway.errors import UserError
 from fairway.evaluation.bits_per_byte import ByteCounts, bits_per_byte, token_bytes
+from fairway.evaluation.evaluator import EvaluatorSettings, score_stream, target_nll
+from fairway.evaluation.stream import ModelLogits, lane_groups
 from fairway.evaluation.windows import sliding_windows
 from fairway.model.gpt import GPT
 

@@ -67,7 +67,7 @@ def log_probs_of(result: Tensor | Scores) -> Tensor:
         )
         raise UserError(
             f"the evaluator returned {found}: expected a float32 tensor [targets, vocabulary] of "
-            "log-probabilities, or fairway.audit.contract.Scores"
+            "log-probabilities, or fairway.audit.interface.Scores"
         )
     return log_probs.detach()
 

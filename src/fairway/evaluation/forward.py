@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairway.adaptation.stream import ModelLogits
+from fairway.evaluation.stream import ModelLogits
 from fairway.model.gpt import GPT
 from fairway.model.runtime import RuntimeSettings, compiles, record_graph, records_graphs
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fairway.adaptation.lbfgs import Minimum, dot, minimize, rows_times
+from fairway.evaluation.adapters.fit.lbfgs import Minimum, dot, minimize, rows_times
 
 # On the mean loss in nats: far below what a score can show, and above float32's rounding.
 TOLERANCE_GRADIENT = 1e-5

@@ -7,7 +7,7 @@ Schnabel (1994).
 import triton
 import triton.language as tl
 
-from fairway.adaptation.lbfgs import BRACKET_MARGIN, LARGEST_EXTRAPOLATION
+from fairway.evaluation.adapters.fit.lbfgs import BRACKET_MARGIN, LARGEST_EXTRAPOLATION
 
 _BRACKET_MARGIN = tl.constexpr(BRACKET_MARGIN)
 _LARGEST_EXTRAPOLATION = tl.constexpr(LARGEST_EXTRAPOLATION)

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fairway.adaptation.stream import Rows, Stream
 from fairway.errors import UserError
+from fairway.evaluation.stream import Rows, Stream
 
 
 @dataclass(frozen=True)

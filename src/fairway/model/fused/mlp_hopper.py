@@ -40,8 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fairway.model.kernels.activation import activation_of, slope_of
-from fairway.model.kernels.tiles import multiprocessors
+from fairway.model.fused.activation import activation_of, slope_of
+from fairway.model.fused.tiles import multiprocessors
 
 TILE = gl.constexpr(128)
 TILE_K = gl.constexpr(64)

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fairway.model.fused.tiles import programs_over
 from fairway.model.gpt import NORM_EPSILON
-from fairway.model.kernels.tiles import programs_over
 
 ROWS_PER_PROGRAM = 2
 """Of the forward pass. They are unrolled, so that none waits for another."""

@@ -12,22 +12,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fairway.audit.account import (
+from fairway.audit.bookkeeping import (
     Evaluation,
     check_claimed_score,
     check_coverage,
     wrong_row_count,
 )
 from fairway.audit.checks import check_attribution, check_normalisation
-from fairway.audit.contract import (
-    FAIL,
-    NOT_RUN,
-    PASS,
-    Check,
-    Evaluator,
-    evaluate,
-    log_probs_of,
-)
 from fairway.audit.flip import (
     check_flips,
     check_self_influence,
@@ -37,8 +28,17 @@ from fairway.audit.flip import (
     reach_table,
     run_flips,
 )
+from fairway.audit.flip_plan import Flip, Geometry, plan_flips
+from fairway.audit.interface import (
+    FAIL,
+    NOT_RUN,
+    PASS,
+    Check,
+    Evaluator,
+    evaluate,
+    log_probs_of,
+)
 from fairway.audit.null import Draw, check_null, null_gains
-from fairway.audit.positions import Flip, Geometry, plan_flips
 from fairway.errors import UserError
 
 SAME_DISTRIBUTION_NATS = 1e-3
@@ -120,7 +120,7 @@ def audit_evaluator(subject: Subject, settings: AuditSettings, seed: int) -> Fin
     """Run every check but lineage and budgets.
 
     The evaluator runs 1 + noise_repeats + flips times on the excerpt and once on a null stream.
-    Raises UserError where its answer has not the form of `fairway.audit.contract`.
+    Raises UserError where its answer has not the form of `fairway.audit.interface`.
     """
     tokens, num_targets = subject.tokens, len(subject.tokens) - 1
     answer = evaluate(subject.evaluator, tokens)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairway.adaptation.stream import Rows
 from fairway.errors import UserError
+from fairway.evaluation.stream import Rows
 from fairway.model.gpt import GPT, PROJECTIONS
 
 SCALES = ("attention_scale", "mlp_scale")

@@ -30,8 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fairway.adaptation.lbfgs import CURVATURE, SUFFICIENT_DECREASE, Minimum
-from fairway.adaptation.lbfgs_kernel import (
+from fairway.evaluation.adapters.fit.lbfgs import CURVATURE, SUFFICIENT_DECREASE, Minimum
+from fairway.evaluation.adapters.fit.lbfgs_kernel import (
     GROUP_NUMBERS,
     choose_trial,
     descent_direction,
@@ -41,7 +41,7 @@ from fairway.adaptation.lbfgs_kernel import (
     next_step,
     store_trial,
 )
-from fairway.adaptation.logit_delta import (
+from fairway.evaluation.adapters.fit.logit_delta import (
     MAX_LINE_SEARCH_STEPS,
     TOLERANCE_CHANGE,
     TOLERANCE_GRADIENT,

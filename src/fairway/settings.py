@@ -1,0 +1,221 @@
+"""Settings classes: each section's keys, defaults and ranges, beside the code that they configure.
+
+A section of the config is a subclass of `Settings`, from Python as from a file:
+
+    SlotSettings(l2=3.0)
+
+A string under a field is its description; from the classes come the JSON schema and the reference
+page of the config. Faults are told in one line: the key's path, what was found, what is allowed.
+"""
+
+import datetime
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializeAsAny,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from fairway.errors import UserError
+from fairway.plugins import did_you_mean, label, load
+
+
+class Fault(ValueError):
+    """A fault of a section or a choice, told without its path, which `explain` puts before it."""
+
+
+class _Within(ValueError):
+    """Faults of the settings inside a choice."""
+
+    def __init__(self, name: str, error: ValidationError) -> None:
+        super().__init__(name)
+        self.name, self.error = name, error
+
+
+class Settings(BaseModel):
+    """Base of every section. Immutable; unknown keys are faults; numbers are finite."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        use_attribute_docstrings=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_meant(cls, values: Any) -> Any:
+        """Undo what YAML or a command line made of a value, and refuse unknown keys by name."""
+        if not isinstance(values, Mapping):
+            return values
+        unknown = sorted(str(key) for key in values if key not in cls.model_fields)
+        if unknown:
+            known = list(cls.model_fields)
+            raise Fault(
+                f"unknown key {', '.join(unknown)}{did_you_mean(unknown[0], known)}; "
+                f"allowed: {', '.join(known) or 'none'}"
+            )
+        return {
+            key: _meant(value, cls.model_fields[key].annotation) for key, value in values.items()
+        }
+
+    def changed(self, **changes: Any) -> Self:
+        """A validated copy with other values."""
+        return type(self).model_validate({**dict(self), **changes})
+
+    def check_with(self, sections: Mapping[str, "Settings"]) -> None:
+        """Raise UserError where this section does not fit the others of a config."""
+
+
+class Choice(BaseModel):
+    """A class by name with its own settings, as a config names it.
+
+    `lora`, `{lora: {rank: 16}}` or `{"my_cache:Cache": {weight: 0.1}}`. The class has a nested or
+    inherited `Settings`. Subclasses say in which `package` plain names are looked up.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    package: ClassVar[str]
+
+    name: str
+    settings: SerializeAsAny[Settings]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {value: {}}
+        if not isinstance(value, Mapping) or len(value) != 1:
+            raise Fault(f"found {value!r}, expected a name or {{name: {{its settings}}}}")
+        ((name, settings),) = value.items()
+        if isinstance(settings, Settings):
+            return {"name": name, "settings": settings}
+        try:
+            kind = load(name, cls.package)
+        except UserError as error:
+            raise Fault(str(error)) from None
+        try:
+            return {"name": name, "settings": kind.Settings.model_validate(settings or {})}
+        except ValidationError as error:
+            raise _Within(name, error) from None
+
+    @model_serializer
+    def _as_named(self) -> dict[str, Any]:
+        return {self.name: self.settings.model_dump(mode="json")}
+
+    @property
+    def type(self) -> Any:
+        """The class itself."""
+        return load(self.name, self.package)
+
+    @property
+    def label(self) -> str:
+        """Its name in columns and figures."""
+        return label(self.name)
+
+
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+def validated(kind: type[SettingsType], values: Any, where: str = "") -> SettingsType:
+    """`kind` made of plain values; UserError in one line. where: the path of `values`."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, (where,) if where else ())) from None
+
+
+def explain(error: ValidationError, path: Sequence[str | int] = ()) -> str:
+    """The first fault in one line: the key's path, what was found, and what is allowed."""
+    first, *others = error.errors(include_url=False)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):  # tells its keys itself
+        return str(cause)
+    place = [*path, *first["loc"]]
+    if isinstance(cause, _Within):
+        before = place[:-1] if place and isinstance(place[-1], int) else place
+        return explain(cause.error, (*before, cause.name))
+    if isinstance(cause, Fault):
+        return f"{_dotted(place)}: {cause}"
+    if first["type"] == "missing":
+        return f"{_dotted(place[:-1])}: missing key {place[-1]}"
+    # The members of a union each have a fault of their own, one level further down.
+    same = [first, *(one for one in others if one["input"] is first["input"])]
+    if len(same) > 1:
+        depth = min(len(one["loc"]) for one in same)
+        place = [*path, *first["loc"][: depth - 1]]
+    allowed = " or ".join(dict.fromkeys(map(_allowed, same)))
+    return f"{_dotted(place)}: found {first['input']!r}, expected {allowed}"
+
+
+def _dotted(place: Iterable[str | int]) -> str:
+    return ".".join(map(str, place)) or "config"
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping of keys",
+    "model": "a mapping of keys",
+    "mapping": "a mapping of keys",
+}
+_LIMITS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+    "too_short": ("min_length", "entries, at least"),
+    "too_long": ("max_length", "entries, at most"),
+    "string_too_short": ("min_length", "characters, at least"),
+    "string_pattern_mismatch": ("pattern", "text matching"),
+}
+
+
+def _allowed(fault: Mapping[str, Any]) -> str:
+    kind, context = fault["type"], fault.get("ctx", {})
+    if kind in _LIMITS:
+        key, words = _LIMITS[kind]
+        return (
+            f"{words} {context[key]:g}"
+            if isinstance(context[key], float)
+            else f"{words} {context[key]}"
+        )
+    if kind == "literal_error":
+        return f"one of {context['expected'].replace(chr(39), '').replace(' or ', ', ')}"
+    if kind == "none_required":
+        return "null"
+    return _KINDS.get(kind.split("_")[0], fault["msg"])
+
+
+def _meant(value: Any, annotation: Any) -> Any:
+    """A field's value as it was written, where YAML 1.1 or `--config` gave it another type."""
+    choices = _members(annotation)
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, bool) and bool not in choices:
+        # YAML reads on and off as booleans; as numbers they would be 1 and 0 without a word.
+        is_switch = "on" in choices and "off" in choices
+        return ("off", "on")[value] if is_switch else str(value).lower()
+    if value in ("null", "~") and type(None) in choices:
+        return None
+    return value
+
+
+def _members(annotation: Any) -> set[Any]:
+    """The types of a union and the values of a Literal; of another annotation, itself."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return set().union(*map(_members, get_args(annotation)))
+    return set(get_args(annotation)) if origin is Literal else {origin or annotation}

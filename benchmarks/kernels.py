@@ -25,7 +25,7 @@ from fairway.config import load_config
 from fairway.distributed import resolve_device
 from fairway.evaluation.adapters.fit import logit_delta_kernel
 from fairway.model.attention import attend, available_backends
-from fairway.model.fused.forward_backward import exclusion, heads, mlp, residual
+from fairway.model.fused import exclusion, heads, mlp, residual
 from fairway.model.fused.loss import cross_entropy
 from fairway.model.gpt import GPTConfig, config_from_settings, rotary_angles
 from fairway.model.runtime import select_kernels

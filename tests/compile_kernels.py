@@ -19,8 +19,8 @@ from triton.runtime.jit import JITFunction
 from fairway.config import load_config
 from fairway.evaluation.adapters.fit import logit_delta_kernel
 from fairway.evaluation.adapters.lora import LoraSettings, RowLora
-from fairway.model.fused.forward_backward import forward_backward as fused
-from fairway.model.fused.forward_backward import mlp_hopper
+from fairway.model.fused import forward_backward as fused
+from fairway.model.fused import mlp_hopper
 from fairway.model.gpt import GPT, config_from_settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,8 +18,8 @@ from fairway.model.gpt import GPT, PROJECTIONS
 from fairway.quantization.integers import fake_quantize_int6
 
 pytest.importorskip("triton")
+from fairway.model.fused import forward_backward as fused
 from fairway.model.fused.forward_backward import Layer as fused_layer
-from fairway.model.fused.forward_backward import forward_backward as fused
 from fairway.model.fused.loss import cross_entropy
 from fairway.model.fused.residual import rms_norm, rms_norm_backward
 from fairway.training.gradients import launched, replayed

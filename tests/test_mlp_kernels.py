@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from fairway.model.fused.forward_backward import mlp, mlp_hopper
+from fairway.model.fused import mlp, mlp_hopper
 from fairway.model.fused.mlp import activate, activate_backward, mlp_down_backward, mlp_up
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

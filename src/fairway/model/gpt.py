@@ -150,7 +150,7 @@ class GPT(nn.Module):
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy in nats of int64 `targets` [B, T] given `tokens` [B, T]."""
         if self.kernels == "fused":
-            from fairway.model.fused.forward_backward import forward_backward as fused
+            from fairway.model.fused import forward_backward as fused
 
             return fused.loss(self, tokens, targets)
         return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
@@ -168,7 +168,7 @@ class GPT(nn.Module):
         """
         adapts_scales = self.adapter is not None and self.adapter.changes_scales
         if self.kernels == "fused" and self.observer is None and not adapts_scales:
-            from fairway.model.fused.forward_backward import forward_backward as fused
+            from fairway.model.fused import forward_backward as fused
 
             return fused.hidden(self, tokens, first_place)
         embedding = self._embed(tokens, F.pad(tokens[:, :-1], (1, 0), value=-1))

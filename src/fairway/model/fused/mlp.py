@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fairway.model.fused import mlp_hopper
 from fairway.model.fused.activation import activation_of, slope_of
-from fairway.model.fused.forward_backward import mlp_hopper
 from fairway.model.fused.tiles import ELEMENTS_PER_TILE, multiprocessors
 
 TILE_M, TILE_N = 128, 256

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mutants import context_start
 
 from fairway.audit.bookkeeping import (
     check_claimed_score,
@@ -29,6 +28,7 @@ from fairway.audit.null import check_null, draw_stream, largest_rises
 from fairway.audit.runner import AuditSettings, Findings, audit_record, verdict_lines
 from fairway.errors import UserError
 from fairway.evaluation.windows import lane_runs, sliding_windows
+from mutants import context_start
 
 VOCAB_SIZE, BOS_ID = 16, 1
 

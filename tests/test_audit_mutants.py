@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutants import HONEST, MUTANTS, Toy
 from test_audit_lineage import edit, make_run
 
 from fairway.audit.interface import FAIL, PASS
 from fairway.audit.lineage import check_lineage
 from fairway.audit.null import draw_stream
 from fairway.audit.runner import AuditSettings, Findings, Subject, audit_evaluator, overall_verdict
+from mutants import HONEST, MUTANTS, Toy
 
 SETTINGS = AuditSettings(
     flips=40, stream_tokens=150, null_tokens=400, noise_repeats=1, significance=0.001

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import SCRIPTS, run_script
+
+from tiny import SCRIPTS, run_script
 
 AUDIT = {"flips": 14, "stream_tokens": 280, "null_tokens": 300, "noise_repeats": 1}
 STAGES = ("train", "ema", "ttt", "gptq", "slot")

@@ -6,10 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from evaluators import SMALL, changed, random_model
-from mutants import Toy
 from test_score_first import LearnsFirst
 
+from evaluators import SMALL, changed, random_model
 from fairway.audit.flip_plan import Geometry
 from fairway.audit.interface import FAIL
 from fairway.audit.null import draw_stream
@@ -19,6 +18,7 @@ from fairway.evaluation.adapters import ngram
 from fairway.evaluation.evaluator import EvaluatorSettings
 from fairway.evaluation.slot_evaluator import document_source, make_evaluator
 from fairway.model.gpt import GPT, PROJECTIONS, GPTConfig
+from mutants import Toy
 
 TOY = Toy(vocab_size=32, seed=5)
 AUDIT = AuditSettings(

@@ -11,9 +11,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 
 from fairway.config import merge, validated
+from tiny import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 STAGES = (

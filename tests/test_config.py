@@ -4,7 +4,6 @@ import json
 
 import pytest
 import yaml
-from conftest import ROOT, TINY_CONFIG
 
 from fairway.audit.runner import AuditSettings
 from fairway.config import (
@@ -25,6 +24,7 @@ from fairway.quantization.gptq import GptqSettings
 from fairway.training.selection import EMASettings
 from fairway.training.trainer import TrainSettings
 from fairway.training.ttt import TTTSettings
+from tiny import ROOT, TINY_CONFIG
 
 SHIPPED = (["config.yaml"], ["config.yaml", "config/record.yaml"])
 

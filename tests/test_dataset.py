@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_script
 
 from fairway.data import build
 from fairway.data.build import make_dataset
@@ -17,6 +16,7 @@ from fairway.data.shards import read_shard, write_shard
 from fairway.data.tokenizer import load_tokenizer
 from fairway.errors import UserError
 from fairway.files import sha256_of
+from tiny import run_script
 
 TEXTS = [
     f"document {number}: the river of {number * 37} words 😀 — naïve\n\nleft the winter house"

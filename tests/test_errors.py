@@ -10,13 +10,13 @@ import subprocess
 
 import pytest
 import torch
-from checkouts import CONFIG_FILE, DryRuns, change_config, make_project
-from conftest import SCRIPTS, run_script, synthetic_documents, write_jsonl
 
+from checkouts import CONFIG_FILE, DryRuns, change_config, make_project
 from fairway import files
 from fairway.command import run
 from fairway.config import merge
 from fairway.data.shards import read_shard, write_shard
+from tiny import SCRIPTS, run_script, synthetic_documents, write_jsonl
 
 # --- the configuration, at Snakemake's parse time ----------------------------------------------
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from evaluators import SMALL, changed
 from test_model import CONFIG
 
+from evaluators import SMALL, changed
 from fairway.evaluation.adapters.lora import RowLora
 from fairway.model import gpt
 from fairway.model.gpt import GPT, PROJECTIONS
 from fairway.quantization.integers import fake_quantize_int6
+from tiny import ROOT
 
 pytest.importorskip("triton")
 from fairway.model.fused import forward_backward as fused

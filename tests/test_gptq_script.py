@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SCRIPTS, run_script
 
 from fairway.code_hash import import_closure
 from fairway.config import load_config
@@ -17,6 +16,7 @@ from fairway.model.gpt import BANKS, GPT, config_from_settings
 from fairway.model.weights import save_model
 from fairway.quantization.artifact import load_artifact, stream_table
 from fairway.quantization.pruning import code_bytes
+from tiny import SCRIPTS, run_script
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ On a GPU, or else in Triton's interpreter, where sizes must be tiny.
 
 import pytest
 import torch
-from evaluators import changed
 from test_slot import SETTINGS, collect, toy_model, toy_stream
 from torch.nn.functional import cross_entropy
+
+from evaluators import changed
 
 pytest.importorskip("triton")
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluators import SMALL, changed, random_model
 from test_slot import VOCABULARY
 
+from evaluators import SMALL, changed, random_model
 from fairway.errors import UserError
 from fairway.evaluation.adapters import lora
 from fairway.evaluation.adapters.lora import SCALES, RowLora

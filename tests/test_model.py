@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
 
 from fairway.config import load_config
 from fairway.errors import UserError
@@ -14,6 +13,7 @@ from fairway.model.attention import attend, available_backends, select_backend
 from fairway.model.gpt import GPT, GPTConfig, config_from_settings
 from fairway.model.runtime import RuntimeSettings, prepare, select_kernels
 from fairway.model.weights import build_model, load_model, save_model
+from tiny import ROOT
 
 CONFIG = GPTConfig(
     vocab_size=50,

@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from evaluators import SMALL, changed, random_model, reaches_of_flips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_slot import BOS, VOCABULARY, collect, toy_stream
 
+from evaluators import SMALL, changed, random_model, reaches_of_flips
 from fairway.errors import UserError
 from fairway.evaluation.adapters.ngram import CacheSettings
 from fairway.evaluation.slot_evaluator import make_evaluator

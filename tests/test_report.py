@@ -9,6 +9,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+
+from fairway.errors import UserError
+from fairway.report import token_sums
+from fairway.report.format import compact, joined, probability, signed
+from fairway.report.statistics import describe, welch_gain
+from fairway.report.tables import Budgets, batch_reach_tokens, budgets_table
 from synthetic_run import (
     FAILING,
     SEEDS,
@@ -19,12 +25,6 @@ from synthetic_run import (
     make_tokens,
     run_script,
 )
-
-from fairway.errors import UserError
-from fairway.report import token_sums
-from fairway.report.format import compact, joined, probability, signed
-from fairway.report.statistics import describe, welch_gain
-from fairway.report.tables import Budgets, batch_reach_tokens, budgets_table
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_run import SEEDS, VARIANTS, load_results, make_run, make_tokens, run_script
 
 from fairway.errors import UserError
 from fairway.report.statistics import RESAMPLES
+from synthetic_run import SEEDS, VARIANTS, load_results, make_run, make_tokens, run_script
 
 
 @pytest.fixture(scope="module")

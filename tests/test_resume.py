@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from checkouts import COMMAND, ENVIRONMENT, RESULTS, SEED, make_project, parse_jobs, snakemake
 
+from checkouts import COMMAND, ENVIRONMENT, RESULTS, SEED, make_project, parse_jobs, snakemake
 from fairway.files import sha256_of
 from fairway.training.checkpoint import exclusive
 

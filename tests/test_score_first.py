@@ -5,9 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from evaluators import SMALL, changed, random_model, reaches_of_flips
 from test_slot import BOS, VOCABULARY, collect, toy_stream, windows_of
 
+from evaluators import SMALL, changed, random_model, reaches_of_flips
 from fairway.evaluation import evaluator as scoring
 from fairway.evaluation.adapters import lora
 from fairway.evaluation.adapters.lora import LoraAdapter, RowLora

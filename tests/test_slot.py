@@ -4,15 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
-from evaluators import SMALL, changed, reaches_of_flips
-from reference_slot import reference_scores
 from torch.nn.functional import cross_entropy
 
+from evaluators import SMALL, changed, reaches_of_flips
 from fairway.errors import UserError
 from fairway.evaluation.adapters.fit.logit_delta import fit_delta
 from fairway.evaluation.evaluator import score_stream, target_nll
 from fairway.evaluation.slot_evaluator import make_evaluator
 from fairway.evaluation.windows import lane_runs, sliding_windows
+from reference_slot import reference_scores
 
 BOS = 1
 VOCABULARY = 24

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run_script
 
 from fairway.data.dataset import load_dataset, read_split
 from fairway.model.gpt import BANKS, GPT, GPTConfig
 from fairway.quantization.artifact import storable, write_artifact
 from fairway.quantization.integers import round_to_nearest
+from tiny import run_script
 
 
 def write_random_artifact(folder, config: dict, vocab_size: int) -> None:

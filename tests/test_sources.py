@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS
 
 from fairway.code_hash import PACKAGE, fingerprint, import_closure
+from tiny import ROOT, SCRIPTS
 
 STAGE_SCRIPTS = sorted(path.name for path in SCRIPTS.glob("*.py"))
 

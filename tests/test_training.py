@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SCRIPTS, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -27,6 +26,7 @@ from fairway.training.checkpoint import Checkpoints, exclusive
 from fairway.training.muon import BankShards, orthogonalise, update_scale
 from fairway.training.optimizers import Optimizer, parameter_groups
 from fairway.training.schedule import learning_rate_scale, muon_momentum
+from tiny import ROOT, SCRIPTS, run_script
 
 
 def train(config_file, dataset, folder, seed=7, processes=1, check=True):

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
 from test_model import CONFIG
 
 from fairway.distributed import World
@@ -14,6 +13,7 @@ from fairway.errors import UserError
 from fairway.model.gpt import BANKS, GPT, block_of_bank_row
 from fairway.model.weights import load_model
 from fairway.training.ttt import TTTSettings, adapt, cosine_rate
+from tiny import run_script
 
 SETTINGS = TTTSettings(
     data="train",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from checkouts import (
     CONFIG_FILE,
     RESULTS,
@@ -28,7 +29,6 @@ from checkouts import (
     make_project,
     snakemake,
 )
-
 from fairway.data.dataset import load_dataset
 
 ALL = "tokenize train ema ttt gptq slot_eval audit report"

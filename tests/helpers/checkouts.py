@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import yaml
-from conftest import ROOT, TINY_CONFIG, synthetic_documents, write_jsonl
 
 from fairway.config import merge
+from tiny import ROOT, TINY_CONFIG, synthetic_documents, write_jsonl
 
 CONFIG_FILE = "tiny.yaml"
 TEXT = "text/documents.jsonl"

@@ -1,8 +1,9 @@
 """SLOT as its description reads: plain loops, float64, PyTorch's own L-BFGS, one lane at a time."""
 
 import torch
-from evaluators import focal_places
 from torch.nn.functional import cross_entropy
+
+from evaluators import focal_places
 
 
 def reference_scores(model_logits, tokens, settings, bos_id, first_window=0, last_window=None):

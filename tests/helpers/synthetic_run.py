@@ -16,7 +16,7 @@ from fairway.report.results import read_results
 SEEDS = (1337, 42, 2025)
 VARIANTS = ("causal", "published")
 ADAPTERS = {"causal": ["lora", "slot"], "published": ["slot"]}
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "workflow/scripts/report.py"))
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "workflow/scripts/report.py"))
 SETTINGS = {
     "report": {
         "baseline": {"name": "last record", "losses": [2.5512, 2.5498, 2.5520]},

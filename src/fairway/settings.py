@@ -71,6 +71,10 @@ class Settings(BaseModel):
         """A validated copy with other values."""
         return type(self).model_validate({**dict(self), **changes})
 
+    def as_read(self) -> dict[str, Any]:
+        """Plain values of the keys that are read under these settings: what a stage depends on."""
+        return self.model_dump(mode="json")
+
     def check_with(self, sections: Mapping[str, "Settings"]) -> None:
         """Raise UserError where this section does not fit the others of a config."""
 

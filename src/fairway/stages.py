@@ -1,0 +1,167 @@
+"""The one table of stages: what each may read of the config, takes, makes, and is charged to.
+
+Rules, scripts, audit and report read it; a new stage is a row here, a rule file and a script:
+
+    tokenize → train → ema → ttt → gptq → slot_eval → report
+                                        ↘ audit ↗
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from fairway.settings import Settings
+
+SHARED = "shared"
+"""The folder of the stages that run as the recipe has them, for every variant that leaves them so."""
+
+RECORDS = ("metrics.json", "provenance.json")
+"""What every stage leaves besides its products; provenance.json is written last."""
+
+
+class Budgets(Settings):
+    """The challenge's limits (section `budgets`)."""
+
+    artifact_bytes: int = Field(16_000_000, ge=1)
+    """Code and weights, decimal bytes."""
+    training_seconds: float = Field(600.0, gt=0)
+    """All stages that read training text, on the machine that runs them."""
+    evaluation_seconds: float = Field(600.0, gt=0)
+    """Scoring the validation text."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table."""
+
+    name: str
+    """Of its script, its rule's target, its folder and its `stage` in metrics.json."""
+    title: str
+    """For people."""
+    sections: tuple[str, ...]
+    """Sections of the config that it may read, or `section.key`; a change elsewhere reruns nothing."""
+    needs: tuple[str, ...]
+    """Stages whose products it takes."""
+    products: tuple[str, ...]
+    """Files in its folder, besides RECORDS."""
+    per: Literal["dataset", "variant", "run"] = "variant"
+    """How often it runs: once a dataset, once a seed and variant, or once a run."""
+    charged: Literal["training", "evaluation"] | None = None
+    """The budget that its seconds of that name count towards."""
+    scores: bool = False
+    """Whether its metrics have the val_bpb of the weights that it made."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that it leaves in its folder."""
+        return (*self.products, *RECORDS)
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "tokenize",
+            "Tokens and splits",
+            sections=("data",),
+            needs=(),
+            products=("tokenizer.model", "manifest.json"),
+            per="dataset",
+        ),
+        Stage(
+            "train",
+            "Training, last step",
+            sections=("model", "train", "gptq.quantizer", "runtime"),
+            needs=("tokenize",),
+            products=("weights.safetensors", "averages.safetensors", "metrics.parquet"),
+            charged="training",
+            scores=True,
+        ),
+        Stage(
+            "ema",
+            "Weight averaging (EMA)",
+            sections=("ema", "runtime"),
+            needs=("tokenize", "train"),
+            products=("weights.safetensors",),
+            charged="training",
+            scores=True,
+        ),
+        Stage(
+            "ttt",
+            "Test-time training (TTT)",
+            sections=("ttt", "runtime"),
+            needs=("tokenize", "ema"),
+            products=("weights.safetensors",),
+            charged="training",
+            scores=True,
+        ),
+        Stage(
+            "gptq",
+            "Quantized artifact (GPTQ)",
+            sections=("gptq", "budgets.artifact_bytes", "runtime"),
+            needs=("tokenize", "ttt"),
+            products=("artifact.bin", "layers.parquet"),
+            charged="training",
+            scores=True,
+        ),
+        Stage(
+            "slot_eval",
+            "Sliding evaluation with adapters",
+            sections=("evaluation", "runtime"),
+            needs=("tokenize", "gptq"),
+            products=("tokens.parquet",),
+            charged="evaluation",
+            scores=True,
+        ),
+        Stage(
+            "audit",
+            "Audit",
+            sections=("audit", "evaluation", "budgets", "runtime"),
+            needs=("tokenize", "train", "ema", "ttt", "gptq", "slot_eval"),
+            products=("audit.json", "reach.parquet"),
+        ),
+        Stage(
+            "report",
+            "Report",
+            sections=("report", "budgets"),
+            needs=("tokenize", "train", "ema", "ttt", "gptq", "slot_eval", "audit"),
+            products=(
+                "report.html",
+                "stages.parquet",
+                "summary.parquet",
+                "comparisons.parquet",
+                "gains.parquet",
+            ),
+            per="run",
+        ),
+    )
+}
+
+
+def chain(name: str) -> list[Stage]:
+    """A stage and all that it builds on, in the order of the table."""
+    wanted: set[str] = set()
+    waiting = [name]
+    while waiting:
+        stage = waiting.pop()
+        if stage not in wanted:
+            wanted.add(stage)
+            waiting.extend(STAGES[stage].needs)
+    return [stage for stage in STAGES.values() if stage.name in wanted]
+
+
+def stages_per(per: str) -> list[Stage]:
+    """The stages that run once a `dataset`, `variant` or `run`, in the order of the table."""
+    return [stage for stage in STAGES.values() if stage.per == per]
+
+
+def evaluation_stage() -> Stage:
+    """The stage whose seconds are the evaluation's: its score is the run's."""
+    return next(stage for stage in STAGES.values() if stage.charged == "evaluation")
+
+
+def all_sections(stages: Iterable[Stage] = STAGES.values()) -> list[str]:
+    """The names of the sections that stages may read, each once."""
+    return list(dict.fromkeys(name.partition(".")[0] for s in stages for name in s.sections))

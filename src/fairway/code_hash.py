@@ -1,4 +1,4 @@
-"""Which of Fairway's own source files a script runs, and a fingerprint of what they mean."""
+"""Which source files a script runs, and a hash of what they mean."""
 
 import ast
 import hashlib
@@ -7,14 +7,28 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 
-# They carry settings, messages and hashes, never numbers: a better error message retrains nothing.
-PLUMBING = ("command", "config", "errors", "progress", "provenance", "sources")
+PLUMBING = (
+    "code_hash",
+    "errors",
+    "metrics",
+    "plugins",
+    "progress",
+    "provenance",
+    "recipe",
+    "settings",
+    "stage",
+    "stages",
+)
+"""Modules that carry settings, messages and hashes, never numbers: editing them reruns nothing."""
 
 
-def import_closure(script: str | Path) -> tuple[Path, ...]:
-    """`script` and every file of the fairway package that it imports, directly or not, sorted."""
+def import_closure(*files: str | Path) -> tuple[Path, ...]:
+    """The files and all that they import, directly or not, sorted.
+
+    Followed are modules of the fairway package and, from a user's own module, those beside it.
+    """
     found: set[Path] = set()
-    waiting = [Path(script).resolve()]
+    waiting = [Path(file).resolve() for file in files]
     while waiting:
         path = waiting.pop()
         if path not in found:
@@ -23,13 +37,13 @@ def import_closure(script: str | Path) -> tuple[Path, ...]:
     return tuple(sorted(found))
 
 
-def fingerprint(script: str | Path) -> str:
-    """SHA-256 over the syntax trees of `import_closure(script)`, docstrings and PLUMBING left out.
+def code_hash(*files: str | Path) -> str:
+    """SHA-256 over the syntax trees of `import_closure(*files)`, without docstrings and PLUMBING.
 
     Comments, layout and documentation do not change it, so editing them reruns nothing.
     """
     digest = hashlib.sha256()
-    for path in import_closure(script):
+    for path in import_closure(*files):
         if path.parent == PACKAGE and path.stem in PLUMBING:
             continue
         digest.update(path.name.encode())
@@ -46,12 +60,17 @@ def _imported_files(path: Path) -> tuple[Path, ...]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    candidates = (_module_file(name) for name in names if name.split(".")[0] == PACKAGE.name)
-    return tuple(sorted(candidate for candidate in candidates if candidate))
+    return tuple(sorted({file for name in names if (file := _module_file(name, path))}))
 
 
-def _module_file(name: str) -> Path | None:
-    base = PACKAGE.joinpath(*name.split(".")[1:])
+def _module_file(name: str, importer: Path) -> Path | None:
+    package, *parts = name.split(".")
+    if package == PACKAGE.name:
+        base = PACKAGE.joinpath(*parts)
+    elif PACKAGE not in importer.parents:
+        base = importer.parent.joinpath(package, *parts)
+    else:
+        return None
     for candidate in (base.with_suffix(".py"), base / "__init__.py"):
         if candidate.is_file():
             return candidate
@@ -67,4 +86,15 @@ def _meaning(path: Path) -> bytes:
         )
         if documented and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
+        if isinstance(node, ast.ClassDef | ast.Module):
+            node.body = [one for one in node.body if not _is_description(one)]
     return ast.dump(tree).encode()
+
+
+def _is_description(node: ast.stmt) -> bool:
+    """A string under a field or a constant documents it."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

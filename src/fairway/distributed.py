@@ -1,6 +1,8 @@
 """One process or many: what torchrun started, behind a small record."""
 
 import os
+import platform
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,3 +82,17 @@ def barrier(world: World) -> None:
     """Wait for every rank."""
     if world.size > 1:
         dist.barrier()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory: of the GPU's allocator on CUDA, else of this process (resident set)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's marketing name, or the processor's architecture and thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"

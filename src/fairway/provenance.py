@@ -1,16 +1,12 @@
-"""metrics.json and provenance.json: what a stage measured, and what it was made from."""
+"""provenance.json: what a stage's products were made from."""
 
 import platform
-import resource
 import subprocess
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fairway.distributed import World
 from fairway.files import read_json, sha256_of, write_json
 
 PACKAGES = ("fairway", "torch", "numpy", "sentencepiece", "safetensors", "pandas", "scipy")
@@ -76,32 +72,3 @@ def write_provenance(
             "versions": package_versions(),
         },
     )
-
-
-def runtime_metrics(model: Any, world: World) -> dict[str, Any]:
-    """The keys of metrics.json that say how a stage computed.
-
-    model: anything with `kernels`, `attention_backend` and `compute_dtype`, as GPT has.
-    """
-    return {
-        "device": device_name(world.device),
-        "processes": world.size,
-        "kernels": model.kernels,
-        "attention_backend": model.attention_backend,
-        "precision": str(model.compute_dtype).removeprefix("torch."),
-        "peak_memory_bytes": peak_memory_bytes(world.device),
-    }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory: of the GPU's allocator on CUDA, else of this process (resident set)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's marketing name, or the processor's architecture and thread count."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -6,7 +6,6 @@ Rules, scripts, audit and report read it; a new stage is a row here, a rule file
                                         ↘ audit ↗
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +51,11 @@ class Stage:
     """The budget that its seconds of that name count towards."""
     scores: bool = False
     """Whether its metrics have the val_bpb of the weights that it made."""
+
+    @property
+    def script(self) -> str:
+        """File name under workflow/scripts; `tokenize.py` would hide the standard library's."""
+        return "tokenize_text.py" if self.name == "tokenize" else f"{self.name}.py"
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -161,7 +165,3 @@ def evaluation_stage() -> Stage:
     """The stage whose seconds are the evaluation's: its score is the run's."""
     return next(stage for stage in STAGES.values() if stage.charged == "evaluation")
 
-
-def all_sections(stages: Iterable[Stage] = STAGES.values()) -> list[str]:
-    """The names of the sections that stages may read, each once."""
-    return list(dict.fromkeys(name.partition(".")[0] for s in stages for name in s.sections))

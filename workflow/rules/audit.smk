@@ -1,27 +1,25 @@
-rule audit_score:
+rule audit:
+    localrule: True
     input:
-        dataset=ancient(rules.tokenize_text.output.dataset),
-        train=rules.train_model.output.provenance,
-        ema=rules.average_ema.output.provenance,
-        ttt=rules.adapt_ttt.output.provenance,
-        gptq=rules.quantise_gptq.output.provenance,
-        slot=rules.evaluate_slot.output.provenance,
-        artifact=ancient(rules.quantise_gptq.output.artifact),
-        tokens=ancient(rules.evaluate_slot.output.tokens),
+        get_targets("audit"),
+
+
+rule run_audit:
+    input:
+        records=get_records("audit"),
+        products=ancient(get_products("audit")),
     output:
         audit=report(
-            f"{VARIANT}/audit/audit.json",
+            f"{SEED}/{{folder}}/audit/audit.json",
             caption="../report/audit.rst",
             category="Audit",
-            labels={"seed": "{seed}", "variant": "{variant}"},
+            labels={"seed": "{seed}", "folder": "{folder}"},
         ),
-        reach=f"{VARIANT}/audit/reach.parquet",
-        metrics=f"{VARIANT}/audit/metrics.json",
-        provenance=f"{VARIANT}/audit/provenance.json",
+        **get_outputs("audit", but=["audit.json"]),
     log:
-        f"{LOGS}/seed-{{seed}}/{{variant}}/audit.log",
+        get_log("audit"),
     benchmark:
-        f"{RUN}/benchmarks/seed-{{seed}}/{{variant}}/audit.tsv"
+        get_benchmark("audit")
     conda:
         get_environment()
     threads: 1
@@ -29,19 +27,10 @@ rule audit_score:
         runtime=60,
         mem_mb=4000,
     params:
-        train=subpath(input.train, parent=True),
-        ema=subpath(input.ema, parent=True),
-        ttt=subpath(input.ttt, parent=True),
-        gptq=subpath(input.gptq, parent=True),
-        slot=subpath(input.slot, parent=True),
-        folder=subpath(output.audit, parent=True),
         settings=get_settings("audit"),
-        code=get_code("audit.py"),
+        code=get_code("audit"),
+        options=get_options("audit"),
     message:
-        "audit: seed {wildcards.seed}, {wildcards.variant}"
+        "audit: seed {wildcards.seed}, {wildcards.folder}"
     shell:
-        "python $FAIRWAY_HOME/workflow/scripts/audit.py"
-        " --settings {params.settings:q} --variant {wildcards.variant} --seed {wildcards.seed}"
-        " --dataset {input.dataset:q}/manifest.json --train {params.train:q} --ema {params.ema:q}"
-        " --ttt {params.ttt:q} --gptq {params.gptq:q} --slot {params.slot:q}"
-        " --output {params.folder:q} > {log:q} 2>&1"
+        get_command("audit")

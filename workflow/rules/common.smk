@@ -1,55 +1,66 @@
-"""Helpers of the rules: paths, and what each stage is told. No rule lives here."""
+"""Helpers of the rules: paths, and what each stage is told. No rule lives here.
+
+A stage's rule is `run_<stage>`; the rule of the stage's own name is its target, for every seed and
+variant.
+"""
 
 import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
-HOME = Path(workflow.basedir)
+HOME = Path(str(workflow.current_basedir)).resolve().parents[1]
 sys.path.insert(0, str(HOME / "src"))
 
-from fairway.config import VARIANT_STAGES, merge, stage_settings, validated
+from fairway.code_hash import code_hash
 from fairway.errors import UserError
-from fairway.code_hash import fingerprint
+from fairway.plugins import search_beside
+from fairway.recipe import canonical, complete, plugin_files
+from fairway.stages import STAGES, stages_per
 
-
-def get_typed(value):
-    """`--config seeds=[42]` as in a file: Snakemake takes the entries of lists and maps for text."""
-    if isinstance(value, Mapping):
-        return {key: get_typed(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [get_typed(entry) for entry in value]
-    return yaml.safe_load(value) if isinstance(value, str) else value
-
+# Where modules of the user's own are found: the working directory, and beside the config's files.
+PLUGIN_FOLDERS = list(
+    dict.fromkeys(map(str, [Path.cwd(), *(Path(file).parent for file in workflow.configfiles)]))
+)
+search_beside(PLUGIN_FOLDERS)
 
 try:
-    config = validated(merge(config, get_typed(workflow.config_settings.config)))
+    CONFIG = complete(config, home=HOME)
+    FOLDERS = CONFIG.folders
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-RUN = f"{config['results']}/{config['run']}"
-DATA = f"{config['results']}/data/{config['data']['name']}"
-SHARED = f"{RUN}/seed-{{seed}}"
-VARIANT = f"{SHARED}/{{variant}}"
+RUN = f"{CONFIG.results}/{CONFIG.run}"
 LOGS = f"{RUN}/logs"
+BENCHMARKS = f"{RUN}/benchmarks"
+DATASET = f"{CONFIG.results}/data/{{dataset}}"
+SEED = f"{RUN}/seed-{{seed}}"
+
+# A variant that uses what lies in a stage's folder, or a dataset: its settings made it.
+USERS = {
+    (stage, folder): variant
+    for variant, folders in reversed(FOLDERS.items())
+    for stage, folder in folders.items()
+}
+DATASETS = {CONFIG.dataset(variant): variant for variant in reversed(CONFIG.variants)}
 
 
 wildcard_constraints:
     seed=r"\d+",
-    variant="|".join(config["variants"]),
+    folder="|".join(sorted({folder for _, folder in USERS})),
+    dataset="|".join(sorted(DATASETS)),
 
 
 def get_shell_prefix():
     """Where the sources are, in the environment: a path in `params` would rerun a moved checkout."""
+    python_path = ":".join([str(HOME / "src"), *PLUGIN_FOLDERS])
     exports = [
         f"FAIRWAY_HOME={shlex.quote(str(HOME))}",
-        f"PYTHONPATH={shlex.quote(str(HOME / 'src'))}",
+        f"PYTHONPATH={shlex.quote(python_path)}",
         # Or glibc hands every large tensor's memory back to the kernel: a tenth of train's time.
         "MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824",
     ]
@@ -61,19 +72,38 @@ def get_shell_prefix():
 shell.prefix(get_shell_prefix())
 
 
+def get_user(stage, wildcards):
+    """A variant whose settings are those of the stage with these wildcards."""
+    if STAGES[stage].per == "dataset":
+        return DATASETS[wildcards.dataset]
+    if STAGES[stage].per == "run":
+        return next(iter(CONFIG.variants))
+    if (stage, wildcards.folder) not in USERS:
+        folders = sorted({folder for one, folder in USERS if one == stage})
+        raise WorkflowError(
+            f"{wildcards.folder}/{stage}: no variant has a {stage} of its own there; it lies in "
+            f"{', '.join(folders)}"
+        )
+    return USERS[stage, wildcards.folder]
+
+
 def get_settings(stage):
     """A params function: the sections that `stage` may read, as canonical JSON."""
-
-    def settings(wildcards):
-        variant = wildcards.get("variant")
-        return json.dumps(stage_settings(config, stage, variant), sort_keys=True)
-
-    return settings
+    return lambda wildcards: canonical(
+        CONFIG.stage_settings(stage, get_user(stage, wildcards))
+    )
 
 
-def get_code(script):
-    """A params value that changes when the meaning of the script's own source files does."""
-    return fingerprint(HOME / "workflow/scripts" / script)
+def get_code(stage):
+    """A params function that changes when the meaning of the stage's own source files does."""
+
+    def code(wildcards):
+        settings = CONFIG.stage_settings(stage, get_user(stage, wildcards))
+        return code_hash(
+            HOME / "workflow/scripts" / STAGES[stage].script, *plugin_files(settings)
+        )
+
+    return code
 
 
 def get_hash(name):
@@ -83,52 +113,161 @@ def get_hash(name):
 
 def get_environment():
     """The conda environment of the stages that compute: with CUDA and flash-attn, or without."""
-    name = "gpu" if config["runtime"]["device"] == "cuda" else "cpu"
-    return str(HOME / f"envs/{name}.yaml")
+    devices = {
+        CONFIG.sections(variant)["runtime"].device for variant in CONFIG.variants
+    }
+    return str(HOME / f"envs/{'gpu' if 'cuda' in devices else 'cpu'}.yaml")
 
 
-def get_source_files():
-    """Local files that the dataset is made from; shards used in place are not read again."""
-    data = config["data"]
-    paths = data["paths"] if data["source"] == "jsonl" else []
-    return [*paths, *([data["tokenizer"]] if data["tokenizer"] else [])]
+def get_folder(stage, seed, variant):
+    """The folder of a stage's products for one seed and variant."""
+    if STAGES[stage].per == "dataset":
+        return DATASET.format(dataset=CONFIG.dataset(variant))
+    return f"{SEED.format(seed=seed)}/{FOLDERS[variant][stage]}/{stage}"
 
 
-def get_stage_files(stage, names=("provenance.json",)):
-    """Files of one stage for every seed and, where it has them, every variant."""
-    variants = list(config["variants"]) if stage in VARIANT_STAGES else [""]
-    return [
-        f"{RUN}/seed-{seed}/{variant}/{stage}/{name}".replace("//", "/")
-        for seed in config["seeds"]
-        for variant in variants
-        for name in names
+def get_needed_folders(stage):
+    """A function: needed stage → folder of its products, for a job's wildcards."""
+    return lambda wildcards: {
+        name: get_folder(name, wildcards.seed, get_user(stage, wildcards))
+        for name in STAGES[stage].needs
+    }
+
+
+def get_records(stage):
+    """An input function: what stands for changes of the products that a stage takes.
+
+    A provenance.json holds the hashes of the bulky files beside it, so that touching or copying
+    gigabytes reruns nothing; the copy of a manifest stands for its dataset's folder.
+    """
+    return lambda wildcards: [
+        (
+            f"{folder}.manifest.json"
+            if STAGES[name].per == "dataset"
+            else f"{folder}/provenance.json"
+        )
+        for name, folder in get_needed_folders(stage)(wildcards).items()
     ]
 
 
-STAGE_RULES = {
-    "tokenize": "tokenize_text",
-    "train": "train_model",
-    "ema": "average_ema",
-    "ttt": "adapt_ttt",
-    "gptq": "quantise_gptq",
-    "slot_eval": "evaluate_slot",
-    "audit": "audit_score",
-    "report": "write_report",
-}
+def get_products(stage):
+    """An input function, for `ancient`: every other file of the stages that a stage takes."""
+    return lambda wildcards: [
+        path
+        for name, folder in get_needed_folders(stage)(wildcards).items()
+        for path in get_product_files(name, folder)
+    ]
 
 
-def check_forced_rules(arguments):
-    """A stage's name is a target without output: forcing it would do nothing and say nothing."""
-    forcing = False
-    for argument in arguments:
-        option, _, value = argument.partition("=")
-        if argument.startswith("-"):
-            forcing = option in ("-R", "--forcerun")
-        name = value if argument.startswith("-") else argument
-        if forcing and name in STAGE_RULES:
-            raise WorkflowError(
-                f"--forcerun {name}: force its rule, {STAGE_RULES[name]}, instead"
-            )
+def get_product_files(stage, folder):
+    if STAGES[stage].per == "dataset":
+        return [folder]
+    files = [name for name in STAGES[stage].files if name != "provenance.json"]
+    return [f"{folder}/{name}" for name in files]
 
 
-check_forced_rules(sys.argv[1:])
+def get_outputs(stage, but=()):
+    """All files of a stage, by names such as `weights_safetensors`."""
+    folder = RUN if STAGES[stage].per == "run" else f"{SEED}/{{folder}}"
+    return {
+        name.replace(".", "_"): f"{folder}/{stage}/{name}"
+        for name in STAGES[stage].files
+        if name not in but
+    }
+
+
+def get_log(stage):
+    return f"{LOGS}/seed-{{seed}}/{{folder}}/{stage}.log"
+
+
+def get_benchmark(stage):
+    return f"{BENCHMARKS}/seed-{{seed}}/{{folder}}/{stage}.tsv"
+
+
+def get_options(stage):
+    """A params function: the script's options that name folders and the seed."""
+
+    def options(wildcards):
+        folders = get_needed_folders(stage)(wildcards)
+        output = f"{SEED}/{{folder}}/{stage}".format(**dict(wildcards))
+        pairs = {"seed": wildcards.seed, **folders, "output": output}
+        return " ".join(
+            f"--{name} {shlex.quote(str(value))}" for name, value in pairs.items()
+        )
+
+    return options
+
+
+def get_command(stage, launcher="python", more_options=""):
+    """The shell command of a stage that runs once a seed and folder."""
+    return (
+        f"{launcher} $FAIRWAY_HOME/workflow/scripts/{STAGES[stage].script}"
+        f" --settings {{params.settings:q}} {{params.options}}{more_options} > {{log:q}} 2>&1"
+    )
+
+
+def get_targets(stage):
+    """All files of a stage for every seed and variant, or for every dataset."""
+    if STAGES[stage].per == "run":
+        return list(get_outputs(stage).values())
+    if STAGES[stage].per == "dataset":
+        names = [DATASET.format(dataset=name) for name in sorted(DATASETS)]
+        return [path for name in names for path in (name, f"{name}.manifest.json")]
+    folders = sorted({folder for one, folder in USERS if one == stage})
+    return [
+        f"{SEED.format(seed=seed)}/{folder}/{stage}/{name}"
+        for seed in sorted(CONFIG.seeds)
+        for folder in folders
+        for name in STAGES[stage].files
+    ]
+
+
+def get_all_targets():
+    """Every stage's files: the report's, and those of stages that nothing builds on."""
+    return [path for stage in STAGES for path in get_targets(stage)]
+
+
+def get_stage_files(names):
+    """The named files of all variants' stages, for the report."""
+    targets = [path for stage in stages_per("variant") for path in get_targets(stage.name)]
+    return [path for path in targets if Path(path).name in names]
+
+
+def get_report_files():
+    """What the report reads, besides the records."""
+    names = ["metrics.json", "metrics.parquet", "tokens.parquet", "audit.json", "reach.parquet"]
+    return [*get_stage_files(names), *get_targets("tokenize")]
+
+
+def get_variants():
+    """What the report is told of variants, canonical: their datasets and their stages' folders."""
+    return canonical(
+        {
+            variant: {"dataset": CONFIG.dataset(variant), "folders": folders}
+            for variant, folders in FOLDERS.items()
+        }
+    )
+
+
+def is_fetched():
+    """Whether any dataset comes over the network, where trying again may help."""
+    return any(
+        CONFIG.sections(variant)["data"].is_fetched for variant in DATASETS.values()
+    )
+
+
+def get_source_files(wildcards):
+    """Local files that a dataset is made from."""
+    data = CONFIG.sections(DATASETS[wildcards.dataset])["data"]
+    return list(map(str, data.source_files()))
+
+
+def force_whole_stages(settings):
+    """`--forcerun train` forces the jobs of the stage: its target has no output to make again."""
+    settings.forcerun = {
+        f"run_{name}" if name in STAGES else name for name in settings.forcerun
+    }
+
+
+if workflow.dag_settings is not None:
+    force_whole_stages(workflow.dag_settings)

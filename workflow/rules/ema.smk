@@ -1,19 +1,19 @@
-rule average_ema:
+rule ema:
+    localrule: True
     input:
-        dataset=ancient(rules.tokenize_text.output.dataset),
-        # The provenance holds the hashes of the bulky files beside it and stands for their
-        # changes, so that touching or copying gigabytes reruns nothing.
-        provenance=rules.train_model.output.provenance,
-        weights=ancient(rules.train_model.output.weights),
-        averages=ancient(rules.train_model.output.averages),
+        get_targets("ema"),
+
+
+rule run_ema:
+    input:
+        records=get_records("ema"),
+        products=ancient(get_products("ema")),
     output:
-        weights=f"{SHARED}/ema/weights.safetensors",
-        metrics=f"{SHARED}/ema/metrics.json",
-        provenance=f"{SHARED}/ema/provenance.json",
+        **get_outputs("ema"),
     log:
-        f"{LOGS}/seed-{{seed}}/ema.log",
+        get_log("ema"),
     benchmark:
-        f"{RUN}/benchmarks/seed-{{seed}}/ema.tsv"
+        get_benchmark("ema")
     conda:
         get_environment()
     threads: 1
@@ -21,13 +21,10 @@ rule average_ema:
         runtime=30,
         mem_mb=4000,
     params:
-        train=subpath(input.provenance, parent=True),
-        folder=subpath(output.weights, parent=True),
         settings=get_settings("ema"),
-        code=get_code("ema.py"),
+        code=get_code("ema"),
+        options=get_options("ema"),
     message:
-        "ema: seed {wildcards.seed}"
+        "ema: seed {wildcards.seed}, {wildcards.folder}"
     shell:
-        "python $FAIRWAY_HOME/workflow/scripts/ema.py"
-        " --settings {params.settings:q} --seed {wildcards.seed} --dataset {input.dataset:q}/manifest.json"
-        " --train {params.train:q} --output {params.folder:q} > {log:q} 2>&1"
+        get_command("ema")

@@ -1,17 +1,19 @@
-rule quantise_gptq:
+rule gptq:
+    localrule: True
     input:
-        dataset=ancient(rules.tokenize_text.output.dataset),
-        provenance=rules.adapt_ttt.output.provenance,
-        weights=ancient(rules.adapt_ttt.output.weights),
+        get_targets("gptq"),
+
+
+rule run_gptq:
+    input:
+        records=get_records("gptq"),
+        products=ancient(get_products("gptq")),
     output:
-        artifact=f"{VARIANT}/gptq/artifact.bin",
-        layers=f"{VARIANT}/gptq/layers.parquet",
-        metrics=f"{VARIANT}/gptq/metrics.json",
-        provenance=f"{VARIANT}/gptq/provenance.json",
+        **get_outputs("gptq"),
     log:
-        f"{LOGS}/seed-{{seed}}/{{variant}}/gptq.log",
+        get_log("gptq"),
     benchmark:
-        f"{RUN}/benchmarks/seed-{{seed}}/{{variant}}/gptq.tsv"
+        get_benchmark("gptq")
     conda:
         get_environment()
     threads: 1
@@ -19,14 +21,10 @@ rule quantise_gptq:
         runtime=60,
         mem_mb=4000,
     params:
-        weights=subpath(input.provenance, parent=True),
-        folder=subpath(output.artifact, parent=True),
         settings=get_settings("gptq"),
-        code=get_code("gptq.py"),
+        code=get_code("gptq"),
+        options=get_options("gptq"),
     message:
-        "gptq: seed {wildcards.seed}, {wildcards.variant}"
+        "gptq: seed {wildcards.seed}, {wildcards.folder}"
     shell:
-        "python $FAIRWAY_HOME/workflow/scripts/gptq.py"
-        " --settings {params.settings:q} --variant {wildcards.variant} --seed {wildcards.seed}"
-        " --dataset {input.dataset:q}/manifest.json --weights {params.weights:q} --output {params.folder:q}"
-        " > {log:q} 2>&1"
+        get_command("gptq")

@@ -1,13 +1,13 @@
-rule write_report:
+rule report:
+    localrule: True
     input:
-        dataset=ancient(rules.tokenize_text.output.dataset),
-        shared=[*get_stage_files("train"), *get_stage_files("ema")],
-        stages=[
-            path
-            for stage in ("ttt", "gptq", "slot", "audit")
-            for path in get_stage_files(stage)
-        ],
-        tokens=ancient(get_stage_files("slot", ["tokens.parquet"])),
+        get_targets("report"),
+
+
+rule run_report:
+    input:
+        records=get_stage_files(["provenance.json"]),
+        products=ancient(get_report_files()),
     output:
         page=report(
             f"{RUN}/report/report.html",
@@ -15,15 +15,11 @@ rule write_report:
             category="Report",
             labels={"what": "the whole report"},
         ),
-        stages=f"{RUN}/report/stages.parquet",
-        summary=f"{RUN}/report/summary.parquet",
-        comparisons=f"{RUN}/report/comparisons.parquet",
-        gains=f"{RUN}/report/gains.parquet",
-        provenance=f"{RUN}/report/provenance.json",
+        **get_outputs("report", but=["report.html"]),
     log:
         f"{LOGS}/report.log",
     benchmark:
-        f"{RUN}/benchmarks/report.tsv"
+        f"{BENCHMARKS}/report.tsv"
     conda:
         "../../envs/cpu.yaml"
     threads: 1
@@ -32,17 +28,16 @@ rule write_report:
         mem_mb=4000,
     params:
         run=subpath(output.page, ancestor=2),
-        seeds=config["seeds"],
-        # Sorted, so that reordering the config's keys reruns nothing.
-        variants=sorted(config["variants"]),
-        folder=subpath(output.page, parent=True),
+        data=f"{CONFIG.results}/data",
+        # Sorted, so that another order of seeds reruns nothing.
+        seeds=sorted(CONFIG.seeds),
+        variants=get_variants(),
         settings=get_settings("report"),
-        code=get_code("report.py"),
+        code=get_code("report"),
         template=get_hash("src/fairway/report/page.html.j2"),
     message:
         "report: {output.page}"
     shell:
-        "python $FAIRWAY_HOME/workflow/scripts/report.py"
-        " --settings {params.settings:q} --run-folder {params.run:q} --data-folder {input.dataset:q}"
-        " --seeds {params.seeds} --variants {params.variants:q} --output {params.folder:q}"
-        " > {log:q} 2>&1"
+        "python $FAIRWAY_HOME/workflow/scripts/report.py --settings {params.settings:q}"
+        " --run {params.run:q} --data {params.data:q} --seeds {params.seeds}"
+        " --variants {params.variants:q} --output {params.run:q}/report > {log:q} 2>&1"

@@ -1,16 +1,19 @@
-rule evaluate_slot:
+rule slot_eval:
+    localrule: True
     input:
-        dataset=ancient(rules.tokenize_text.output.dataset),
-        provenance=rules.quantise_gptq.output.provenance,
-        artifact=ancient(rules.quantise_gptq.output.artifact),
+        get_targets("slot_eval"),
+
+
+rule run_slot_eval:
+    input:
+        records=get_records("slot_eval"),
+        products=ancient(get_products("slot_eval")),
     output:
-        tokens=f"{VARIANT}/slot/tokens.parquet",
-        metrics=f"{VARIANT}/slot/metrics.json",
-        provenance=f"{VARIANT}/slot/provenance.json",
+        **get_outputs("slot_eval"),
     log:
-        f"{LOGS}/seed-{{seed}}/{{variant}}/slot.log",
+        get_log("slot_eval"),
     benchmark:
-        f"{RUN}/benchmarks/seed-{{seed}}/{{variant}}/slot.tsv"
+        get_benchmark("slot_eval")
     conda:
         get_environment()
     threads: 1
@@ -19,14 +22,10 @@ rule evaluate_slot:
         runtime=60,
         mem_mb=4000,
     params:
-        gptq=subpath(input.provenance, parent=True),
-        folder=subpath(output.tokens, parent=True),
-        settings=get_settings("slot"),
-        code=get_code("slot_eval.py"),
+        settings=get_settings("slot_eval"),
+        code=get_code("slot_eval"),
+        options=get_options("slot_eval"),
     message:
-        "slot_eval: seed {wildcards.seed}, {wildcards.variant}"
+        "slot_eval: seed {wildcards.seed}, {wildcards.folder}"
     shell:
-        "{resources.launcher} $FAIRWAY_HOME/workflow/scripts/slot_eval.py"
-        " --settings {params.settings:q} --variant {wildcards.variant} --seed {wildcards.seed}"
-        " --dataset {input.dataset:q}/manifest.json --artifact {params.gptq:q} --output {params.folder:q}"
-        " > {log:q} 2>&1"
+        get_command("slot_eval", "{resources.launcher}")

@@ -1,15 +1,21 @@
-rule tokenize_text:
+rule tokenize:
+    localrule: True
     input:
-        get_source_files(),
+        get_targets("tokenize"),
+
+
+rule run_tokenize:
+    input:
+        get_source_files,
     output:
-        dataset=directory(DATA),
+        dataset=directory(DATASET),
         # A folder has no checksum and its age says little (copies, caches, symbolic links), so
         # this copy of its manifest, with every shard's hash, stands for the folder's changes.
-        manifest=f"{DATA}.manifest.json",
+        manifest=f"{DATASET}.manifest.json",
     log:
-        f"{config['results']}/logs/tokenize_{config['data']['name']}.log",
+        f"{CONFIG.results}/logs/tokenize_{{dataset}}.log",
     cache: "omit-software"
-    retries: 2 if config["data"]["source"] == "huggingface" else 0
+    retries: 2 if is_fetched() else 0
     conda:
         "../../envs/cpu.yaml"
     threads: 2
@@ -18,7 +24,7 @@ rule tokenize_text:
         mem_mb=4000,
     params:
         settings=get_settings("tokenize"),
-        code=get_code("tokenize_text.py"),
+        code=get_code("tokenize"),
     message:
         "tokenize: making the dataset {output.dataset}"
     shell:

@@ -1,17 +1,19 @@
-rule train_model:
+rule train:
+    localrule: True
     input:
-        dataset=ancient(rules.tokenize_text.output.dataset),
-        manifest=rules.tokenize_text.output.manifest,
+        get_targets("train"),
+
+
+rule run_train:
+    input:
+        records=get_records("train"),
+        products=ancient(get_products("train")),
     output:
-        weights=f"{SHARED}/train/weights.safetensors",
-        averages=f"{SHARED}/train/averages.safetensors",
-        curve=f"{SHARED}/train/metrics.parquet",
-        metrics=f"{SHARED}/train/metrics.json",
-        provenance=f"{SHARED}/train/provenance.json",
+        **get_outputs("train"),
     log:
-        f"{LOGS}/seed-{{seed}}/train.log",
+        get_log("train"),
     benchmark:
-        f"{RUN}/benchmarks/seed-{{seed}}/train.tsv"
+        get_benchmark("train")
     conda:
         get_environment()
     threads: 1
@@ -20,15 +22,14 @@ rule train_model:
         runtime=60,
         mem_mb=4000,
     params:
-        folder=subpath(output.weights, parent=True),
-        # Mid-run state lies outside the outputs, which a failed job loses.
-        checkpoints=f"{SHARED}/.checkpoints/train",
         settings=get_settings("train"),
-        code=get_code("train.py"),
+        code=get_code("train"),
+        options=get_options("train"),
+        # Mid-run state lies outside the outputs, which a failed job loses.
+        checkpoints=f"{SEED}/{{folder}}/.checkpoints/train",
     message:
-        "train: seed {wildcards.seed}, progress in {log}"
+        "train: seed {wildcards.seed}, {wildcards.folder}; progress in {log}"
     shell:
-        "{resources.launcher} $FAIRWAY_HOME/workflow/scripts/train.py"
-        " --settings {params.settings:q} --seed {wildcards.seed}"
-        " --dataset {input.dataset:q}/manifest.json --output {params.folder:q}"
-        " --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
+        get_command(
+            "train", "{resources.launcher}", " --checkpoints {params.checkpoints:q}"
+        )

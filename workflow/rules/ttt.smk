@@ -1,16 +1,19 @@
-rule adapt_ttt:
+rule ttt:
+    localrule: True
     input:
-        dataset=ancient(rules.tokenize_text.output.dataset),
-        provenance=rules.average_ema.output.provenance,
-        weights=ancient(rules.average_ema.output.weights),
+        get_targets("ttt"),
+
+
+rule run_ttt:
+    input:
+        records=get_records("ttt"),
+        products=ancient(get_products("ttt")),
     output:
-        weights=f"{VARIANT}/ttt/weights.safetensors",
-        metrics=f"{VARIANT}/ttt/metrics.json",
-        provenance=f"{VARIANT}/ttt/provenance.json",
+        **get_outputs("ttt"),
     log:
-        f"{LOGS}/seed-{{seed}}/{{variant}}/ttt.log",
+        get_log("ttt"),
     benchmark:
-        f"{RUN}/benchmarks/seed-{{seed}}/{{variant}}/ttt.tsv"
+        get_benchmark("ttt")
     conda:
         get_environment()
     threads: 1
@@ -19,14 +22,10 @@ rule adapt_ttt:
         runtime=60,
         mem_mb=4000,
     params:
-        ema=subpath(input.provenance, parent=True),
-        folder=subpath(output.weights, parent=True),
         settings=get_settings("ttt"),
-        code=get_code("ttt.py"),
+        code=get_code("ttt"),
+        options=get_options("ttt"),
     message:
-        "ttt: seed {wildcards.seed}, {wildcards.variant}"
+        "ttt: seed {wildcards.seed}, {wildcards.folder}"
     shell:
-        "{resources.launcher} $FAIRWAY_HOME/workflow/scripts/ttt.py"
-        " --settings {params.settings:q} --variant {wildcards.variant} --seed {wildcards.seed}"
-        " --dataset {input.dataset:q}/manifest.json --ema {params.ema:q} --output {params.folder:q}"
-        " > {log:q} 2>&1"
+        get_command("ttt", "{resources.launcher}")

@@ -1,0 +1,196 @@
+"""The schema of metrics.json: what every stage says of its run, and what each adds.
+
+`docs/reference/metrics.md` is generated from these classes. Losses are in nats per token, val_bpb in
+bits per byte; a key that a stage cannot know is null.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Metrics(BaseModel):
+    """Of every stage; a stage without a class of its own may add any keys."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    stage: str
+    """Name of the stage."""
+    seed: int | None
+    """Seed of everything random; null for a stage that runs once a run."""
+    folder: str | None
+    """Folder of the stage under `seed-<s>`: `shared` or a variant."""
+    seconds: float
+    """Wall-clock seconds of the stage, from start to the last product."""
+    training_seconds: float = 0.0
+    """Of them, seconds that count towards budgets.training_seconds."""
+    evaluation_seconds: float = 0.0
+    """Of them, seconds of evaluation; of slot_eval, what counts towards budgets.evaluation_seconds."""
+    device: str
+    """Name of the GPU, or the processor's architecture and number of threads."""
+    processes: int
+    """Processes that worked together."""
+    peak_memory_bytes: int
+    """Of the GPU's allocator on CUDA, else of the process."""
+
+
+class _Model(Metrics):
+    """Of stages that run the model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kernels: str
+    """`plain` or `fused`: the formulation that ran."""
+    kernels_reason: str | None = None
+    """Why `runtime.kernels: auto` did not take the fused one, where a GPU could run it."""
+    attention_backend: str
+    """What computed attention."""
+    precision: str
+    """Dtype of activations and matrix products."""
+    cuda_graphs: bool | None = None
+    """Whether kernels were replayed as CUDA graphs; null where the stage never does."""
+
+
+class _Score(_Model):
+    """Of stages that leave weights with a score."""
+
+    val_loss: float
+    """Mean loss of the validation split's targets."""
+    val_bpb: float
+    """Σ nats / (ln 2 · Σ bytes) over them."""
+    tokens: int
+    """Targets scored."""
+    bytes: int
+    """Bytes of text that they stand for."""
+
+
+class TokenizeMetrics(Metrics):
+    """Of tokenize."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: int
+    """In all splits."""
+    bytes: int
+    """Of decoded text, in all splits."""
+    documents: int
+    """In all splits."""
+    bytes_per_token: float
+    """bytes / tokens."""
+    splits: dict[str, dict[str, int]]
+    """Split → its tokens, bytes and documents."""
+
+
+class TrainMetrics(_Score):
+    """Of train; the score is that of the last weights."""
+
+    identity: str
+    """Hash of settings, seed, data and code: a checkpoint of another identity is never resumed."""
+    steps: int
+    """Optimizer steps done."""
+    train_tokens: int
+    """Tokens that they read."""
+    train_loss: float
+    """Of the last step."""
+    tokens_per_second: float
+    """Over the training clock."""
+    parameters: int
+    """Of the model."""
+
+
+class EmaMetrics(_Score):
+    """Of ema."""
+
+    average: str
+    """The tracker whose weights were taken: `ema_<decay>`, `swa`, or `last`."""
+    selection_losses: dict[str, float]
+    """Tracker → loss on held-out training text; empty where nothing had to be chosen."""
+
+
+class TttMetrics(_Score):
+    """Of ttt."""
+
+    data: str
+    """What it trained on: `train`, `val` or `none`."""
+    epoch_losses: list[float]
+    """Mean training loss of each epoch."""
+
+
+class GptqMetrics(_Score):
+    """Of gptq; the score is that of the weights read back from the artifact."""
+
+    quantizer: str
+    """Name of the quantizer."""
+    calibration: str | None
+    """Where calibration text came from; null where the quantizer needs no Hessians."""
+    artifact_bytes: int
+    """Length of artifact.bin."""
+    code_bytes: int
+    """Length of the source files that evaluation runs."""
+    total_bytes: int
+    """Both together, which the limit is about."""
+    limit_bytes: int
+    """budgets.artifact_bytes."""
+    streams: dict[str, int]
+    """Kind of number → bytes of its stream in the artifact."""
+    codecs: dict[str, str]
+    """Kind of number → what packed it."""
+    zeros: int
+    """Codes zeroed to fit the limit."""
+    mean_error: float
+    """Mean over matrices of tr((W−Q)·H·(W−Q)ᵀ)."""
+    mean_error_round_to_nearest: float | None = None
+    """The same for rounding to nearest, where the quantizer compares itself with that."""
+
+
+class SlotEvalMetrics(_Score):
+    """Of slot_eval: sums over tokens.parquet."""
+
+    val_loss_before: float
+    """Of the plain sliding window."""
+    val_bpb_before: float
+    """Of the plain sliding window."""
+    gain_nats: float
+    """val_loss_before − val_loss."""
+    gains: dict[str, float]
+    """Adapter → nats per token that it took off; they add up to gain_nats."""
+    adapters: list[dict[str, str]]
+    """`name` (as in the column gain_<name>) and `title` of each, in order."""
+    adapter_kernels: dict[str, str]
+    """Adapter → the formulation that computed it."""
+    shares_batches: bool
+    """Whether windows share what they are scored with, as in the reference submission's code."""
+    windows: int
+    """Windows scored."""
+    mean_iterations: float
+    """L-BFGS iterations of a fit, where an adapter fits."""
+    sliding_seconds: float
+    """Seconds of the model's own forward passes."""
+    adapter_seconds: float
+    """Seconds of everything else in the scoring."""
+
+
+class AuditMetrics(_Model):
+    """Of audit."""
+
+    verdict: str
+    """PASS, FAIL or NOT RUN."""
+    check_seconds: dict[str, float]
+    """Part of the audit → its seconds."""
+
+
+METRICS: dict[str, type[Metrics]] = {
+    "tokenize": TokenizeMetrics,
+    "train": TrainMetrics,
+    "ema": EmaMetrics,
+    "ttt": TttMetrics,
+    "gptq": GptqMetrics,
+    "slot_eval": SlotEvalMetrics,
+    "audit": AuditMetrics,
+}
+
+
+def checked_metrics(values: dict[str, Any]) -> dict[str, Any]:
+    """A stage's metrics as the JSON values that metrics.json holds, held against its class."""
+    kind = METRICS.get(values["stage"], Metrics)
+    return kind.model_validate(values).model_dump(mode="json")

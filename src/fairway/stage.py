@@ -1,0 +1,192 @@
+"""What every stage script shares: its command line and settings, its clock, and its records.
+
+A script is a function of a `StageRun` and one call:
+
+    def work(stage: StageRun) -> None:
+        model = load_model(stage.take("ema", "weights.safetensors"), stage.world.device)
+        with stage.charge("training"):
+            ...
+        save_model(stage.output / "weights.safetensors", model)
+        stage.finish({"average": "swa"})
+
+    if __name__ == "__main__":
+        run_stage("ttt", work, __doc__)
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fairway.distributed import World, barrier, device_name, distributed_world, peak_memory_bytes
+from fairway.errors import UserError
+from fairway.files import require_file, write_json
+from fairway.metrics import checked_metrics
+from fairway.plugins import search_beside
+from fairway.provenance import write_provenance
+from fairway.recipe import load_config, sections_of
+from fairway.stages import STAGES, Stage
+
+
+class StageRun:
+    """One run of one stage, handed to its script.
+
+    stage: its row of the table. settings: the sections that it may read, as objects
+    (`settings.train.max_steps`). plain_settings: the same as JSON values. inputs: stage → folder of
+    its products. output: folder for its own. seed: None for a stage that runs once a run.
+    """
+
+    def __init__(
+        self, stage: Stage, options: argparse.Namespace, settings: dict[str, Any], world: World
+    ) -> None:
+        self.stage, self.options, self.plain_settings, self.world = stage, options, settings, world
+        self.settings = SimpleNamespace(**sections_of(settings))
+        self.seed: int | None = getattr(options, "seed", None)
+        self.output: Path = options.output
+        self.inputs: dict[str, Path] = {
+            name: getattr(options, name) for name in stage.needs if hasattr(options, name)
+        }
+        self._started = time.perf_counter()
+        self._seconds = {"training": 0.0, "evaluation": 0.0}
+        self._taken: dict[Path, None] = {}
+
+    @property
+    def folder(self) -> str | None:
+        """`shared` or a variant's name, from where the output lies; None for one of a run."""
+        return self.output.parent.name if self.stage.per == "variant" else None
+
+    def take(self, stage: str, name: str) -> Path:
+        """A product of an earlier stage, noted as an input; UserError where it is missing."""
+        path = require_file(
+            self.inputs[stage] / name, f"the {stage} stage; run `snakemake --cores 2 {stage}`"
+        )
+        self._taken[path] = None
+        return path
+
+    @contextmanager
+    def charge(self, budget: str) -> Iterator[None]:
+        """Count the block's seconds as `training` or `evaluation`."""
+        started = time.perf_counter()
+        yield
+        self.add_seconds(budget, time.perf_counter() - started)
+
+    def add_seconds(self, budget: str, seconds: float) -> None:
+        """Count seconds that a clock of its own measured."""
+        self._seconds[budget] += seconds
+
+    def finish(
+        self,
+        metrics: Mapping[str, Any],
+        *,
+        splits_read: Iterable[str] = (),
+        products: Iterable[str] = (),
+    ) -> None:
+        """Write metrics.json, then provenance.json, for which all products must be there.
+
+        metrics: what the stage adds to what all have; a key of these overrides it.
+        splits_read: data splits whose tokens made the product; scoring a finished one counts not.
+        products: files besides those of the table, relative to the output.
+        """
+        values = {
+            "stage": self.stage.name,
+            "seed": self.seed,
+            "folder": self.folder,
+            "device": device_name(self.world.device),
+            "processes": self.world.size,
+            "peak_memory_bytes": peak_memory_bytes(self.world.device),
+            **{f"{budget}_seconds": spent for budget, spent in self._seconds.items()},
+            **metrics,
+        }
+        values["seconds"] = time.perf_counter() - self._started
+        write_json(self.output / "metrics.json", checked_metrics(values))
+        names = (*self.stage.products, *products, "metrics.json")
+        write_provenance(
+            self.output,
+            stage=self.stage.name,
+            settings=self.plain_settings,
+            seed=self.seed,
+            inputs=self._taken,
+            outputs=[self.output / name for name in names],
+            splits_read=splits_read,
+            parents=[folder / "provenance.json" for folder in self.inputs.values()],
+        )
+
+
+def run_stage(
+    name: str,
+    work: Callable[[StageRun], None],
+    documentation: str | None,
+    arguments: list[str] | None = None,
+    add_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> None:
+    """Parse the command line, join the other processes, and do the stage's work.
+
+    A UserError becomes one line on stderr and exit status 1. Only the first process should write;
+    all wait for it at the end.
+    """
+    stage = STAGES[name]
+    parser = stage_parser(stage, documentation)
+    add_options(parser)
+    with user_errors():
+        options = parser.parse_args(arguments)
+        settings = stage_settings(stage, options)
+        device = settings.get("runtime", {}).get("device", "cpu")
+        with distributed_world(device) as world:
+            work(StageRun(stage, options, settings, world))
+            barrier(world)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Tell a UserError in one line and exit with status 1."""
+    # A reader that closes the pipe early (`script | head`) is no fault of the script.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+    except UserError as error:
+        sys.stdout.flush()
+        rank = os.environ.get("RANK")
+        where = f" (rank {rank})" if rank not in (None, "0") else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def stage_parser(stage: Stage, documentation: str | None) -> argparse.ArgumentParser:
+    """The options of a stage: where its settings come from, its inputs' folders, and its own."""
+    parser = argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--config", nargs="+", type=Path, metavar="FILE", help="YAML files, later ones over earlier"
+    )
+    source.add_argument(
+        "--settings", metavar="JSON", help="the stage's sections, as the workflow passes them"
+    )
+    parser.add_argument("--variant", help="whose sections count (with --config)")
+    if stage.per == "variant":
+        parser.add_argument("--seed", type=int, required=True)
+    for name in stage.needs if stage.per != "run" else ():
+        parser.add_argument(
+            f"--{name}", type=Path, required=True, metavar="FOLDER", help=f"products of {name}"
+        )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the products")
+    return parser
+
+
+def stage_settings(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
+    """The stage's sections as plain values: from `--settings`, or cut from `--config` files."""
+    search_beside([Path.cwd()])
+    if options.settings is None:
+        return load_config(options.config).stage_settings(stage.name, options.variant)
+    try:
+        return json.loads(options.settings)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--settings is not JSON: {error}") from error

@@ -1,21 +1,17 @@
 """Make a dataset: documents or finished shards → tokenizer, shards, splits and their manifest."""
 
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from fairway.data.corpus import read_documents, source_files
+from fairway.data.corpora.base import Corpus
 from fairway.data.dataset import FORMAT
-from fairway.data.hub import fetch_shards
 from fairway.data.manifest import TRAINING_SPLITS, describe_dataset
 from fairway.data.settings import DataSettings
 from fairway.data.shards import TOKEN_TYPE, ShardWriter
@@ -23,52 +19,61 @@ from fairway.data.tokenizer import load_tokenizer, train_tokenizer
 from fairway.errors import UserError
 from fairway.files import atomic_path, read_json, write_json
 from fairway.progress import progress
-from fairway.provenance import device_name, peak_memory_bytes, write_provenance
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 
-# Text that is encoded at once, enough to keep every thread busy.
 BATCH_CHARACTERS = 4_000_000
+"""Text is encoded in batches of about this size, which keep every thread busy."""
 
 
-def make_dataset(settings: DataSettings, folder: str | Path, threads: int) -> None:
-    """Write tokenizer.model, shards, manifest.json, metrics.json and provenance.json to `folder`.
+def make_dataset(
+    settings: DataSettings, folder: str | Path, threads: int
+) -> tuple[dict[str, Any], list[Path]]:
+    """Write tokenizer.model, shards and manifest.json to `folder`.
 
-    The manifest is written once all the data are there. Finished shards stay where they are and are
-    only described. The data and the manifest do not depend on `threads`.
+    Returns metrics (tokens, bytes, documents, bytes_per_token, and `splits` with the first three of
+    each split) and the input files for the provenance. The manifest is written last. Finished
+    shards stay where they are and are only described; the manifest has their hashes. Neither the
+    data nor the manifest depend on `threads`.
     Raises UserError for whatever is wrong with the source, the tokenizer or the shards.
     """
-    started = time.perf_counter()
-    folder = Path(folder)
-    tokenizer_path = folder / TOKENIZER
-    if settings.has_shards:
-        train, val, model = _find_shards(settings, folder)
-        inputs = [model]
-        load_tokenizer(model, settings.vocab_size)
-        _remove_previous(folder)
-        _copy(model, tokenizer_path)
-        manifest = describe_dataset(settings, tokenizer_path, train, val, threads)
-    else:
-        files = source_files(settings)
-        inputs = [*files, *([Path(settings.tokenizer)] if settings.tokenizer else [])]
-        _remove_previous(folder)
-        shards, decoded_bytes = _make_shards(settings, files, folder, threads)
-        manifest = describe_dataset(
-            settings, tokenizer_path, shards["train"], shards["val"], threads
-        )
-        _check_bytes(manifest["splits"], decoded_bytes, tokenizer_path)
+    folder, corpus = Path(folder), settings.corpus()
+    make = _describe_shards if corpus.brings_shards else _tokenize
+    manifest, inputs = make(corpus, settings, folder, threads)
     write_json(folder / MANIFEST, manifest)
-    write_json(folder / "metrics.json", _metrics(settings, manifest, time.perf_counter() - started))
-    write_provenance(
-        folder,
-        stage="tokenize",
-        seed=settings.seed,
-        settings={"data": asdict(settings)},
-        inputs=inputs,
-        outputs=[folder / MANIFEST, tokenizer_path],  # the manifest holds every shard's hash
-        splits_read=(),
-    )
+    return _metrics(manifest), inputs
+
+
+def _describe_shards(
+    corpus: Corpus, settings: DataSettings, folder: Path, threads: int
+) -> tuple[dict[str, Any], list[Path]]:
+    """The manifest of finished shards, and the tokenizer that was copied."""
+    shards = corpus.shards()
+    inside = shards.train[0].parent
+    if inside.resolve() == folder.resolve():
+        raise UserError(
+            f"data.folder {inside} is where the dataset would be written: change data.name "
+            "or move the shards"
+        )
+    load_tokenizer(shards.tokenizer, settings.vocab_size)
+    _remove_previous(folder)
+    _copy(shards.tokenizer, folder / TOKENIZER)
+    manifest = describe_dataset(settings, folder / TOKENIZER, shards.train, shards.val, threads)
+    return manifest, [shards.tokenizer]
+
+
+def _tokenize(
+    corpus: Corpus, settings: DataSettings, folder: Path, threads: int
+) -> tuple[dict[str, Any], list[Path]]:
+    """The manifest of shards made from documents, and the files that these came from."""
+    inputs = [*corpus.fetch(), *([Path(settings.tokenizer)] if settings.tokenizer else [])]
+    _remove_previous(folder)
+    shards, decoded_bytes = _make_shards(corpus, settings, folder, threads)
+    tokenizer_path = folder / TOKENIZER
+    manifest = describe_dataset(settings, tokenizer_path, shards["train"], shards["val"], threads)
+    _check_bytes(manifest["splits"], decoded_bytes, tokenizer_path)
+    return manifest, inputs
 
 
 def _remove_previous(folder: Path) -> None:
@@ -87,46 +92,19 @@ def _remove_previous(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _find_shards(settings: DataSettings, folder: Path) -> tuple[list[Path], list[Path], Path]:
-    """Finished shards: absolute paths of those to train on and to validate on, and their model."""
-    if settings.source == "huggingface":
-        shard_folder, model = fetch_shards(
-            settings.repository, settings.revision, settings.vocab_size
-        )
-    else:
-        assert settings.folder is not None and settings.tokenizer is not None
-        shard_folder, model = Path(settings.folder), Path(settings.tokenizer)
-    if shard_folder.resolve() == folder.resolve():
-        raise UserError(
-            f"data.folder {shard_folder} is where the dataset would be written: change data.name "
-            "or move the shards"
-        )
-    return _list_shards(shard_folder, "train"), _list_shards(shard_folder, "val"), model
-
-
-def _list_shards(folder: Path, split: str) -> list[Path]:
-    patterns = (f"fineweb_{split}_*.bin", f"{split}_*.bin")
-    paths = [path.absolute() for pattern in patterns for path in sorted(folder.glob(pattern))]
-    if not paths:
-        raise UserError(
-            f"{folder} holds no {split} shards: expected {' or '.join(patterns)}; check data.folder"
-        )
-    return paths
-
-
 def _copy(source: Path, destination: Path) -> None:
     with atomic_path(destination) as temporary:
         shutil.copyfile(source, temporary)
 
 
 def _make_shards(
-    settings: DataSettings, files: Sequence[Path], folder: Path, threads: int
+    corpus: Corpus, settings: DataSettings, folder: Path, threads: int
 ) -> tuple[dict[str, list[Path]], dict[str, int]]:
-    """Tokenise: for `val` and `train`, the shards and the UTF-8 bytes of their decoded text."""
+    """Tokenize: for `val` and `train`, the shards and the UTF-8 bytes of their decoded text."""
     tokenizer_path = folder / TOKENIZER
-    documents = _survey(settings, files, tokenizer_path)
+    documents = _survey(corpus, settings, tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path, settings.vocab_size)
-    source = _selected_documents(settings, files)
+    source = _selected_documents(corpus, settings)
     shards: dict[str, list[Path]] = {}
     decoded_bytes = {"val": 0, "train": 0}
     with progress(documents, "tokenize", "document") as bar:
@@ -142,23 +120,23 @@ def _make_shards(
     return shards, decoded_bytes
 
 
-def _selected_documents(settings: DataSettings, files: Sequence[Path]) -> Iterator[str]:
+def _selected_documents(corpus: Corpus, settings: DataSettings) -> Iterator[str]:
     """The source's documents, validation first, cut at `max_train_docs`."""
     limit = settings.max_train_docs
     stop = None if limit is None else settings.val_docs + limit
-    return islice(read_documents(settings, files), stop)
+    return islice(corpus.documents(), stop)
 
 
-def _survey(settings: DataSettings, files: Sequence[Path], tokenizer_path: Path) -> int:
+def _survey(corpus: Corpus, settings: DataSettings, tokenizer_path: Path) -> int:
     """Put the tokenizer in place and return the number of documents, in one pass over them.
 
-    A tokenizer is trained on training documents only. Bad lines and a lack of documents come to
-    light here, before anything is tokenised.
+    A tokenizer learns from training documents only. Bad lines and a lack of documents show here,
+    before anything is tokenized.
     """
     if settings.tokenizer:
         load_tokenizer(settings.tokenizer, settings.vocab_size)
     with progress(None, "read", "document") as bar:
-        documents = _counted(_selected_documents(settings, files), bar)
+        documents = _counted(_selected_documents(corpus, settings), bar)
         validation = sum(1 for _ in islice(documents, settings.val_docs))
         first = next(documents, None)
         if first is None:
@@ -202,8 +180,8 @@ def encode_documents(
 ) -> tuple[np.ndarray, int]:
     """Tokens uint16 [n], a BOS before each document, and the UTF-8 length of what they decode to.
 
-    The decoded text, not the given one, is what the tokens stand for: normalisation folds spaces
-    and compatibility characters.
+    The decoded text counts, not the given one: normalization folds spaces and compatibility
+    characters.
     """
     encoded = tokenizer.encode(list(documents), num_threads=threads)
     decoded = tokenizer.decode(encoded, num_threads=threads)
@@ -226,27 +204,10 @@ def _check_bytes(
             )
 
 
-def _metrics(settings: DataSettings, manifest: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    splits = manifest["splits"]
-    totals = {
-        unit: sum(split[unit] for split in splits.values())
-        for unit in ("tokens", "bytes", "documents")
+def _metrics(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    units = ("tokens", "bytes", "documents")
+    splits = {
+        name: {unit: split[unit] for unit in units} for name, split in manifest["splits"].items()
     }
-    cpu = torch.device("cpu")
-    return {
-        "stage": "tokenize",
-        "seed": settings.seed,
-        "variant": None,
-        "val_loss": None,
-        "val_bpb": None,
-        **totals,
-        "bytes_per_token": totals["bytes"] / totals["tokens"],
-        "splits": {name: {unit: split[unit] for unit in totals} for name, split in splits.items()},
-        "seconds": seconds,
-        "training_seconds": 0.0,
-        "evaluation_seconds": 0.0,
-        "device": device_name(cpu),
-        "attention_backend": None,
-        "peak_memory_bytes": peak_memory_bytes(cpu),
-        "processes": 1,
-    }
+    totals = {unit: sum(split[unit] for split in splits.values()) for unit in units}
+    return {**totals, "bytes_per_token": totals["bytes"] / totals["tokens"], "splits": splits}

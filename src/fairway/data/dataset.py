@@ -1,4 +1,4 @@
-"""A tokenised dataset as later stages see it: a manifest that cuts shards into splits."""
+"""A tokenized dataset as later stages see it: a manifest that cuts shards into splits."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits of one tokenised text.
+    """Splits of one tokenized text.
 
     splits: for each of SPLITS its spans in reading order. `selection` and `adaptation` are tails
     of the training text that `train` does not contain.

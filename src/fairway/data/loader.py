@@ -17,8 +17,8 @@ import numpy as np
 from fairway.data.dataset import Span
 from fairway.errors import UserError
 
-# What a random stream is for; with it in the seed, no two streams are the same.
 BLOCK_ORDER, BATCH_MIX = 1, 2
+"""The uses of random numbers. Each is part of its seed, so that no two draw the same."""
 
 
 class CoprimeLoader:
@@ -58,11 +58,6 @@ class CoprimeLoader:
         self._batch = 0
         self._start_epoch(0)
 
-    @property
-    def epoch_blocks(self) -> int:
-        """Blocks of the current epoch; phases differ, so another epoch may have one more a span."""
-        return int(self._blocks.sum())
-
     def next_batch(self) -> tuple[np.ndarray, np.ndarray]:
         """The next inputs and targets, int64 [batch_sequences / world_size, sequence_length].
 
@@ -79,7 +74,7 @@ class CoprimeLoader:
         return inputs, targets
 
     def state(self) -> dict[str, Any]:
-        """Where the loader stands, as JSON values: batch, epoch, and blocks drawn of each span."""
+        """The loader's position as JSON values: batch, epoch, and blocks drawn of each span."""
         return {"batch": self._batch, "epoch": self._epoch, "drawn": self._drawn.tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

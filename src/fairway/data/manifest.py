@@ -51,7 +51,7 @@ def describe_dataset(
     return {
         "format": FORMAT,
         "name": settings.name,
-        "source": settings.source,
+        "source": settings.source.name,
         "vocab_size": settings.vocab_size,
         "bos_id": tokenizer.bos_id(),
         "tokenizer": {"path": tokenizer_path.name, "sha256": sha256_of(tokenizer_path)},

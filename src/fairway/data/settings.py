@@ -1,38 +1,81 @@
-"""The `data` section of the configuration."""
+"""Section `data`: which text, which tokenizer, and how the tokens are split."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from fairway.config import check_data
+from pydantic import Field, model_validator
+
+from fairway.errors import UserError
+from fairway.settings import Choice, Settings
+
+SOURCE_KEYS = ("paths", "folder", "repository", "revision", "form")
+"""Keys that configure sources; each is read by those that name it in `Corpus.reads`."""
+
+DOCUMENT_KEYS = ("tokenizer", "val_docs", "max_train_docs", "shard_tokens", "seed")
+"""Keys that say how documents become shards; finished shards need none of them."""
 
 
-@dataclass(frozen=True)
-class DataSettings:
-    """Which text, which tokenizer, and how the tokens are split; the schema documents each key.
+class SourceChoice(Choice):
+    """A corpus: the name of one of Fairway's, or `module:Name` of your own, with its settings."""
 
-    Raises UserError where a source lacks the key that it needs.
-    """
+    package = "fairway.data.corpora"
 
-    name: str
-    source: str
-    paths: Sequence[str]
-    folder: str | None
-    repository: str
-    revision: str | None
-    form: str
-    tokenizer: str | None
-    vocab_size: int
-    val_docs: int
-    max_train_docs: int | None
-    shard_tokens: int
-    selection_tokens: int
-    adaptation_tokens: int
-    seed: int
 
-    def __post_init__(self) -> None:
-        check_data(asdict(self))
+class DataSettings(Settings):
+    """Which text, which tokenizer, and how the tokens are split."""
 
-    @property
-    def has_shards(self) -> bool:
-        """Whether the source is made of finished shards rather than of documents."""
-        return self.source == "shards" or (self.source == "huggingface" and self.form == "shards")
+    name: str = Field(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Folder under results/data."""
+    source: SourceChoice
+    """Where the text comes from."""
+    paths: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """For `jsonl`: the files, plain or .gz, .xz, .zst, in this order."""
+    folder: str | None = None
+    """For `shards`: a folder in the challenge's layout, used in place."""
+    repository: str = "willdepueoai/parameter-golf"
+    """For `huggingface`: the dataset repository."""
+    revision: str | None = None
+    """For `huggingface`: a commit or branch; null is the newest."""
+    form: Literal["documents", "shards"] = "documents"
+    """For `huggingface`: tokenize its documents, or take its shards and their tokenizer."""
+    tokenizer: str | None = None
+    """A SentencePiece .model to use; null trains one."""
+    vocab_size: int = Field(1024, ge=300, le=65535)
+    """Tokens of the vocabulary, those of single bytes included."""
+    val_docs: int = Field(50_000, ge=1)
+    """The first documents, kept for validation."""
+    max_train_docs: int | None = Field(None, ge=1)
+    """Training documents at most; null takes all."""
+    shard_tokens: int = Field(100_000_000, ge=1024)
+    """Tokens of a shard."""
+    selection_tokens: int = Field(1_048_576, ge=1)
+    """A tail of the training text that train never draws: `ema.decay: auto` is chosen on it."""
+    adaptation_tokens: int = Field(8_388_608, ge=1)
+    """A tail of the training text that train never draws: `ttt.data: train` reads it."""
+    seed: int = Field(0, ge=0)
+    """Draws the documents that the tokenizer learns from where there are more than 5 million."""
+
+    @model_validator(mode="after")
+    def _fits_its_source(self) -> Self:
+        corpus = self.corpus()
+        corpus.check()
+        read = {*corpus.reads, *(() if corpus.brings_shards else DOCUMENT_KEYS)}
+        for key in (*SOURCE_KEYS, *DOCUMENT_KEYS):
+            default = type(self).model_fields[key].default
+            if key not in read and getattr(self, key) != default:
+                finished = " when it brings finished shards" if corpus.brings_shards else ""
+                raise UserError(
+                    f"data.{key} is set, but data.source {self.source.name!r} does not read it"
+                    f"{finished}: remove it, or give its default, {json.dumps(default)}"
+                )
+        return self
+
+    def corpus(self) -> Any:
+        """The source itself, a `fairway.data.corpora.base.Corpus`."""
+        return self.source.type(self.source.settings, self)
+
+    def files(self) -> tuple[Path, ...]:
+        """The local files that the dataset is made from: the declared inputs of tokenize."""
+        given = () if self.tokenizer is None else (Path(self.tokenizer),)
+        return (*self.corpus().files(), *given)

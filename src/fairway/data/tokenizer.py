@@ -72,7 +72,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: Path, seed:
 
 
 def _training_text(documents: Iterable[str], failures: list[BaseException]) -> Iterator[str]:
-    """The documents without NUL; keeps what they raise, which SentencePiece turns into text."""
+    """The documents without NUL; keeps the errors they raise, which SentencePiece makes text."""
     try:
         for text in documents:
             yield text.replace("\0", " ")

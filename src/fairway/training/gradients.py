@@ -1,24 +1,21 @@
-"""Gradients of a micro-batch: launched kernel by kernel, or replayed as one CUDA graph.
+"""Gradients of a micro-batch: kernel by kernel, or all kernels as one CUDA graph.
 
-A graph spares the processor the launches and the GPU the waits between kernels, which count where
-a micro-batch is small. It is recorded once for each shape, and once more for late QAT.
+A graph is captured once for each shape of micro-batch, and once more for late QAT.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 
 from fairway.model.gpt import GPT
-from fairway.model.runtime import record_graph
+from fairway.model.graphs import CapturedGraph, capture
 
 Backward = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """inputs, targets int64 [B, T] and a factor: adds the gradients of factor · loss to `.grad`, and
 returns factor · loss, a float32 scalar on the device."""
 
-
 WARM_UP_RUNS = 2
-"""Before a recording."""
+"""A backward pass runs this often before it is captured."""
 
 
 def fill_missing_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -28,7 +25,7 @@ def fill_missing_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def launched(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Backward:
+def eager_backward(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Backward:
     """The plain way, for any `loss` of inputs and targets."""
 
     def backward(inputs: torch.Tensor, targets: torch.Tensor, factor: float) -> torch.Tensor:
@@ -39,19 +36,10 @@ def launched(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Back
     return backward
 
 
-@dataclass(frozen=True)
-class Recording:
-    """A graph and the memory that it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    loss: torch.Tensor
-
-
-def replayed(model: GPT) -> Backward:
-    """The same for `model.loss` on CUDA, recorded when a kind of micro-batch is first met."""
-    recordings: dict[tuple, Recording] = {}
+def graphed_backward(model: GPT) -> Backward:
+    """The same for `model.loss` on CUDA, captured when a shape of micro-batch is first met."""
+    graphs: dict[tuple, CapturedGraph] = {}
+    eager = eager_backward(model.loss)
     parameters = list(model.parameters())
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     pool = torch.cuda.graph_pool_handle()
@@ -61,27 +49,15 @@ def replayed(model: GPT) -> Backward:
             torch._foreach_zero_(gradients)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-        kind = (*inputs.shape, factor, model.matrix_transform)
-        if kind not in recordings:
-            recordings[kind] = _record(model, inputs, targets, factor, gradients, pool)
-        recording = recordings[kind]
-        recording.inputs.copy_(inputs)
-        recording.targets.copy_(targets)
-        recording.graph.replay()
-        return recording.loss.clone()
+        key = (*inputs.shape, factor, model.matrix_transform)
+        if key not in graphs:
+            graphs[key] = capture(
+                lambda x, y: eager(x, y, factor),
+                (inputs, targets),
+                pool=pool,
+                warm_up_runs=WARM_UP_RUNS,
+                changes=gradients,
+            )
+        return graphs[key](inputs, targets).clone()
 
     return backward
-
-
-def _record(model, inputs, targets, factor, gradients, pool) -> Recording:
-    backward, before = launched(model.loss), [gradient.clone() for gradient in gradients]
-    inputs, targets = inputs.clone(), targets.clone()
-    main, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(main)
-    with torch.cuda.stream(aside):
-        for _ in range(WARM_UP_RUNS):
-            backward(inputs, targets, factor)
-    main.wait_stream(aside)
-    graph, loss = record_graph(lambda: backward(inputs, targets, factor), pool)
-    torch._foreach_copy_(gradients, before)
-    return Recording(graph, inputs, targets, loss)

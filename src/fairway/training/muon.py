@@ -1,4 +1,4 @@
-"""Muon on banks of matrices: momentum, orthogonalised by Newton–Schulz, sharded over processes.
+"""Muon on banks of matrices: momentum, orthogonalized by Newton–Schulz, sharded over processes.
 
 K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). Use it on
 matrices inside the network only, not on embeddings, heads, vectors or scalars.
@@ -14,7 +14,7 @@ import torch.distributed as dist
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(matrices: torch.Tensor, steps: int) -> torch.Tensor:
+def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
     """Approximate U·Vᵀ of each matrix by `steps` Newton–Schulz iterations.
 
     matrices: [n, out, in], any float dtype; returns the same shape in bfloat16 on CUDA and
@@ -41,7 +41,7 @@ def update_scale(out_features: int, in_features: int) -> float:
 class BankShards:
     """One bank's momentum, split by matrix over the processes.
 
-    Each process reduces, orthogonalises and gathers only the matrices that it owns; with one
+    Each process reduces, orthogonalizes and gathers only the matrices that it owns; with one
     process it owns them all. The bank is padded to a multiple of the number of processes.
     """
 
@@ -79,7 +79,7 @@ class BankShards:
         """Nesterov momentum on `gradient` [owned, out, in], then update the whole bank."""
         self.momentum.mul_(momentum).add_(gradient)
         lookahead = gradient.add(self.momentum, alpha=momentum)
-        update = orthogonalise(lookahead, newton_schulz_steps)
+        update = orthogonalize(lookahead, newton_schulz_steps)
         if self.world_size > 1:
             gathered = update.new_empty(self.owned * self.world_size, *update.shape[1:])
             dist.all_gather_into_tensor(gathered, update.contiguous())

@@ -1,28 +1,19 @@
-"""The record's optimiser: Muon for the banks, AdamW for embeddings and for everything small."""
-
-from itertools import chain
+"""The reference submission's optimizer: Muon for matrices, AdamW for everything else."""
 
 import torch
 import torch.distributed as dist
 
-from fairway.model.gpt import BANKS, GPT
+from fairway.model.gpt import GPT
 from fairway.training.gradients import fill_missing_gradients
 from fairway.training.muon import BankShards
 
-EMBEDDINGS = ("token_embedding", "bigram_embedding", "value_embedding")
+GROUPS = ("matrix", "embedding", "scalar")
 
 
 def parameter_groups(model: GPT) -> dict[str, list[str]]:
-    """Names by group (`matrix`, `embedding`, `scalar`); every parameter is in exactly one."""
-    names = [name for name, _ in model.named_parameters()]
-    groups = {
-        "matrix": [name for name in names if name in BANKS],
-        "embedding": [name for name in names if name in EMBEDDINGS],
-        "scalar": [name for name in names if name not in (*BANKS, *EMBEDDINGS)],
-    }
-    assert sorted(chain(*groups.values())) == sorted(names)
-    assert len(groups["matrix"]) == len(BANKS) and len(groups["embedding"]) == len(EMBEDDINGS)
-    return groups
+    """Names of the parameters of each group, as the table of parameters has them."""
+    table = model.parameter_table
+    return {group: [name for name in table if table[name].group == group] for group in GROUPS}
 
 
 class Optimizer:

@@ -1,0 +1,37 @@
+"""The loss of every target of a text, without adaptation."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fairway.model.gpt import GPT
+
+
+@torch.no_grad()
+def target_losses(model: GPT, tokens: np.ndarray, batch_tokens: int = 65536) -> np.ndarray:
+    """Nats of tokens[1:], float64 [n], from an integer array [n+1].
+
+    Sequences of the model's training length follow each other without overlap; what remains at
+    the end is one shorter sequence. A forward pass takes about `batch_tokens`.
+    """
+    length = model.config.sequence_tokens
+    text = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
+    targets = len(text) - 1
+    rows = max(1, batch_tokens // length)
+    losses = []
+    for start in range(0, targets, rows * length):
+        stop = min(start + rows * length, targets)
+        whole = start + (stop - start) // length * length
+        for first, last, width in ((start, whole, length), (whole, stop, stop - whole)):
+            if last > first:
+                inputs = text[first:last].view(-1, width)
+                wanted = text[first + 1 : last + 1].view(-1, width)
+                losses.append(_losses(model, inputs, wanted))
+    return np.concatenate(losses)
+
+
+def _losses(model: GPT, inputs: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+    device = model.token_embedding.device
+    logits = model(inputs.to(device)).flatten(0, 1)
+    losses = F.cross_entropy(logits, targets.to(device).flatten(), reduction="none")
+    return losses.double().cpu().numpy()

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from fairway.errors import UserError
-from fairway.plugins import did_you_mean, label, load
+from fairway.plugins import built_in_names, did_you_mean, label, load
 
 
 class Fault(ValueError):
@@ -114,6 +114,12 @@ class Choice(BaseModel):
     @model_serializer
     def _as_named(self) -> dict[str, Any]:
         return {self.name: self.settings.model_dump(mode="json")}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        names = {"type": "string", "examples": built_in_names(cls.package)}
+        own = {"type": "object", "minProperties": 1, "maxProperties": 1}
+        return {"anyOf": [names, own], "title": cls.__name__}
 
     @property
     def type(self) -> Any:
@@ -223,3 +229,42 @@ def _members(annotation: Any) -> set[Any]:
     if origin in (Union, types.UnionType):
         return set().union(*map(_members, get_args(annotation)))
     return set(get_args(annotation)) if origin is Literal else {origin or annotation}
+
+
+def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """`overlay` over `base`: mappings merge key by key, anything else is replaced.
+
+    Over a list of named entries, as `evaluation.adapters` is, a mapping changes the entries of
+    those names; null takes one out, an unknown name is appended.
+    """
+    merged = dict(base)
+    for key, value in overlay.items():
+        before = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            merged[key] = merge(before, value)
+        elif isinstance(value, Mapping) and is_named_list(before):
+            merged[key] = merge_named(before, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def is_named_list(value: Any) -> bool:
+    """Whether a list has entries of the form `name` or `{name: {settings}}` only."""
+    return isinstance(value, list | tuple) and all(
+        isinstance(one, str) or (isinstance(one, Mapping) and len(one) == 1) for one in value
+    )
+
+
+def merge_named(entries: Sequence[Any], overlay: Mapping[str, Any]) -> list[Any]:
+    """A list of named entries with the changes of a mapping; null takes one out."""
+    named = {}
+    for entry in entries:
+        ((name, settings),) = [(entry, {})] if isinstance(entry, str) else entry.items()
+        named[name] = settings or {}
+    for name, changes in overlay.items():
+        if changes in (None, "null"):
+            named.pop(name, None)
+        else:
+            named[name] = merge(named.get(name, {}), changes)
+    return [{name: settings} for name, settings in named.items()]

@@ -251,15 +251,16 @@ def get_variants():
 
 def is_fetched():
     """Whether any dataset comes over the network, where trying again may help."""
-    return any(
-        CONFIG.sections(variant)["data"].is_fetched for variant in DATASETS.values()
-    )
+    corpora = [
+        CONFIG.sections(variant)["data"].corpus() for variant in DATASETS.values()
+    ]
+    return any(corpus.downloads for corpus in corpora)
 
 
 def get_source_files(wildcards):
     """Local files that a dataset is made from."""
     data = CONFIG.sections(DATASETS[wildcards.dataset])["data"]
-    return list(map(str, data.source_files()))
+    return list(map(str, data.files()))
 
 
 def force_whole_stages(settings):

@@ -1,8 +1,11 @@
 """Running averages of the weights during training: EMA at several decays, and SWA."""
 
+from collections.abc import Sequence
+
 import torch
 
 from fairway.model.gpt import GPT
+from fairway.training.checkpoint import with_prefix
 
 
 def tracker_name(decay: float) -> str:
@@ -19,7 +22,7 @@ class WeightAverages:
     """
 
     def __init__(
-        self, model: GPT, decays: list[float], swa_every_steps: int, swa_scale: float
+        self, model: GPT, decays: Sequence[float], swa_every_steps: int, swa_scale: float
     ) -> None:
         self.parameters = dict(model.named_parameters())
         self.decays = decays
@@ -54,9 +57,9 @@ class WeightAverages:
         """`<tracker>.<parameter>` → average, for every tracker that holds one."""
         trackers = {**self.ema, **({"swa": self.swa} if self.swa else {})}
         return {
-            f"{tracker}.{name}": tensor
+            name: tensor
             for tracker, average in trackers.items()
-            for name, tensor in average.items()
+            for name, tensor in with_prefix(tracker, average).items()
         }
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor], swa_count: int) -> None:
@@ -67,16 +70,3 @@ class WeightAverages:
         for tracker, average in trackers.items():
             for name, tensor in average.items():
                 tensor.copy_(tensors[f"{tracker}.{name}"])
-
-
-def tracker_weights(
-    tensors: dict[str, torch.Tensor], tracker: str
-) -> dict[str, torch.Tensor] | None:
-    """One tracker's weights out of `state_tensors`; None where it is not there."""
-    prefix = f"{tracker}."
-    found = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
-    return found or None

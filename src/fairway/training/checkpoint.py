@@ -1,16 +1,16 @@
-"""Mid-run checkpoints: complete or not counted, two kept, one process at a time.
+"""Mid-run checkpoints: the two newest complete ones are kept, by one process at a time.
 
 They lie beside the stage's declared outputs, never inside, because a workflow deletes the outputs
-of a failed job. A checkpoint is a folder `step-<n>` that is written under another name and renamed
-when it is whole. `identity` (settings, data, seed and code) names the folder above it, so a
-checkpoint of other settings is never taken up.
+of a failed job. A checkpoint is a folder `step-<n>`, written under another name and renamed when it
+is whole. `identity` (a hash of settings, data, seed and code) names the folder above it, so a
+checkpoint from other settings, data, seed or code is never resumed.
 """
 
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Checkpoints:
             state = read_json(folder / "state.json")
             if sha256_of(folder / "tensors.safetensors") == state["tensors_sha256"]:
                 return load_file(folder / "tensors.safetensors"), state
-            print(f"{folder} is damaged and is left out", file=sys.stderr)
+            print(f"{folder} is damaged and is not used", file=sys.stderr)
         return None
 
     def describe_latest(self) -> str:
@@ -79,12 +79,26 @@ class Checkpoints:
         return sorted(path for path in self.folder.iterdir() if re.match(r"step-\d+$", path.name))
 
 
+def with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` with names `<prefix>.<name>`; `tensors_under` is the inverse."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def tensors_under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those whose names begin with `<prefix>.`, by the rest of their names."""
+    return {
+        name.removeprefix(f"{prefix}."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}.")
+    }
+
+
 @contextmanager
 def exclusive(folder: str | Path) -> Iterator[None]:
     """Hold the lock of a checkpoint folder; wait, and say so, while another process holds it.
 
-    The other is usually an orphan of a killed workflow: it goes on until it is stopped or done, and
-    then this process takes up what it left.
+    The other is usually an orphan of a killed workflow. It goes on until it is stopped or done, and
+    this process then resumes from its last checkpoint.
     """
     folder = Path(folder)
     try:

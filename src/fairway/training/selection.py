@@ -1,23 +1,36 @@
 """Which averaged weights go on: EMA, SWA or the last ones, chosen without looking at validation."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from fairway.errors import UserError
-from fairway.evaluation.plain import target_losses
 from fairway.model.gpt import GPT
-from fairway.training.averaging import tracker_name, tracker_weights
+from fairway.model.losses import target_losses
+from fairway.settings import Settings
+from fairway.training.averaging import tracker_name
+from fairway.training.checkpoint import tensors_under
 
 
-@dataclass(frozen=True)
-class EMASettings:
-    """The config section `ema`."""
+class EMASettings(Settings):
+    """Which averaged weights go on to the next stage."""
 
-    kind: str
-    decay: float | str
+    kind: Literal["ema", "swa", "none"] = "ema"
+    """An exponential moving average, the plain mean of the last part (SWA), or the last weights."""
+    decay: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
+    """For kind ema: one of train.ema_decays, or auto, the lowest loss on held-out training text."""
+
+    def check_with(self, sections: Mapping[str, Settings]) -> None:
+        """Raise UserError where `decay` is none of train.ema_decays."""
+        decays = sections["train"].ema_decays
+        if self.kind == "ema" and self.decay != "auto" and self.decay not in decays:
+            raise UserError(
+                f"ema.decay {self.decay} is not tracked: choose auto or one of train.ema_decays "
+                f"{list(decays)}"
+            )
 
 
 def select_average(
@@ -30,7 +43,7 @@ def select_average(
 
     averages: `WeightAverages.state_tensors()`; `model` holds the last weights.
     read_selection_tokens: called only for `decay: auto`; held-out *training* tokens [n+1].
-    Losses (nats per token, by tracker) are empty where nothing had to be chosen.
+    The losses (nats per token, by tracker) are empty where nothing had to be chosen.
     Raises UserError where the wanted tracker does not exist.
     """
     if settings.kind == "none":
@@ -39,7 +52,7 @@ def select_average(
         _load(model, averages, "swa")
         return "swa", {}
     if settings.decay != "auto":
-        name = tracker_name(float(settings.decay))
+        name = tracker_name(settings.decay)
         _load(model, averages, name)
         return name, {}
     trackers = sorted({name.rsplit(".", 1)[0] for name in averages if name.startswith("ema_")})
@@ -56,8 +69,8 @@ def _loss_of(model: GPT, averages: dict[str, torch.Tensor], name: str, tokens: n
 
 
 def _load(model: GPT, averages: dict[str, torch.Tensor], name: str) -> None:
-    weights = tracker_weights(averages, name)
-    if weights is None:
+    weights = tensors_under(averages, name)
+    if not weights:
         kept = sorted({key.rsplit(".", 1)[0] for key in averages})
         raise UserError(
             f"no average {name!r} was tracked; train kept {', '.join(kept)}: change ema.kind or "

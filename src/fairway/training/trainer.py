@@ -6,10 +6,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from fairway.data.loader import CoprimeLoader
@@ -17,44 +18,85 @@ from fairway.distributed import World
 from fairway.errors import UserError
 from fairway.model.gpt import GPT
 from fairway.progress import progress
-from fairway.quantization.integers import fake_quantize_int6
+from fairway.settings import Settings
 from fairway.training.averaging import WeightAverages
-from fairway.training.checkpoint import Checkpoints
-from fairway.training.gradients import launched, replayed
+from fairway.training.checkpoint import Checkpoints, tensors_under, with_prefix
+from fairway.training.gradients import eager_backward, graphed_backward
 from fairway.training.optimizers import Optimizer
 from fairway.training.schedule import learning_rate_scale, muon_momentum
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """The config section `train`; workflow/schemas/config.schema.yaml describes each key."""
+class TrainSettings(Settings):
+    """Training: batches, steps and clock, optimizers, averages, checkpoints."""
 
-    sequence_tokens: int
-    batch_tokens: int
-    micro_batch_sequences: int
-    max_steps: int
-    max_seconds: float | None
-    warmup_steps: int
-    warmdown_steps: int
-    matrix_learning_rate: float
-    embedding_learning_rate: float
-    scalar_learning_rate: float
-    adam_betas: list[float]
-    weight_decay: float
-    muon_momentum_start: float
-    muon_momentum: float
-    muon_momentum_warmup_steps: int
-    newton_schulz_steps: int
-    gradient_clip: float
-    late_qat_scale: float
-    ema_decays: list[float]
-    swa_every_steps: int
-    swa_scale: float
-    checkpoint_seconds: float
-    log_every_steps: int
+    sequence_tokens: int = Field(2048, ge=2)
+    """Length of a sequence."""
+    batch_tokens: int = Field(786_432, ge=1)
+    """Tokens of a step, over all processes."""
+    micro_batch_sequences: int = Field(48, ge=1)
+    """Sequences of a forward pass, in each process."""
+    max_steps: int = Field(20_000, ge=1)
+    """Training ends after this step at the latest."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = 600.0
+    """The training clock's end. Null counts steps only, which makes a run repeatable to the bit on
+    CPU."""
+    warmup_steps: int = Field(20, ge=0)
+    """Steps that compile before the clock starts; afterwards everything is reset."""
+    warmdown_steps: int = Field(4000, ge=0)
+    """Length of the final linear decay of the learning rates; in time where max_seconds binds."""
+    matrix_learning_rate: float = Field(0.025, gt=0)
+    """Of the matrices inside the network, which Muon trains."""
+    embedding_learning_rate: float = Field(0.035, gt=0)
+    """Of the embeddings, which AdamW trains."""
+    scalar_learning_rate: float = Field(0.025, gt=0)
+    """Of all other parameters, which AdamW trains."""
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        (0.9, 0.95), min_length=2, max_length=2
+    )
+    """AdamW's decay of the first and the second moment."""
+    weight_decay: float = Field(0.04, ge=0)
+    """Decoupled, times the learning rate."""
+    muon_momentum_start: float = Field(0.92, ge=0, le=1)
+    """Muon's momentum at the first step."""
+    muon_momentum: float = Field(0.99, ge=0, le=1)
+    """Muon's momentum after muon_momentum_warmup_steps."""
+    muon_momentum_warmup_steps: int = Field(1500, ge=0)
+    """Steps of the linear rise between them."""
+    newton_schulz_steps: int = Field(5, ge=1)
+    """Iterations by which Muon orthogonalizes an update."""
+    gradient_clip: float = Field(0.3, gt=0)
+    """Largest norm of the gradient of all parameters together."""
+    late_qat_scale: float = Field(0.15, ge=0, le=1)
+    """Quantization-aware training begins once the learning-rate scale falls under this; 0 never."""
+    ema_decays: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.997, 0.99, 0.98), min_length=1
+    )
+    """Decays of the exponential moving averages of the weights, one tracker each."""
+    swa_every_steps: int = Field(50, ge=1)
+    """Steps between the weights that SWA, a plain mean, takes in."""
+    swa_scale: float = Field(0.2, ge=0, le=1)
+    """SWA averages while the learning-rate scale is under this."""
+    checkpoint_seconds: float = Field(60.0, gt=0)
+    """Time between mid-run checkpoints."""
+    log_every_steps: int = Field(10, ge=1)
+    """Steps between the rows of metrics.parquet."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_tokens % self.sequence_tokens:
+            raise UserError(
+                f"train.sequence_tokens {self.sequence_tokens} does not divide "
+                f"train.batch_tokens {self.batch_tokens}"
+            )
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise UserError(
+                f"train.ema_decays: found {list(self.ema_decays)}, expected each entry once"
+            )
+        return self
 
     @property
     def batch_sequences(self) -> int:
+        """Sequences of a step, over all processes."""
         return self.batch_tokens // self.sequence_tokens
 
 
@@ -77,6 +119,7 @@ class Interrupted(SystemExit):
 class Trainer:
     """Trains `model` in place; `run` returns once the step or time budget is used up.
 
+    fake_quantize: the quantizer's straight-through values of matrices [..., R, C], for late QAT.
     Every process of `world` must call the same methods in the same order.
     """
 
@@ -88,11 +131,13 @@ class Trainer:
         world: World,
         checkpoints: Checkpoints,
         *,
+        fake_quantize: Callable[[torch.Tensor], torch.Tensor],
         compile_model: bool = False,
         cuda_graphs: bool = False,
     ) -> None:
         self.model, self.settings, self.loader = model, settings, loader
         self.world, self.checkpoints = world, checkpoints
+        self.fake_quantize = fake_quantize
         self.optimizer = Optimizer(
             model,
             learning_rates={
@@ -100,7 +145,7 @@ class Trainer:
                 "embedding": settings.embedding_learning_rate,
                 "scalar": settings.scalar_learning_rate,
             },
-            betas=tuple(settings.adam_betas),
+            betas=settings.adam_betas,
             weight_decay=settings.weight_decay,
             newton_schulz_steps=settings.newton_schulz_steps,
             gradient_clip=settings.gradient_clip,
@@ -115,7 +160,7 @@ class Trainer:
         self.loader_state = loader.state()
         loss = torch.compile(model.loss, dynamic=False) if compile_model else model.loss
         self.cuda_graphs = cuda_graphs
-        self.backward = replayed(model) if cuda_graphs else launched(loss)
+        self.backward = graphed_backward(model) if cuda_graphs else eager_backward(loss)
         self.signal_number = 0
 
     def run(self) -> Progress:
@@ -131,7 +176,7 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        self.model.matrix_transform = None
+        self.model.fake_quantize = None
         return self.progress
 
     def _note_signal(self, number: int, frame: object) -> None:
@@ -178,13 +223,14 @@ class Trainer:
         )
 
     def _step(self, step: int, scale: float) -> Callable[[], float]:
-        """Launch one optimiser step; returns what waits for this process's mean loss, and gives it.
+        """Launch one optimizer step; return a callable that waits for this process's mean loss.
 
-        It does not wait for the update, so that the GPU has work while the next step is launched.
+        The callable does not wait for the update, so the GPU has work while the next step is
+        launched.
         """
         settings = self.settings
         late = scale < settings.late_qat_scale
-        self.model.matrix_transform = fake_quantize_int6 if late else None
+        self.model.fake_quantize = self.fake_quantize if late else None
         loss = _to_host(self._accumulate_gradients(*(self.batch or self._next_batch())))
         momentum = muon_momentum(
             step,
@@ -197,7 +243,7 @@ class Trainer:
         return loss
 
     def _prefetch(self) -> None:
-        """Gather the next batch now, while the GPU is still at work on what was launched."""
+        """Gather the next batch now, while the GPU still works on this one."""
         self.loader_state = self.loader.state()
         self.batch = self._next_batch()
 
@@ -265,9 +311,9 @@ class Trainer:
         if not self.world.is_main:
             return
         tensors = {
-            **{f"model.{name}": value for name, value in self.model.state_dict().items()},
-            **{f"optimizer.{name}": value for name, value in optimizer_state.items()},
-            **{f"average.{name}": value for name, value in self.averages.state_tensors().items()},
+            **with_prefix("model", self.model.state_dict()),
+            **with_prefix("optimizer", optimizer_state),
+            **with_prefix("average", self.averages.state_tensors()),
         }
         state: dict[str, Any] = {
             "seconds": self.progress.seconds,
@@ -283,9 +329,9 @@ class Trainer:
         if found is None:
             return
         tensors, state = found
-        self.model.load_state_dict(_under(tensors, "model."))
-        self.optimizer.load_state_tensors(_under(tensors, "optimizer."))
-        self.averages.load_state_tensors(_under(tensors, "average."), state["swa_count"])
+        self.model.load_state_dict(tensors_under(tensors, "model"))
+        self.optimizer.load_state_tensors(tensors_under(tensors, "optimizer"))
+        self.averages.load_state_tensors(tensors_under(tensors, "average"), state["swa_count"])
         self._rewind_loader(state["loader"])
         self.progress = Progress(state["step"], state["seconds"], state["history"])
         if self.world.is_main:
@@ -315,7 +361,7 @@ def _to_device(array, device: torch.device) -> torch.Tensor:
 
 
 def _to_host(value: torch.Tensor) -> Callable[[], float]:
-    """Start the copy of a scalar; the result waits for it, and for nothing launched after it."""
+    """Start the copy of a scalar; the callable waits for it, and for nothing launched later."""
     if not value.is_cuda:
         return lambda: float(value)
     copy = torch.empty((), pin_memory=True).copy_(value, non_blocking=True)
@@ -327,11 +373,3 @@ def _to_host(value: torch.Tensor) -> Callable[[], float]:
         return float(copy)
 
     return wait
-
-
-def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }

@@ -2,95 +2,117 @@
 
     magic, 8 bytes │ version, uint32 │ header length, uint32 │ header, JSON │ payload │ SHA-256
 
-All numbers are little-endian; the checksum covers every byte before it. The header holds the
-model's configuration, each tensor's shape, and each stream's codec and packed length. The payload
-is the streams, one per kind of number, each with the tensors' data in the order of their names,
-packed by whichever codec needs fewer bytes. A tensor's name decides how it is stored. Nothing in a
-file is ever executed, and a reader never unpacks more bytes than the declared shapes need.
+All numbers are little-endian; the checksum covers every byte before it. The header describes the
+file by itself:
+
+    {"config": {the model's configuration},
+     "tensors": {name: [kind, shape] or [kind, shape, group columns]},
+     "streams": {stream: [codec, packed length]}}
+
+A tensor's kind is float16, float32, or int2 to int8: codes, each multiplied by the fp16 scale of
+its row or of its group of columns. The payload has one stream for each kind of number, and one for
+the scales, each with its parts of the tensors in the order of their names, packed by whichever
+codec needs fewer bytes. Nothing in a file is ever executed, and a reader never unpacks more bytes
+than the declared shapes need.
 """
 
 import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fairway.errors import UserError
 from fairway.files import atomic_path, require_file
-from fairway.model.gpt import BANKS, GPT, GPTConfig
+from fairway.model.gpt import GPT
+from fairway.model.spec import GPTConfig, parameters
 from fairway.model.weights import build_model
 from fairway.quantization.coding import CODECS, expect, pack, unpack
 from fairway.quantization.integers import (
+    ALLOWED_BITS,
     QuantizedTensor,
     bytes_to_codes,
     codes_to_bytes,
     round_to_nearest,
+    scales_shape,
 )
+from fairway.settings import validated
 
 MAGIC = b"FAIRWAY\0"
-VERSION = 2
+VERSION = 3
 PREAMBLE = struct.Struct("<8sII")
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 MAXIMUM_HEADER_BYTES = 1 << 16
 MAXIMUM_FILE_BYTES = 1 << 28
 MAXIMUM_UNPACKED_BYTES = 1 << 30
-"""Far above the challenge's 16 MB; a file that declares more is refused unread."""
+"""A file that declares more is refused unread; the challenge allows 16 MB."""
 
-STORAGE = {
-    **dict.fromkeys(BANKS, "int6"),
-    **dict.fromkeys(("token_embedding", "bigram_embedding", "value_embedding"), "int8"),
-    **dict.fromkeys(("bigram_projection", "value_projection"), "float16"),
-    **dict.fromkeys(
-        (
-            "bigram_scale",
-            "smear_gate",
-            "value_scale",
-            "value_layer_scales",
-            "residual_mix",
-            "attention_scale",
-            "mlp_scale",
-            "query_gain",
-            "skip_weights",
-        ),
-        "float32",
-    ),
+BITS = {f"int{bits}": bits for bits in ALLOWED_BITS}
+STREAM_DTYPES = {
+    **dict.fromkeys(BITS, np.dtype("<i1")),
+    "scales": np.dtype("<f2"),
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
 }
-"""How each parameter is stored. A new parameter must be entered here; there is no default."""
+"""Every stream that a file can have, in the order of the payload."""
 
-BITS = {"int6": 6, "int8": 8}
-STREAM_DTYPES = {"int6": "<i1", "int8": "<i1", "scales": "<f2", "float16": "<f2", "float32": "<f4"}
-"""The kinds of numbers, in the order of the payload."""
-
-Stored = QuantizedTensor | torch.Tensor
+Stored = QuantizedTensor | Tensor
 
 
-def storable(
-    state: Mapping[str, torch.Tensor], banks: Mapping[str, QuantizedTensor]
-) -> dict[str, Stored]:
-    """What the artifact holds for a model's parameters: `banks` as given, the rest rounded.
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as the header describes it."""
 
-    Raises UserError where a value is not finite in the precision it is stored in.
+    kind: str
+    shape: tuple[int, ...]
+    group_columns: int | None = None
+
+    def parts(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The streams that hold it, and the shape of its part in each."""
+        parts = [(self.kind, self.shape)]
+        if self.kind in BITS:
+            parts.append(("scales", scales_shape(self.shape, self.group_columns)))
+        return parts
+
+
+def quantizable(model: GPT) -> dict[str, Tensor]:
+    """The parameters that a quantizer makes codes of: name → float32 [N, R, C]."""
+    table = parameters(model.config)
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if table[name].storage == "quantized"
+    }
+
+
+def storable(model: GPT, quantized: Mapping[str, QuantizedTensor]) -> dict[str, Stored]:
+    """What the artifact holds: `quantized` as given, other parameters rounded to their storage.
+
+    Raises UserError where `quantized` lacks a parameter or has another shape for it, and where a
+    value is not finite in the precision that it is stored in.
     """
     tensors: dict[str, Stored] = {}
-    for name, parameter in state.items():
-        storage = storage_of(name)
-        if storage == "int6":
-            tensors[name] = QuantizedTensor(banks[name].codes.cpu(), banks[name].scales.cpu())
+    table = parameters(model.config)
+    for name, parameter in model.named_parameters():
+        storage, values = table[name].storage, parameter.detach().cpu()
+        if storage == "quantized":
+            tensors[name] = _given(name, values, quantized).cpu()
         elif storage == "int8":
-            tensors[name] = round_to_nearest(parameter.detach().cpu(), bits=8)
+            tensors[name] = round_to_nearest(values, bits=8)
         else:
-            tensors[name] = parameter.detach().cpu().to(getattr(torch, storage))
+            tensors[name] = values.to(getattr(torch, storage))
             _require_finite(name, tensors[name])
     return tensors
 
 
-def restored(tensors: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
+def restored(tensors: Mapping[str, Stored]) -> dict[str, Tensor]:
     """The float32 parameters that stored tensors stand for."""
     return {
         name: tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor.float()
@@ -98,18 +120,7 @@ def restored(tensors: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
     }
 
 
-def storage_of(name: str) -> str:
-    """int6, int8, float16 or float32; UserError for a parameter that the format does not know."""
-    if name not in STORAGE:
-        raise UserError(
-            f"parameter {name!r} is unknown to the artifact format: enter it in STORAGE"
-        )
-    return STORAGE[name]
-
-
-def write_artifact(
-    path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]
-) -> int:
+def write_artifact(path: str | Path, config: GPTConfig, tensors: Mapping[str, Stored]) -> int:
     """Write the artifact atomically; return its size in bytes."""
     data = encode_artifact(config, tensors)
     with atomic_path(path) as temporary:
@@ -118,30 +129,21 @@ def write_artifact(
 
 
 def encode_artifact(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Stored],
-    codecs: Mapping[str, str] | None = None,
+    config: GPTConfig, tensors: Mapping[str, Stored], codecs: Mapping[str, str] | None = None
 ) -> bytes:
     """The artifact's bytes: the same for the same input, whatever the order of its keys.
 
     codecs: stream → codec, to spare the trial of each; without it each stream takes its smallest.
     """
-    streams: dict[str, list[np.ndarray]] = {name: [] for name in STREAM_DTYPES}
-    shapes = {}
-    for name in sorted(tensors):
-        tensor, storage = tensors[name], storage_of(name)
-        if storage in BITS:
-            shapes[name] = list(tensor.codes.shape)
-            codes = np.frombuffer(codes_to_bytes(tensor.codes), np.int8)
-            streams[storage].append(codes.reshape(tensor.codes.shape))
-            streams["scales"].append(_floats(tensor.scales, "scales"))
-        else:
-            shapes[name] = list(tensor.shape)
-            streams[storage].append(_floats(tensor, storage))
+    entries = {name: _entry(tensors[name]) for name in sorted(tensors)}
+    streams: dict[str, list[np.ndarray]] = {name: [] for name in _streams(entries.values())}
+    for name, entry in entries.items():
+        for (stream, _), array in zip(entry.parts(), _arrays(tensors[name]), strict=True):
+            streams[stream].append(array)
     packed = {name: pack(arrays, (codecs or {}).get(name)) for name, arrays in streams.items()}
     header = {
-        "config": dict(config),
-        "shapes": shapes,
+        "config": config.model_dump(mode="json"),
+        "tensors": {name: _described(entry) for name, entry in entries.items()},
         "streams": {name: [codec, len(data)] for name, (codec, data) in packed.items()},
     }
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -151,23 +153,40 @@ def encode_artifact(
 
 
 def stream_table(data: bytes) -> dict[str, tuple[str, int]]:
-    """Stream → its codec and its packed length in bytes, of an artifact that was just written."""
-    header, _ = _split(data[:-CHECKSUM_BYTES])
-    return {name: tuple(header["streams"][name]) for name in STREAM_DTYPES}
+    """Stream → its codec and its packed length in bytes, of an artifact that was just written.
+
+    In the order of the payload; streams of which the artifact has no numbers are left out.
+    """
+    _, entries, streams, _ = _split(data[:-CHECKSUM_BYTES])
+    return {name: streams[name] for name in _streams(entries.values())}
 
 
 def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
-    """The model in an artifact, with bit for bit the weights that were written."""
+    """The model in an artifact, with bit for bit the weights that were written.
+
+    A file from a stranger is safe to load. Raises UserError as `read_artifact` does, and where the
+    weights are not those of a model of its configuration.
+
+    >>> from fairway.quantization.artifact import load_artifact
+    >>> model = load_artifact("artifact.bin")
+    >>> tokens = torch.tensor([[1, 7, 5]])  # int64 [sequences, positions]
+    >>> model(tokens).shape == (1, 3, model.config.vocab_size)  # logits, float32
+    True
+    """
     config, state = read_artifact(path)
+    unknown = sorted(set(state) - set(parameters(config)))
+    if unknown:
+        raise UserError(f"{path}: parameter {unknown[0]!r} is unknown to the model")
     try:
-        return build_model(_model_config(config), state, device)
+        return build_model(config, state, device)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def read_artifact(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_artifact(path: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The configuration and the float32 parameters in an artifact.
 
+    Settings that the file does not have, because it is older than they are, take their defaults.
     Raises UserError where the file is missing, damaged (its checksum does not match), or not
     something that `write_artifact` writes.
     """
@@ -182,14 +201,54 @@ def read_artifact(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Ten
             "copy it again or rerun the gptq stage"
         )
     try:
-        header, payload = _split(body)
-        return header["config"], restored(_unpack(header, payload))
+        config, entries, streams, payload = _split(body)
+        return validated(GPTConfig, config, "model"), restored(_unpack(entries, streams, payload))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _split(body: bytes) -> tuple[dict[str, Any], bytes]:
-    """The checked header and the payload."""
+def _given(
+    name: str, parameter: Tensor, quantized: Mapping[str, QuantizedTensor]
+) -> QuantizedTensor:
+    if name not in quantized:
+        raise UserError(f"the quantizer gave no codes for {name}")
+    found, expected = tuple(quantized[name].codes.shape), tuple(parameter.shape)
+    if found != expected:
+        raise UserError(f"the quantizer gave codes {found} for {name}, expected {expected}")
+    return quantized[name]
+
+
+def _entry(tensor: Stored) -> Entry:
+    if isinstance(tensor, QuantizedTensor):
+        return Entry(f"int{tensor.bits}", tuple(tensor.codes.shape), tensor.group_columns)
+    return Entry(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def _described(entry: Entry) -> list[Any]:
+    """`entry` as it stands in the header."""
+    described = [entry.kind, list(entry.shape)]
+    return described if entry.group_columns is None else [*described, entry.group_columns]
+
+
+def _arrays(tensor: Stored) -> list[np.ndarray]:
+    """The numbers of each of the tensor's parts, little-endian."""
+    if isinstance(tensor, QuantizedTensor):
+        codes = np.frombuffer(codes_to_bytes(tensor.codes), np.int8).reshape(tensor.codes.shape)
+        return [codes, *_arrays(tensor.scales)]
+    numbers = tensor.detach().cpu().numpy()
+    return [numbers.astype(numbers.dtype.newbyteorder("<"))]
+
+
+def _streams(entries: Iterable[Entry]) -> list[str]:
+    """The streams of a file with these tensors, in the order of the payload."""
+    used = {stream for entry in entries for stream, _ in entry.parts()}
+    return [stream for stream in STREAM_DTYPES if stream in used]
+
+
+def _split(
+    body: bytes,
+) -> tuple[dict[str, Any], dict[str, Entry], dict[str, tuple[str, int]], bytes]:
+    """Configuration, tensors, streams (codec and length) and payload; all but the first checked."""
     magic, version, header_bytes = PREAMBLE.unpack_from(body)
     if magic != MAGIC:
         raise UserError(f"starts with {magic!r}, expected {MAGIC!r}: it is no artifact")
@@ -201,85 +260,76 @@ def _split(body: bytes) -> tuple[dict[str, Any], bytes]:
     except (ValueError, RecursionError) as error:
         raise UserError("the header is not JSON: it was not written by this program") from error
     expect(isinstance(header, dict), "the header")
-    for key in ("config", "shapes", "streams"):
+    for key in ("config", "tensors", "streams"):
         expect(isinstance(header.get(key), dict), key)
-    for name, shape in header["shapes"].items():
-        expect(isinstance(shape, list) and len(shape) <= 4, f"the shape of {name}")
-        expect(all(type(size) is int and size >= 0 for size in shape), f"the shape of {name}")
-        expect(len(shape) >= 2 or storage_of(name) not in BITS, f"the shape of {name}")
-    expect(list(header["streams"]) == sorted(STREAM_DTYPES), "the list of streams")
+    entries = {name: _checked_entry(name, header["tensors"][name]) for name in header["tensors"]}
+    entries = dict(sorted(entries.items()))
+    expect(set(header["streams"]) == set(_streams(entries.values())), "the list of streams")
     for stream in header["streams"].values():
         expect(isinstance(stream, list) and len(stream) == 2, "the list of streams")
         expect(stream[0] in CODECS, "the codec")
-        expect(type(stream[1]) is int and stream[1] >= 0, "a stream's length")
+        expect(_is_count(stream[1]), "a stream's length")
+    streams = {name: (codec, length) for name, (codec, length) in header["streams"].items()}
     payload = body[PREAMBLE.size + header_bytes :]
-    packed_bytes = sum(length for _, length in header["streams"].values())
-    expect(packed_bytes == len(payload), "the payload's length")
-    return header, payload
+    expect(sum(length for _, length in streams.values()) == len(payload), "the payload's length")
+    return header["config"], entries, streams, payload
 
 
-def _unpack(header: Mapping[str, Any], payload: bytes) -> dict[str, Stored]:
+def _checked_entry(name: str, described: Any) -> Entry:
+    expect(isinstance(described, list) and len(described) in (2, 3), f"the entry of {name}")
+    kind, shape, *group_columns = described
+    is_codes = isinstance(kind, str) and kind in BITS
+    expect(is_codes or kind in ("float16", "float32"), f"the kind of {name}")
+    expect(isinstance(shape, list) and len(shape) <= 4, f"the shape of {name}")
+    expect(all(map(_is_count, shape)), f"the shape of {name}")
+    expect(len(shape) >= 2 or not is_codes, f"the shape of {name}")
+    for columns in group_columns:
+        expect(is_codes and _is_count(columns) and columns > 0, f"the groups of {name}")
+    return Entry(kind, tuple(shape), *group_columns)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _unpack(
+    entries: Mapping[str, Entry], streams: Mapping[str, tuple[str, int]], payload: bytes
+) -> dict[str, Stored]:
     """The stored tensors, in the order of their names."""
-    shapes = {name: tuple(shape) for name, shape in sorted(header["shapes"].items())}
-    parts: dict[str, list[tuple[int, ...]]] = {stream: [] for stream in STREAM_DTYPES}
-    for name, shape in shapes.items():
-        for stream, part in _parts(name, shape):
-            parts[stream].append(part)
-    expect(
-        sum(map(_unpacked_bytes, parts, parts.values())) <= MAXIMUM_UNPACKED_BYTES,
-        "the sum of the shapes",
+    shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in _streams(entries.values())}
+    for entry in entries.values():
+        for stream, shape in entry.parts():
+            shapes[stream].append(shape)
+    unpacked_bytes = sum(
+        sum(map(math.prod, parts)) * STREAM_DTYPES[stream].itemsize
+        for stream, parts in shapes.items()
     )
-    streams, start = {}, 0
-    for stream, stream_shapes in parts.items():
-        codec, length = header["streams"][stream]
+    expect(unpacked_bytes <= MAXIMUM_UNPACKED_BYTES, "the sum of the shapes")
+    arrays, start = {}, 0
+    for stream, parts in shapes.items():
+        codec, length = streams[stream]
         data, start = payload[start : start + length], start + length
-        streams[stream] = iter(unpack(data, codec, np.dtype(STREAM_DTYPES[stream]), stream_shapes))
+        arrays[stream] = iter(unpack(data, codec, STREAM_DTYPES[stream], parts))
     tensors: dict[str, Stored] = {}
-    for name, shape in shapes.items():
-        arrays = [_tensor(stream, next(streams[stream])) for stream, _ in _parts(name, shape)]
-        tensors[name] = QuantizedTensor(*arrays) if len(arrays) == 2 else arrays[0]
-        _require_finite(name, arrays[-1])
+    for name, entry in entries.items():
+        numbers = [_tensor(stream, next(arrays[stream])) for stream, _ in entry.parts()]
+        _require_finite(name, numbers[-1])
+        is_codes = entry.kind in BITS
+        tensors[name] = (
+            QuantizedTensor(*numbers, BITS[entry.kind], entry.group_columns)
+            if is_codes
+            else numbers[0]
+        )
     return tensors
 
 
-def _unpacked_bytes(stream: str, shapes: list[tuple[int, ...]]) -> int:
-    return sum(map(math.prod, shapes)) * np.dtype(STREAM_DTYPES[stream]).itemsize
-
-
-def _parts(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """The streams that hold a tensor, and the shape of its part in each."""
-    storage = storage_of(name)
-    return [(storage, shape), ("scales", shape[:-1])] if storage in BITS else [(storage, shape)]
-
-
-def _tensor(stream: str, array: np.ndarray) -> torch.Tensor:
+def _tensor(stream: str, array: np.ndarray) -> Tensor:
     """A checked copy, in the machine's byte order."""
     if stream in BITS:
         return bytes_to_codes(array.tobytes(), array.shape, BITS[stream])
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 
 
-def _floats(tensor: torch.Tensor, stream: str) -> np.ndarray:
-    return tensor.detach().cpu().numpy().astype(STREAM_DTYPES[stream])
-
-
-def _model_config(config: Mapping[str, Any]) -> GPTConfig:
-    """A GPTConfig of checked types; the weights' shapes bound its sizes when the model is built."""
-    annotations = {field.name: field.type for field in fields(GPTConfig)}
-    expect(set(config) == set(annotations), "the list of the model's settings")
-    for name, kind in annotations.items():
-        value = config[name]
-        if kind is int:
-            expect(type(value) is int and value > 0, f"model.{name}")
-        elif kind is float:
-            expect(type(value) in (int, float) and 0 < value < math.inf, f"model.{name}")
-        else:
-            expect(isinstance(value, list | tuple), f"model.{name}")
-            layers = range(config["layers"])
-            expect(all(type(item) is int and item in layers for item in value), f"model.{name}")
-    return GPTConfig(**config)
-
-
-def _require_finite(name: str, tensor: torch.Tensor) -> None:
+def _require_finite(name: str, tensor: Tensor) -> None:
     if not torch.isfinite(tensor).all():
         raise UserError(f"{name} holds values that are not finite in {tensor.dtype}")

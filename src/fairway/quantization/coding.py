@@ -29,18 +29,19 @@ except ModuleNotFoundError:  # It has no wheel for Linux on ARM.
     constriction = None
 
 CODECS = ("lzma", "range")
+"""Both lossless."""
 SYMBOLS = 256
 MAXIMUM_NUMBER = 127
-"""Of a row or a column, so that their sum is a byte."""
+"""A row and a column have at most this number, so that their sum is a byte."""
 TABLE_LIMIT = 2**16 - 1
 COUNTS_SUM = 2**24 - SYMBOLS
 """constriction's probabilities are multiples of 2⁻²⁴; it adds one to each, so that none is zero."""
 PIECE_CODES = 1 << 20
-"""Coded at a time, which bounds the memory beside the arrays; it does not change the bytes."""
+"""So many codes are coded at a time, which bounds the memory beside the arrays."""
 MINIMUM_STEP = 1 / 16
-"""Between numbers: the logarithms of all spreads, from SPREAD_OFFSET to 127, then fit a number."""
+"""Numbers are at least so far apart in log spread: spreads from SPREAD_OFFSET to 127 then fit."""
 SPREAD_OFFSET = 0.05
-"""Added to a mean absolute code before the logarithm: a row of zeros has a spread as well."""
+"""It is added to a mean absolute code before the logarithm: a row of zeros has a spread as well."""
 
 
 def pack(arrays: Sequence[np.ndarray], codec: str | None = None) -> tuple[str, bytes]:
@@ -90,19 +91,19 @@ def _lzma_unpack(data: bytes, size: int, itemsize: int) -> tuple[bytes, bytes]:
 def _filters(itemsize: int) -> list[dict[str, int]]:
     """LZMA's settings for numbers of 1, 2 or 4 bytes that are all but independent.
 
-    Contexts of earlier bytes would only dilute the statistics, but a byte's place in its number
+    Contexts of earlier bytes would only dilute the statistics, but a byte's position in its number
     counts. Matches are chance: a small dictionary and one candidate each find few of them, which
     on Gaussian int6 codes gives 0.6749 bytes a code instead of the preset's 0.6764, 8 times faster.
     """
-    place_bits = int(math.log2(itemsize))
+    position_bits = int(math.log2(itemsize))
     return [
         {
             "id": lzma.FILTER_LZMA2,
             "preset": 9,
             "dict_size": 1 << 16,
             "lc": 0,
-            "lp": place_bits,
-            "pb": place_bits,
+            "lp": position_bits,
+            "pb": position_bits,
             "mf": lzma.MF_HC3,
             "nice_len": 273,
             "depth": 1,
@@ -112,13 +113,13 @@ def _filters(itemsize: int) -> list[dict[str, int]]:
 
 def _range_pack(arrays: Sequence[np.ndarray]) -> bytes:
     stacks = [array.reshape(_stack_shape(array.shape)) for array in arrays]
-    rows, columns = _spread_numbers(stacks)
-    tables = _tables(stacks, rows, columns)
+    rows, columns = spread_numbers(stacks)
+    tables = frequency_tables(stacks, rows, columns)
     models, encoder = _models(tables), constriction.stream.queue.RangeEncoder()
     for stack, *numbers in zip(stacks, rows, columns, strict=True):
         symbols = stack.reshape(-1).view(np.uint8)
-        for number, places in _places_by_class(*numbers):
-            encoder.encode(symbols[places].astype(np.int32), models[number])
+        for number, positions in _positions_by_class(*numbers):
+            encoder.encode(symbols[positions].astype(np.int32), models[number])
     words = encoder.get_compressed().astype("<u4").tobytes()
     return _lzma_pack([tables.astype("<u2")]) + _lzma_pack([*rows, *columns]) + words
 
@@ -138,9 +139,9 @@ def _range_unpack(data: bytes, shapes: Sequence[tuple[int, ...]]) -> list[np.nda
     arrays = []
     for shape, *pair in zip(shapes, split[: len(shapes)], split[len(shapes) :], strict=True):
         symbols = np.empty(math.prod(shape), np.uint8)
-        for number, places in _places_by_class(*pair):
+        for number, positions in _positions_by_class(*pair):
             try:
-                symbols[places] = decoder.decode(models[number], len(places))
+                symbols[positions] = decoder.decode(models[number], len(positions))
             except AssertionError as error:  # So constriction says that no code has these bits.
                 raise UserError("a stream cannot be decoded: the file is damaged") from error
         arrays.append(symbols.view(np.int8).reshape(shape))
@@ -153,7 +154,7 @@ def _stack_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return (math.prod(shape[:-2]), *shape[-2:]) if math.prod(shape) else (0, 0, 0)
 
 
-def _spread_numbers(stacks: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def spread_numbers(stacks: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """For each stack [N, R, C] the numbers of its rows and of its columns: uint8 [N, R], [N, C].
 
     They are logarithms of mean absolute codes, in steps of one width. Steps of width s cost a code
@@ -179,8 +180,8 @@ def _from_zero(groups: list[np.ndarray]) -> list[np.ndarray]:
     return [np.rint(group - least).clip(0, MAXIMUM_NUMBER).astype(np.uint8) for group in groups]
 
 
-def _places_by_class(rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(class, places in the flattened array) for every code, piece by piece."""
+def _positions_by_class(rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(class, positions in the flattened array) for every code, piece by piece."""
     classes = (rows[:, :, None] + columns[:, None, :]).reshape(-1)
     for start in range(0, len(classes), PIECE_CODES):
         piece = classes[start : start + PIECE_CODES]
@@ -191,7 +192,7 @@ def _places_by_class(rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[in
                 yield number, order[first:last]
 
 
-def _tables(
+def frequency_tables(
     stacks: Sequence[np.ndarray], rows: list[np.ndarray], columns: list[np.ndarray]
 ) -> np.ndarray:
     """How often each symbol occurs in each class: uint16 [256 classes, 256 symbols].
@@ -201,19 +202,25 @@ def _tables(
     counts = np.zeros((SYMBOLS, SYMBOLS), np.int64)
     for stack, *numbers in zip(stacks, rows, columns, strict=True):
         symbols = stack.reshape(-1).view(np.uint8)
-        for number, places in _places_by_class(*numbers):
-            counts[number] += np.bincount(symbols[places], minlength=SYMBOLS)
+        for number, positions in _positions_by_class(*numbers):
+            counts[number] += np.bincount(symbols[positions], minlength=SYMBOLS)
     largest = counts.max(1, keepdims=True).clip(1)
     return (-(-counts * TABLE_LIMIT // largest)).astype(np.uint16)
 
 
-def _models(tables: np.ndarray) -> list:
-    """constriction's models of the classes, made of integers that need no rounding."""
+def exact_counts(tables: np.ndarray) -> np.ndarray:
+    """Tables scaled to rows that sum up to COUNTS_SUM, so that nothing rounds them: int64."""
     shares = tables.astype(np.int64)
     counts = shares * COUNTS_SUM // shares.sum(1, keepdims=True).clip(1)
     counts[:, 0] += COUNTS_SUM - counts.sum(1)
+    return counts
+
+
+def _models(tables: np.ndarray) -> list:
+    """constriction's models of the classes."""
     categorical = constriction.stream.model.Categorical
-    return [categorical(row.astype(np.float64), perfect=False) for row in counts]
+    counts = exact_counts(tables).astype(np.float64)
+    return [categorical(row, perfect=False) for row in counts]
 
 
 def _split(array: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Symmetric integers with one fp16 scale per row: int6 for matrices, int8 for embeddings.
+"""Symmetric integers with fp16 scales: one scale for a row, or for each group of its columns.
 
 A weight is code · scale. Codes run from −(2^(bits−1) − 1) to +(2^(bits−1) − 1), so zero is exact
 and the range symmetric: 63 codes for int6, 255 for int8.
@@ -8,26 +8,67 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fairway.errors import UserError
 
 # 2^-24, the least positive fp16 number (a subnormal), keeps the scale of an all-zero row positive.
 SCALE_MINIMUM = 2.0**-24
 SCALE_MAXIMUM = torch.finfo(torch.float16).max
+ALLOWED_BITS = range(2, 9)
+"""From −1, 0 and 1 to what a byte holds."""
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """Integer codes and the scales that turn them back into weights."""
+    """Integer codes and the scales that turn them back into weights.
 
-    codes: torch.Tensor
+    Raises ValueError where dtypes, shapes and bits do not belong together.
+    """
+
+    codes: Tensor
     """int8 [..., rows, columns]."""
-    scales: torch.Tensor
-    """float16 [..., rows], positive."""
+    scales: Tensor
+    """float16 [..., rows], or [..., rows, groups] with `group_columns`; positive."""
+    bits: int
+    """Of the largest code, sign included: from 2 to 8."""
+    group_columns: int | None = None
+    """Neighboring columns of a row that share a scale, fewer in the last group where they do not
+    divide the row; None: one scale for the row."""
 
-    def dequantize(self) -> torch.Tensor:
-        """float32 [..., rows, columns]: each code times its row's scale."""
-        return self.codes.float() * self.scales.float().unsqueeze(-1)
+    def __post_init__(self) -> None:
+        expected = scales_shape(tuple(self.codes.shape), self.group_columns)
+        if self.codes.dtype != torch.int8 or self.scales.dtype != torch.float16:
+            found = f"{self.codes.dtype} and {self.scales.dtype}"
+            raise ValueError(f"codes and scales are {found}, expected int8 and float16")
+        if tuple(self.scales.shape) != expected:
+            raise ValueError(f"scales are {tuple(self.scales.shape)}, expected {expected}")
+        if self.bits not in ALLOWED_BITS:
+            raise ValueError(f"bits is {self.bits}, expected 2 to 8")
+
+    def dequantize(self) -> Tensor:
+        """float32 [..., rows, columns]: each code times its scale."""
+        return self.codes.float() * self.column_scales().float()
+
+    def column_scales(self) -> Tensor:
+        """float16 [..., rows, columns], or [..., rows, 1] where a row has one scale."""
+        return _spread(self.scales, self.group_columns, self.codes.shape[-1])
+
+    def with_codes(self, codes: Tensor) -> "QuantizedTensor":
+        """The same scales for other codes."""
+        return QuantizedTensor(codes, self.scales, self.bits, self.group_columns)
+
+    def cpu(self) -> "QuantizedTensor":
+        """A copy in the main memory, or itself where it lies there."""
+        return QuantizedTensor(self.codes.cpu(), self.scales.cpu(), self.bits, self.group_columns)
+
+
+def scales_shape(shape: tuple[int, ...], group_columns: int | None) -> tuple[int, ...]:
+    """The shape of the scales of codes of `shape` [..., rows, columns]."""
+    if group_columns is None:
+        return shape[:-1]
+    return (*shape[:-1], -(-shape[-1] // group_columns))
 
 
 def largest_code(bits: int) -> int:
@@ -35,7 +76,7 @@ def largest_code(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def scale_from_magnitude(magnitude: torch.Tensor, bits: int) -> torch.Tensor:
+def scale_from_magnitude(magnitude: Tensor, bits: int) -> Tensor:
     """The fp16 scale that maps `magnitude` (any shape, ≥ 0) on the largest code.
 
     It is rounded to fp16 here, before any code is computed, so that codes fit the stored scale.
@@ -44,7 +85,7 @@ def scale_from_magnitude(magnitude: torch.Tensor, bits: int) -> torch.Tensor:
     return scale.clamp(SCALE_MINIMUM, SCALE_MAXIMUM).to(torch.float16)
 
 
-def nearest_codes(weights: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+def nearest_codes(weights: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Codes nearest to weights / scales, clamped to the range; in the dtype of `weights`.
 
     weights [..., columns]; scales broadcast against it, of the same dtype; ties go to even codes.
@@ -53,18 +94,43 @@ def nearest_codes(weights: torch.Tensor, scales: torch.Tensor, bits: int) -> tor
     return (weights / scales).round().clamp(-limit, limit)
 
 
-def round_to_nearest(weights: torch.Tensor, bits: int) -> QuantizedTensor:
-    """Quantise each row of `weights` [..., rows, columns] on its own, with no clipping.
+def round_to_nearest(
+    weights: Tensor, bits: int, group_columns: int | None = None
+) -> QuantizedTensor:
+    """Quantize `weights` [..., rows, columns] with no clipping: the largest weight that shares a
+    scale gets the largest code.
 
     Raises UserError where a weight is not finite.
     """
     require_finite(weights)
-    scales = scale_from_magnitude(weights.abs().amax(-1), bits)
-    codes = nearest_codes(weights, scales.to(weights.dtype).unsqueeze(-1), bits)
-    return QuantizedTensor(codes.to(torch.int8), scales)
+    scales = _scales(weights, bits, group_columns)
+    spread = _spread(scales, group_columns, weights.shape[-1]).to(weights.dtype)
+    codes = nearest_codes(weights, spread, bits)
+    return QuantizedTensor(codes.to(torch.int8), scales, bits, group_columns)
 
 
-def require_finite(weights: torch.Tensor) -> None:
+def fake_quantize(weight: Tensor, bits: int, group_columns: int | None = None) -> Tensor:
+    """`weight` [..., rows, columns] as `round_to_nearest` would store it, untouched in gradient.
+
+    For late quantization-aware training; nothing in it waits for a GPU. In the dtype of `weight`.
+    """
+    with torch.no_grad():
+        scales = _scales(weight, bits, group_columns)
+        spread = _spread(scales, group_columns, weight.shape[-1]).to(weight.dtype)
+        rounded = nearest_codes(weight, spread, bits) * spread
+    return straight_through(weight, rounded)
+
+
+def straight_through(weight: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded` in value, `weight` in gradient; both of one shape.
+
+    The straight-through estimator (Bengio, Léonard and Courville 2013).
+    """
+    # The bracket is zero in value; adding `weight` outside it would round the result again.
+    return rounded + (weight - weight.detach())
+
+
+def require_finite(weights: Tensor) -> None:
     """UserError where `weights` holds a NaN or an infinity."""
     bad = int((~torch.isfinite(weights)).sum())
     if bad:
@@ -74,20 +140,7 @@ def require_finite(weights: torch.Tensor) -> None:
         )
 
 
-def fake_quantize_int6(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` [..., rows, columns] rounded to int6 in value, untouched in gradient.
-
-    Straight-through estimator (Bengio, Léonard and Courville 2013), for late quantisation-aware
-    training. The result is exactly the round-to-nearest weight, in the dtype of `weight`.
-    """
-    with torch.no_grad():
-        scales = scale_from_magnitude(weight.abs().amax(-1, keepdim=True), bits=6).to(weight.dtype)
-        rounded = nearest_codes(weight, scales, bits=6) * scales
-    # The bracket is zero in value; adding `weight` outside it would round the result again.
-    return rounded + (weight - weight.detach())
-
-
-def codes_to_bytes(codes: torch.Tensor) -> bytes:
+def codes_to_bytes(codes: Tensor) -> bytes:
     """Codes (int8, any shape) as one two's-complement byte each, row-major.
 
     Why int6 codes are not packed in 6 bits: an entropy coder follows. On Gaussian rows of 512 under
@@ -96,7 +149,7 @@ def codes_to_bytes(codes: torch.Tensor) -> bytes:
     return codes.contiguous().cpu().numpy().astype(np.int8).tobytes()
 
 
-def bytes_to_codes(data: bytes, shape: tuple[int, ...], bits: int) -> torch.Tensor:
+def bytes_to_codes(data: bytes, shape: tuple[int, ...], bits: int) -> Tensor:
     """The inverse of `codes_to_bytes`: int8 of `shape`; UserError where a code is out of range."""
     codes = np.frombuffer(data, dtype=np.int8).reshape(shape)
     limit = largest_code(bits)
@@ -106,3 +159,24 @@ def bytes_to_codes(data: bytes, shape: tuple[int, ...], bits: int) -> torch.Tens
             f"{limit}: the artifact was not written by this program"
         )
     return torch.from_numpy(codes.copy())
+
+
+def _scales(weights: Tensor, bits: int, group_columns: int | None) -> Tensor:
+    """float16 [..., rows] or [..., rows, groups], from the largest |weight| of a row or group."""
+    magnitudes = weights.abs()
+    if group_columns is not None:
+        missing = -weights.shape[-1] % group_columns
+        magnitudes = F.pad(magnitudes, (0, missing)).unflatten(-1, (-1, group_columns))
+    return scale_from_magnitude(magnitudes.amax(-1), bits)
+
+
+def _spread(scales: Tensor, group_columns: int | None, columns: int) -> Tensor:
+    """Scales as they multiply codes of `columns` columns: [..., rows, columns or 1]."""
+    if group_columns is None:
+        return scales.unsqueeze(-1)
+    return scales.repeat_interleave(group_columns, dim=-1)[..., :columns]
+
+
+def fake_quantize_int6(weight: Tensor) -> Tensor:
+    """`fake_quantize` to int6; goes with its last caller."""
+    return fake_quantize(weight, 6)

@@ -12,7 +12,7 @@ from fairway.quantization.integers import (
     QuantizedTensor,
     bytes_to_codes,
     codes_to_bytes,
-    fake_quantize_int6,
+    fake_quantize,
     round_to_nearest,
 )
 
@@ -23,20 +23,34 @@ matrices = hnp.arrays(
 ).map(torch.from_numpy)
 
 
-@pytest.mark.parametrize(("bits", "limit"), [(6, 31), (8, 127)])
+groups = st.none() | st.integers(1, 9)
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(2, 1), (4, 7), (6, 31), (8, 127)])
 @settings(max_examples=100, deadline=None)
-@given(weights=matrices)
-def test_error_is_at_most_half_a_step(weights, bits, limit):
-    quantized = round_to_nearest(weights, bits)
+@given(weights=matrices, group_columns=groups)
+def test_error_is_at_most_half_a_step(weights, group_columns, bits, limit):
+    quantized = round_to_nearest(weights, bits, group_columns)
     assert quantized.codes.dtype == torch.int8 and quantized.scales.dtype == torch.float16
     assert quantized.codes.abs().max() <= limit
-    step = quantized.scales.float().unsqueeze(-1)
+    step = quantized.column_scales().float()
     # The scale is itself rounded to fp16: relative 2^-11, or half of 2^-24 where it is subnormal.
     slack = limit * (step * 2**-11 + 2**-25)
     assert ((quantized.dequantize() - weights).abs() <= step / 2 + slack).all()
 
 
-def test_quantising_what_was_quantised_changes_nothing():
+@settings(max_examples=50, deadline=None)
+@given(weights=matrices, group_columns=st.integers(1, 9))
+def test_groups_of_columns_are_quantized_like_rows_of_their_own(weights, group_columns):
+    quantized = round_to_nearest(weights, 4, group_columns)
+    parts = [round_to_nearest(part, 4) for part in weights.split(group_columns, dim=-1)]
+    assert torch.equal(quantized.codes, torch.cat([part.codes for part in parts], dim=-1))
+    assert torch.equal(quantized.scales, torch.stack([part.scales for part in parts], dim=-1))
+    decoded = torch.cat([part.dequantize() for part in parts], dim=-1)
+    assert torch.equal(quantized.dequantize(), decoded)
+
+
+def test_quantizing_what_was_quantized_changes_nothing():
     weights = round_to_nearest(torch.randn(5, 64), 6).dequantize()
     again = round_to_nearest(weights, 6)
     assert torch.equal(again.dequantize(), weights)
@@ -68,10 +82,12 @@ def test_weights_that_are_not_finite_are_refused(value):
         round_to_nearest(weights, 6)
 
 
-def test_fake_quantisation_is_exact_in_value_and_transparent_in_gradient():
+@pytest.mark.parametrize(("bits", "group_columns"), [(6, None), (4, 8), (4, 5)])
+def test_fake_quantization_is_exact_in_value_and_transparent_in_gradient(bits, group_columns):
     weight = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    output = fake_quantize_int6(weight)
-    assert torch.equal(output, round_to_nearest(weight.detach(), 6).dequantize())
+    output = fake_quantize(weight, bits, group_columns)
+    stored = round_to_nearest(weight.detach(), bits, group_columns)
+    assert torch.equal(output, stored.dequantize())
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     output.backward(upstream)
     assert torch.equal(weight.grad, upstream)
@@ -103,6 +119,27 @@ def test_codes_out_of_range_are_refused(code, bits):
         bytes_to_codes(np.array([0, code], dtype=np.int8).tobytes(), (2,), bits)
 
 
-def test_dequantised_weights_are_float32():
-    tensor = QuantizedTensor(torch.ones(2, 3, dtype=torch.int8), torch.ones(2, dtype=torch.float16))
-    assert tensor.dequantize().dtype == torch.float32
+def tensor(codes=(2, 6), scales=(2,), dtype=torch.float16, **arguments):
+    codes, scales = torch.ones(codes, dtype=torch.int8), torch.ones(scales, dtype=dtype)
+    return QuantizedTensor(codes, scales, **{"bits": 6, **arguments})
+
+
+def test_dequantized_weights_are_float32():
+    assert tensor().dequantize().dtype == torch.float32
+    assert tensor(scales=(2, 2), group_columns=4).dequantize().dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scales": (3,)}, r"scales are \(3,\), expected \(2,\)"),
+        ({"group_columns": 4}, r"scales are \(2,\), expected \(2, 2\)"),
+        ({"scales": (2, 3), "group_columns": 4}, r"expected \(2, 2\)"),
+        ({"dtype": torch.float32}, "expected int8 and float16"),
+        ({"bits": 1}, "bits is 1"),
+        ({"bits": 9}, "bits is 9"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tensor(**arguments)

@@ -1,90 +1,71 @@
 """Full-Hessian GPTQ of banks of matrices to int6 (Frantar et al., "GPTQ", 2022).
 
-A bank is a stack of matrices of one shape: it is quantised as one batched problem, every clip
+A bank is a stack of matrices of one shape: it is quantized as one batched problem, every clip
 candidate at once. Shapes: N matrices, K clip candidates, R rows (outputs), C columns (inputs).
 Algebra: W weights, H = mean of x·xᵀ over calibration inputs x, U upper triangular with UᵀU = H⁻¹.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from fairway.errors import UserError
 from fairway.progress import progress
 from fairway.quantization.integers import (
     QuantizedTensor,
+    fake_quantize,
     nearest_codes,
     require_finite,
     scale_from_magnitude,
 )
+from fairway.quantization.quantizers.base import Hessians, Quantizer
+from fairway.quantization.settings import GptqSettings
 
 BITS = 6
 DAMPENING_ATTEMPTS = 5
-"""The first and four more, each with ten times the dampening of the one before."""
+"""A factorization is tried with ten times the dampening of the attempt before."""
+LARGEST_SAVING_BITS = 2
+"""Wider scales save at most so much a code; to save more, another number of bits is needed."""
 
 
-@dataclass(frozen=True)
-class GptqSettings:
-    """The config section `gptq`."""
+class Gptq(Quantizer):
+    """GPTQ to int6 with one scale a row; its settings are keys of the section `gptq` itself."""
 
-    calibration: str
-    """`self_generated` or `train`."""
-    calibration_sequences: int
-    calibration_tokens: int
-    """Of each sequence."""
-    temperature: float
-    batch_sequences: int
-    """Calibration sequences per forward pass."""
-    block_columns: int
-    """Columns quantised between two updates of the rest of the matrix; changes speed only."""
-    dampening_fraction: float
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
-    clip_percentiles: Sequence[float]
-    """Candidates for where a row is clipped, as percentiles (0–1) of its absolute weights."""
-    scale_factor: float
-    """Widens every candidate's scale: above 1 the codes take fewer bits and the error grows."""
+    Settings = GptqSettings
+    title = "GPTQ, int6"
+    needs_hessians = True
 
-    def __post_init__(self) -> None:
-        if self.calibration not in ("self_generated", "train"):
-            raise UserError(
-                f"gptq.calibration is {self.calibration!r}: expected 'self_generated' or 'train'"
-            )
-        counts = ("calibration_sequences", "calibration_tokens", "batch_sequences", "block_columns")
-        for key in (*counts, "temperature", "dampening_fraction", "scale_factor"):
-            if getattr(self, key) <= 0:
-                raise UserError(f"gptq.{key} is {getattr(self, key)}: expected more than 0")
-        percentiles = tuple(self.clip_percentiles)
-        if not percentiles or not all(0 < percentile <= 1 for percentile in percentiles):
-            raise UserError(
-                f"gptq.clip_percentiles is {list(percentiles)}: expected numbers in (0, 1]"
-            )
+    def quantize(
+        self, matrices: Mapping[str, Tensor], hessians: Hessians | None
+    ) -> tuple[dict[str, QuantizedTensor], pd.DataFrame]:
+        """Every parameter in turn; the table is that of `quantize_bank`."""
+        assert hessians is not None
+        quantized, tables = {}, []
+        with progress(len(matrices), "gptq", "bank") as bar:
+            for name, weights in matrices.items():
+                stack = torch.stack([hessians[name, index] for index in range(len(weights))])
+                quantized[name], table = quantize_bank(name, weights.detach(), stack, self.settings)
+                tables.append(table)
+                bar.update(1)
+        return quantized, pd.concat(tables, ignore_index=True)
 
+    def fake(self, weight: Tensor) -> Tensor:
+        """Rounded to the nearest int6: without Hessians there is nothing better."""
+        return fake_quantize(weight, BITS)
 
-def quantize_banks(
-    banks: Mapping[str, torch.Tensor],
-    hessians: Mapping[tuple[str, int], torch.Tensor],
-    settings: GptqSettings,
-) -> tuple[dict[str, QuantizedTensor], pd.DataFrame]:
-    """Quantise every bank; return the quantised banks and one table row per matrix.
-
-    banks: name → [N, R, C]. hessians: (name, matrix) → [C, C], for every matrix.
-    """
-    quantized, tables = {}, []
-    with progress(len(banks), "gptq", "bank") as bar:
-        for name, weights in banks.items():
-            stack = torch.stack([hessians[name, index] for index in range(len(weights))])
-            quantized[name], table = quantize_bank(name, weights.detach(), stack, settings)
-            tables.append(table)
-            bar.update(1)
-    return quantized, pd.concat(tables, ignore_index=True)
+    def remedy(self, excess_bits: float) -> str | None:
+        """Scales f times as wide save log₂ f bits a code."""
+        if excess_bits > LARGEST_SAVING_BITS:
+            return None
+        return f"multiply gptq.scale_factor by {1.01 * 2**excess_bits:.2f}"
 
 
 def quantize_bank(
     name: str,
-    weights: torch.Tensor,
-    hessians: torch.Tensor,
+    weights: Tensor,
+    hessians: Tensor,
     settings: GptqSettings,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[QuantizedTensor, pd.DataFrame]:
@@ -93,8 +74,8 @@ def quantize_bank(
     The table has one row per matrix: bank, matrix, error = tr((W−Q)·H·(W−Q)ᵀ), that of rounding to
     nearest with the same choice of clip candidates, output_power = tr(W·H·Wᵀ) to compare them with,
     the dampening fraction used, the rows' mean clip percentile, and dead columns.
-    Factorisations run in float64, the rest in `dtype`.
-    Raises UserError where a number is not finite or a Hessian cannot be factorised.
+    Factorizations run in float64, the rest in `dtype`.
+    Raises UserError where a number is not finite or a Hessian cannot be factorized.
     """
     require_finite(weights)
     if not torch.isfinite(hessians).all():
@@ -129,15 +110,13 @@ def quantize_bank(
         "dead_columns": dead.sum(1).tolist(),
     }
     codes = _reorder(codes, order.argsort(dim=1), dim=2)
-    return QuantizedTensor(codes.to(torch.int8), scales), pd.DataFrame(table)
+    return QuantizedTensor(codes.to(torch.int8), scales, BITS), pd.DataFrame(table)
 
 
-def inverse_factor(
-    name: str, H: torch.Tensor, dampening_fraction: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def inverse_factor(name: str, H: Tensor, dampening_fraction: float) -> tuple[Tensor, Tensor]:
     """Upper triangular U with UᵀU = (H + λ·I)⁻¹ for H float64 [N, C, C] → U [N, C, C].
 
-    λ = fraction · mean of the non-zero diagonal. Where a factorisation fails, that matrix's
+    λ = fraction · mean of the non-zero diagonal. Where a factorization fails, that matrix's
     fraction grows tenfold, a bounded number of times. Returns U and the fractions used, [N].
     Raises UserError naming the matrices that still fail: nothing falls back to plain rounding.
     """
@@ -165,9 +144,7 @@ def inverse_factor(
     )
 
 
-def clip_scales(
-    W: torch.Tensor, percentiles: Sequence[float], scale_factor: float = 1.0
-) -> torch.Tensor:
+def clip_scales(W: Tensor, percentiles: Sequence[float], scale_factor: float = 1.0) -> Tensor:
     """fp16 scales [N, K, R]: one candidate per percentile of a row's |W|, linear between values.
 
     The largest code stands for the percentile times `scale_factor`.
@@ -184,9 +161,7 @@ def clip_scales(
     return scale_from_magnitude(scale_factor * torch.stack(magnitudes, dim=1), BITS)
 
 
-def gptq_codes(
-    W: torch.Tensor, U: torch.Tensor, scales: torch.Tensor, block_columns: int
-) -> torch.Tensor:
+def gptq_codes(W: Tensor, U: Tensor, scales: Tensor, block_columns: int) -> Tensor:
     """Codes [N, K, R, C], in the dtype of W, for every candidate of `scales` [N, K, R].
 
     Columns are taken from the first to the last; each one's rounding error is spread over the
@@ -207,9 +182,7 @@ def gptq_codes(
     return codes.view(N, K, R, C)
 
 
-def _quantize_block(
-    block: torch.Tensor, U: torch.Tensor, scales: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_block(block: Tensor, U: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Columns first: block [B, N, rows], changed in place; U [N, B, B]; scales [N, rows]."""
     codes, errors = torch.empty_like(block), torch.empty_like(block)
     for column in range(len(block)):
@@ -222,14 +195,14 @@ def _quantize_block(
     return codes, errors
 
 
-def _nearest(W: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def _nearest(W: Tensor, scales: Tensor) -> Tensor:
     """Round-to-nearest codes [N, K, R, C] for scales [N, K, R]."""
     return nearest_codes(W.unsqueeze(1), scales.to(W.dtype).unsqueeze(3), BITS)
 
 
 def _best_candidates(
-    W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    W: Tensor, H: Tensor, codes: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per row the candidate of least error: codes [N, R, C], scales, errors and choice [N, R]."""
     N, K, R, C = codes.shape
     difference = W.unsqueeze(1) - codes * scales.to(W.dtype).unsqueeze(3)
@@ -244,12 +217,12 @@ def _best_candidates(
     )
 
 
-def _weighted_squares(rows: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+def _weighted_squares(rows: Tensor, H: Tensor) -> Tensor:
     """x·H·xᵀ for each row x of `rows` [N, rows, C] → [N, rows]."""
     return ((rows @ H) * rows).sum(2)
 
 
-def _reorder(stack: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
+def _reorder(stack: Tensor, order: Tensor, dim: int) -> Tensor:
     """Each matrix of `stack` [N, ·, ·] with its rows (dim 1) or columns (dim 2) in `order`."""
     index = order.unsqueeze(3 - dim).expand_as(stack)
     return stack.gather(dim, index)

@@ -79,10 +79,10 @@ def observed_inputs(model, tokens):
     def observe(bank, index, inputs):
         seen.setdefault((bank, index), []).append(inputs.flatten(0, -2).double())
 
-    model.observer = observe
+    model.activation_hook = observe
     with torch.no_grad():
         model(tokens)
-    model.observer = None
+    model.activation_hook = None
     return {key: torch.cat(parts) for key, parts in seen.items()}
 
 
@@ -95,7 +95,7 @@ def test_hessians_are_the_mean_products_of_every_matrix(model, tokens):
         expected = rows.T @ rows / len(rows)
         assert hessians[key].dtype == torch.float64
         assert torch.allclose(hessians[key], expected, rtol=1e-4, atol=1e-6), key
-    assert model.observer is None
+    assert model.activation_hook is None
 
 
 def test_queries_keys_and_values_share_one_product(model, tokens):
@@ -120,7 +120,7 @@ def test_equal_but_distinct_inputs_are_kept_apart():
 def test_the_observer_is_removed_when_the_model_fails(model):
     with pytest.raises(IndexError):
         collect_hessians(model, torch.full((1, 4), 10**6), batch_sequences=1)
-    assert model.observer is None
+    assert model.activation_hook is None
 
 
 def generate(model, **changes):

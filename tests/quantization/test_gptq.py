@@ -6,30 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairway.errors import UserError
-from fairway.quantization.gptq import (
-    GptqSettings,
+from fairway.quantization.integers import round_to_nearest
+from fairway.quantization.quantizers.gptq import (
+    Gptq,
     clip_scales,
     inverse_factor,
     quantize_bank,
-    quantize_banks,
 )
-from fairway.quantization.integers import round_to_nearest
-
-SETTINGS = {
-    "calibration": "train",
-    "calibration_sequences": 4,
-    "calibration_tokens": 16,
-    "temperature": 0.8,
-    "batch_sequences": 2,
-    "block_columns": 8,
-    "dampening_fraction": 0.005,
-    "clip_percentiles": (0.999, 0.9995, 0.9999, 0.99999, 1.0),
-    "scale_factor": 1.0,
-}
 
 
 def gptq_settings(**changes):
-    return GptqSettings(**{**SETTINGS, **changes})
+    return Gptq.Settings(**{"block_columns": 8, **changes})
 
 
 def random_problem(seed, matrices=3, rows=6, columns=20, correlation=0.8):
@@ -249,29 +236,18 @@ def test_any_shape_gives_codes_in_range(seed, rows, columns, block_columns):
     assert len(table) == 2
 
 
-def test_quantize_banks_joins_the_tables():
+def test_all_banks_are_quantized_and_their_tables_joined():
     first, first_hessians = random_problem(seed=13, matrices=2)
     second, second_hessians = random_problem(seed=14, matrices=1, columns=9)
     hessians = {("a", index): hessian for index, hessian in enumerate(first_hessians)}
     hessians["b", 0] = second_hessians[0]
-    tensors, table = quantize_banks({"a": first, "b": second}, hessians, gptq_settings())
+    tensors, table = Gptq(gptq_settings()).quantize({"a": first, "b": second}, hessians)
     alone, _ = quantize_bank("b", second, second_hessians, gptq_settings())
     assert torch.equal(tensors["b"].codes, alone.codes)
     assert list(zip(table.bank, table.matrix, strict=True)) == [("a", 0), ("a", 1), ("b", 0)]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"calibration": "val"}, "gptq.calibration is 'val'"),
-        ({"calibration_tokens": 0}, "gptq.calibration_tokens is 0"),
-        ({"dampening_fraction": 0.0}, "gptq.dampening_fraction is 0.0"),
-        ({"temperature": -1.0}, "gptq.temperature is -1.0"),
-        ({"clip_percentiles": ()}, "gptq.clip_percentiles"),
-        ({"clip_percentiles": (1.5,)}, "gptq.clip_percentiles"),
-        ({"scale_factor": 0.0}, "gptq.scale_factor"),
-    ],
-)
-def test_bad_settings_are_refused(change, message):
-    with pytest.raises(UserError, match=message):
-        gptq_settings(**change)
+def test_late_quantization_aware_training_rounds_to_the_nearest_int6():
+    weight, _ = random_problem(seed=15)
+    rounded = Gptq(gptq_settings()).fake(weight.float())
+    assert torch.equal(rounded, round_to_nearest(weight.float(), 6).dequantize())

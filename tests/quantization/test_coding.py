@@ -10,7 +10,13 @@ from hypothesis.extra import numpy as hnp
 
 from fairway.errors import UserError
 from fairway.quantization import coding
-from fairway.quantization.coding import pack, unpack
+from fairway.quantization.coding import (
+    exact_counts,
+    frequency_tables,
+    pack,
+    spread_numbers,
+    unpack,
+)
 
 pytest.importorskip("constriction")
 
@@ -94,16 +100,16 @@ def test_old_bytes_are_read_as_the_same_codes_on_every_platform_and_version():
 
 
 def test_a_models_probabilities_are_integers_that_need_no_rounding():
-    tables = coding._tables(*stacks_and_numbers(synthetic_codes((1, 64, 64))))
-    shares = tables.astype(np.int64)
-    counts = shares * coding.COUNTS_SUM // shares.sum(1, keepdims=True).clip(1)
-    assert (counts.sum(1) <= coding.COUNTS_SUM).all()
-    assert (coding.COUNTS_SUM - counts.sum(1))[shares.any(1)].max() < coding.SYMBOLS
+    stacks = [synthetic_codes((1, 64, 64))]
+    tables = frequency_tables(stacks, *spread_numbers(stacks))
+    counts, shares = exact_counts(tables), tables.astype(np.int64)
+    assert (counts.sum(1) == coding.COUNTS_SUM).all()
+    # What rounding down leaves over goes to the first symbol: less than one for each symbol.
+    rounded_down = shares * coding.COUNTS_SUM // shares.sum(1, keepdims=True).clip(1)
+    left_over = (counts - rounded_down)[shares.any(1)]
+    assert (left_over >= 0).all() and (left_over[:, 1:] == 0).all()
+    assert left_over.max() < coding.SYMBOLS
     assert float(np.float32(coding.COUNTS_SUM)) == coding.COUNTS_SUM
-
-
-def stacks_and_numbers(*stacks):
-    return (stacks, *coding._spread_numbers(stacks))
 
 
 def test_without_constriction_lzma_is_written_and_range_coded_files_are_refused(monkeypatch):
@@ -155,7 +161,7 @@ def test_any_words_numbers_and_tables_give_codes_or_one_clear_error(words, numbe
     tables = generator.integers(0, 2**16, size=(256, 256)) * (generator.random((256, 256)) < 0.1)
     tables[generator.random(256) < 0.3] = 0
     parts = [tables.astype("<u2")], [np.frombuffer(numbers, np.uint8)]
-    data = b"".join(map(coding._lzma_pack, parts)) + words
+    data = b"".join(pack(part, "lzma")[1] for part in parts) + words
     try:
         (codes,) = unpack(data, "range", INT8, [(4, 5)])
     except UserError:

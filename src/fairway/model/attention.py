@@ -13,20 +13,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fairway.errors import UserError
 
-# FlashAttention 3's interface, flash-attn-4's CuTe interface, flash-attn 2.
 FLASH_MODULES = {
     "flash_attn_3": "flash_attn_interface",
     "flash_attn_4": "flash_attn.cute",
     "flash_attn_2": "flash_attn.flash_attn_interface",  # flash-attn-4 brings `flash_attn` as well
 }
-
+"""The modules of FlashAttention 3, flash-attn-4 (its CuTe interface) and flash-attn 2."""
 
 HOPPER = (9, 0)
-"""Compute capability of the first GPUs on which cuDNN's attention is ahead of PyTorch's own."""
+"""Compute capability of the first GPUs on which cuDNN's attention is faster than PyTorch's own."""
 
 BACKENDS = ("flash_attn_4", "cudnn", "flash_attn_3", "flash_attn_2", "sdpa")
-"""In the order in which `auto` takes them. The first two and the last were measured on an H200:
-docs/LOG.md, 2026-11-24."""
+"""`auto` takes the first of these that can run. The first two and the last were measured on an
+H200: docs/LOG.md, 2026-11-24."""
 
 
 def available_backends(device: torch.device) -> list[str]:
@@ -73,7 +72,7 @@ def attend(
     backend: str,
     deterministic: bool = False,
 ) -> torch.Tensor:
-    """Causal softmax attention with scale 1/sqrt(D); the queries are those of the last Q places.
+    """Causal softmax attention with scale 1/sqrt(D); the queries are those of the last Q positions.
 
     queries [B, Q, H, D]; keys, values [B, T, K, D] with Q ≤ T and K dividing H; returns
     [B, Q, H, D] in the dtype of `queries`. cuDNN and the flash backends take bfloat16 and float16
@@ -87,18 +86,18 @@ def attend(
         # FlashAttention 3 and 4 return (output, logsumexp), flash-attn 2 the output alone.
         return output[0] if isinstance(output, tuple) else output
     forced = SDPBackend.CUDNN_ATTENTION if backend == "cudnn" else None
-    places, first_place = keys.shape[1], keys.shape[1] - queries.shape[1]
+    first_position = keys.shape[1] - queries.shape[1]
     options = {"is_causal": True}
-    if first_place:
-        # A mask, for is_causal would align the first places. PyTorch chooses what runs it.
+    if first_position:
+        # A mask, for is_causal would align the first positions. PyTorch chooses what runs it.
         forced = None
-        place = torch.arange(places, device=keys.device)
-        options = {"attn_mask": place <= place[first_place:, None]}
-        if keys.is_cuda:  # what takes a mask takes no keys shared between query heads
+        positions = torch.arange(keys.shape[1], device=keys.device)
+        options = {"attn_mask": positions <= positions[first_position:, None]}
+        if keys.is_cuda:  # no kernel that takes a mask takes keys shared between query heads
             group = queries.shape[2] // keys.shape[2]
             keys, values = (part.repeat_interleave(group, dim=2) for part in (keys, values))
     if deterministic and keys.is_cuda:
-        if not first_place and queries.dtype != torch.float32:
+        if not first_position and queries.dtype != torch.float32:
             return DeterministicFlash.apply(queries, keys, values)
         forced = SDPBackend.MATH
     with sdpa_kernel(forced) if forced else nullcontext():
@@ -108,8 +107,9 @@ def attend(
 class DeterministicFlash(torch.autograd.Function):
     """PyTorch's flash attention, half precisions only, with a backward pass that repeats itself.
 
-    The pass chooses its order of sums by PyTorch's global switch, which is on here for its duration
-    alone: other operations, such as products under cuBLAS's default workspace, refuse to run then.
+    PyTorch's global switch for determinism fixes the order of the pass's sums. It is on during the
+    pass only: other operations, such as products under cuBLAS's default workspace, would refuse to
+    run.
     """
 
     @staticmethod

@@ -93,9 +93,9 @@ class GPT(nn.Module):
         self.key_copies = 1
         """Copies of each key and value head that the fused kernels give attention in training."""
         self.adapter: RowAdapter | None = None
-        self.observer: Callable[[str, int, torch.Tensor], None] | None = None
+        self.activation_hook: Callable[[str, int, torch.Tensor], None] | None = None
         """Called with a bank, an index and x before x is multiplied by that matrix."""
-        self.matrix_transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.fake_quantize: Callable[[torch.Tensor], torch.Tensor] | None = None
         """Applied to the matrices that will be quantized, such as a fake quantization."""
         for name, parameter in self.parameter_table.items():
             self.register_parameter(name, nn.Parameter(torch.empty(parameter.shape)))
@@ -136,10 +136,10 @@ class GPT(nn.Module):
     def hidden(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
         """tokens int64 [B, T] → the final, normalized residual stream [B, T − first_position, C].
 
-        The fused kernels know no observers and no adapted scales, and stand aside for them.
+        The fused kernels know no activation hooks and no adapted scales, and stand aside for them.
         """
         adapts_scales = self.adapter is not None and self.adapter.changes_scales
-        if self.backend is not None and self.observer is None and not adapts_scales:
+        if self.backend is not None and self.activation_hook is None and not adapts_scales:
             return self.backend.hidden(self, tokens, first_position)
         embedding = self._embed(tokens, F.pad(tokens[:, :-1], (1, 0), value=-1))
         x = self._smear(embedding, F.pad(embedding[:, :-1], (0, 0, 1, 0)))
@@ -251,14 +251,14 @@ class GPT(nn.Module):
         return self._linear(F.leaky_relu(up, 0.5).square(), banks, "mlp_down_bank", layer)
 
     def _linear(self, x, banks, bank: str, index: int) -> torch.Tensor:
-        if self.observer is not None:
-            self.observer(bank, index, x)
+        if self.activation_hook is not None:
+            self.activation_hook(bank, index, x)
         y = F.linear(x, banks[bank][index])
         return y if self.adapter is None else self.adapter.product(bank, index, x, y)
 
     def _prepared_banks(self) -> dict[str, torch.Tensor]:
         """The banks as the forward pass uses them: transformed (late QAT), then cast."""
-        transform = self.matrix_transform or (lambda bank: bank)
+        transform = self.fake_quantize or (lambda bank: bank)
         return {
             name: transform(getattr(self, name)).to(self.compute_dtype)
             for name, parameter in self.parameter_table.items()

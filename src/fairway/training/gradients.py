@@ -49,7 +49,7 @@ def graphed_backward(model: GPT) -> Backward:
             torch._foreach_zero_(gradients)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-        key = (*inputs.shape, factor, model.matrix_transform)
+        key = (*inputs.shape, factor, model.fake_quantize)
         if key not in graphs:
             graphs[key] = capture(
                 lambda x, y: eager(x, y, factor),

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fairway.model.functional import NORM_EPSILON
 from fairway.model.fused.tiles import one_row, programs_over, row_grid, row_tile, rows_of
-from fairway.model.gpt import NORM_EPSILON
 
 
 def embed(

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fairway.model.gpt import VALUE_NORM_EPSILON
+from fairway.model.functional import VALUE_NORM_EPSILON
 
 ELEMENTS_PER_TILE = 2048
 
@@ -29,7 +29,7 @@ def _exclude_self(
     output_at, values_at, out_at, PAIRS, stride, epsilon, K: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    pairs, value_at, mask = _value_places(tl.program_id(0), PAIRS, stride, K, D, TILE, WIDE)
+    pairs, value_at, mask = _value_offsets(tl.program_id(0), PAIRS, stride, K, D, TILE, WIDE)
     own = tl.load(values_at + value_at, mask, other=0.0).to(tl.float32)
     own /= tl.maximum(tl.sqrt(tl.sum(own * own, 1)), epsilon)[:, None]
     for member in tl.static_range(GROUP):
@@ -60,33 +60,33 @@ def _exclude_self_backward(
     epsilon, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    pairs, value_at, mask = _value_places(tl.program_id(0), PAIRS, stride, K, D, TILE, WIDE)
-    places = tl.arange(0, WIDE)[None, :]
+    pairs, value_at, mask = _value_offsets(tl.program_id(0), PAIRS, stride, K, D, TILE, WIDE)
+    channels = tl.arange(0, WIDE)[None, :]
     own = tl.load(values_at + value_at, mask, other=0.0).to(tl.float32)
     norm = tl.maximum(tl.sqrt(tl.sum(own * own, 1)), epsilon)[:, None]
     own /= norm
     own_gradient = tl.zeros((TILE, WIDE), tl.float32)
     for member in tl.static_range(GROUP):
-        at = (pairs.to(tl.int64) * GROUP + member)[:, None] * D + places
+        at = (pairs.to(tl.int64) * GROUP + member)[:, None] * D + channels
         output = tl.load(output_at + at, mask, other=0.0).to(tl.float32)
         gradient = tl.load(gradient_at + at, mask, other=0.0).to(tl.float32)
         along = tl.sum(gradient * own, 1)[:, None]
         own_gradient -= tl.sum(output * own, 1)[:, None] * gradient + along * output
         tl.store(output_gradient_at + at, gradient - along * own, mask)
     along = tl.sum(own_gradient * own, 1)[:, None]
-    at = pairs.to(tl.int64)[:, None] * D + places
+    at = pairs.to(tl.int64)[:, None] * D + channels
     tl.store(values_gradient_at + at, (own_gradient - along * own) / norm, mask)
 
 
 @triton.jit
-def _value_places(
+def _value_offsets(
     block, PAIRS, stride, K: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
 ):
-    """A tile of (row, key/value head) pairs, and where their value vectors are."""
+    """A tile of (row, key/value head) pairs, the offsets of their values, and which exist."""
     pairs = block * TILE + tl.arange(0, TILE)
-    places = tl.arange(0, WIDE)[None, :]
-    at = (pairs // K).to(tl.int64)[:, None] * stride + (pairs % K)[:, None] * D + places
-    return pairs, at, (pairs < PAIRS)[:, None] & (places < D)
+    channels = tl.arange(0, WIDE)[None, :]
+    at = (pairs // K).to(tl.int64)[:, None] * stride + (pairs % K)[:, None] * D + channels
+    return pairs, at, (pairs < PAIRS)[:, None] & (channels < D)
 
 
 def _pair_tile(width: int) -> tuple[int, int]:

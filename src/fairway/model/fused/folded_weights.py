@@ -1,4 +1,4 @@
-"""What the fused model's blocks compute with: the banks with the scales around them folded in.
+"""The fused model's weights: the banks with the scales around them folded in.
 
 Shapes: C width, H query heads, K key/value heads, D head width, F MLP width, V vocabulary, L
 blocks.
@@ -13,7 +13,7 @@ from fairway.model.fused.folding import scale_rows, scale_rows_backward
 from fairway.model.gpt import GPT
 
 
-class Weights(NamedTuple):
+class FoldedWeights(NamedTuple):
     """What the blocks compute with; matrices in the compute dtype, scales folded in."""
 
     qkv: torch.Tensor
@@ -36,7 +36,7 @@ class Weights(NamedTuple):
     """float32 [V, K·D], the value embedding of every token, where there are value layers."""
 
 
-def folded_weights(model: GPT) -> Weights:
+def folded_weights(model: GPT) -> FoldedWeights:
     """The banks in the compute dtype with the scales around them folded in; differentiable."""
     layers, values = model.config.layers, None
     if model.config.value_layers:
@@ -44,15 +44,15 @@ def folded_weights(model: GPT) -> Weights:
     depth = torch.arange(1, layers + 1, device=model.mlp_up_bank.device).rsqrt().view(-1, 1)
 
     def fold(bank: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        if model.matrix_transform is not None:
-            bank = model.matrix_transform(bank)
+        if model.fake_quantize is not None:
+            bank = model.fake_quantize(bank)
         return ScaleRows.apply(bank, rows.expand(bank.shape[:2]), model.compute_dtype)
 
     query_rows = depth.expand(layers, model.config.width)
     query_output = fold(model.query_output_bank, torch.cat((query_rows, model.attention_scale)))
     key_value = fold(model.key_value_bank, torch.cat((depth, depth)))
     parts = (query_output[:layers], key_value[:layers], key_value[layers:])
-    return Weights(
+    return FoldedWeights(
         qkv=torch.cat(parts, dim=1),
         attention_out=query_output[layers:],
         up=fold(model.mlp_up_bank, depth),

@@ -1,19 +1,19 @@
-"""What is done to single heads before attention: RMS norm, rotary embedding, gain.
+"""Single heads before attention: RMS norm, rotary embedding, gain.
 
-Rotation turns pairs of places of a head, one from each half of its first dimensions. A tile holds
-the heads of one row, for one warp; each place's partner in its pair is read a second time, from the
-cache. Shapes: M rows (tokens), H query heads, K key/value heads, D head width.
+Rotation turns pairs of a head's channels, one from each half of its first dimensions. A tile holds
+the heads of one row, for one warp; each channel's partner in its pair is read a second time, from
+the cache. Shapes: M rows (tokens), H query heads, K key/value heads, D head width.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from fairway.model.functional import NORM_EPSILON
 from fairway.model.fused.tiles import programs_over
-from fairway.model.gpt import NORM_EPSILON
 
 ROWS_PER_PROGRAM = 2
-"""Of the forward pass. They are unrolled, so that none waits for another."""
+"""Rows that a program of the forward pass takes, unrolled so that none waits for another."""
 
 
 def norm_and_rotate(
@@ -26,7 +26,7 @@ def norm_and_rotate(
 ) -> torch.Tensor:
     """Per head: RMS norm, rotary embedding of the first dimensions, gain.
 
-    x: [M, H, D], queries or keys, its rows as far apart as they like. cos, sin: float32
+    x: [M, H, D], queries or keys, of any row stride. cos, sin: float32
     [positions, half]; row m is at position m mod `positions`. gain: float32 [H]. Contiguous
     [M, H·copies, D], each head's copies side by side.
     """
@@ -41,7 +41,7 @@ def norm_and_rotate(
 
 
 def copy_heads(x: torch.Tensor, copies: int) -> torch.Tensor:
-    """x [M, K, D], its rows as far apart as they like, as contiguous [M, K·copies, D]."""
+    """x [M, K, D] of any row stride as contiguous [M, K·copies, D]."""
     M, K, D = x.shape
     out = torch.empty(M, K * copies, D, dtype=x.dtype, device=x.device)
     _copy_heads[(triton.cdiv(M, ROWS_PER_PROGRAM),)](
@@ -58,7 +58,7 @@ def _norm_and_rotate(
     COPIES: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
     heads = tl.arange(0, WIDE_H)[:, None]
-    at, mask = _places(H, D, WIDE_H, WIDE_D)
+    at, mask = _offsets(H, D, WIDE_H, WIDE_D)
     gain = 1.0
     if HAS_GAIN:
         gain = tl.load(gain_at + heads, heads < H, other=0.0)
@@ -69,7 +69,7 @@ def _norm_and_rotate(
         x, turned = _turned(x_at + row * stride, exists, cos, sin, at, HALF, WIDE_D)
         scale = 1 / tl.sqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
         for copy in tl.static_range(COPIES):
-            out = row * (H * COPIES * D) + _copy_places(copy, COPIES, D, WIDE_H, WIDE_D)
+            out = row * (H * COPIES * D) + _copy_offsets(copy, COPIES, D, WIDE_H, WIDE_D)
             tl.store(out_at + out, gain * scale * turned, exists)
 
 
@@ -78,13 +78,13 @@ def _copy_heads(
     x_at, out_at, M, stride, ROWS: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     COPIES: tl.constexpr, WIDE_K: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
-    at, mask = _places(K, D, WIDE_K, WIDE_D)
+    at, mask = _offsets(K, D, WIDE_K, WIDE_D)
     for number in tl.static_range(ROWS):
         row = tl.full((1, 1), tl.program_id(0) * ROWS + number, tl.int64)
         exists = mask & (row < M)
         x = tl.load(x_at + row * stride + at, exists)
         for copy in tl.static_range(COPIES):
-            out = row * (K * COPIES * D) + _copy_places(copy, COPIES, D, WIDE_K, WIDE_D)
+            out = row * (K * COPIES * D) + _copy_offsets(copy, COPIES, D, WIDE_K, WIDE_D)
             tl.store(out_at + out, x, exists)
 
 
@@ -116,7 +116,7 @@ def heads_backward(
 
 
 def gain_sums(x: torch.Tensor, heads: int, blocks: int) -> torch.Tensor:
-    """Room for what `heads_backward` sums over the rows of x: float32 [blocks, programs, heads]."""
+    """Memory for the partial sums of `heads_backward` over x: float32 [blocks, programs, heads]."""
     return x.new_empty(blocks, programs_over(x, 28), heads, dtype=torch.float32)
 
 
@@ -144,11 +144,11 @@ def _heads_backward(
             key_gradient_at + of_copies, qkv_at + of_keys, out_at + of_keys,
             cos, sin, 1.0, epsilon, K, D, HALF, COPIES, WIDE_K, WIDE_D,
         )  # fmt: skip
-        at, mask = _places(K, D, WIDE_K, WIDE_D)
+        at, mask = _offsets(K, D, WIDE_K, WIDE_D)
         exclusion = tl.load(exclusion_gradient_at + row * (K * D) + at, mask, other=0.0)
         value = exclusion.to(tl.float32)
         for copy in tl.static_range(COPIES):
-            copy_at = of_copies + _copy_places(copy, COPIES, D, WIDE_K, WIDE_D)
+            copy_at = of_copies + _copy_offsets(copy, COPIES, D, WIDE_K, WIDE_D)
             value += tl.load(value_gradient_at + copy_at, mask, other=0.0)
         tl.store(out_at + of_keys + K * D + at, value, mask)
     tl.store(sums_at + tl.program_id(0) * H + heads, gain_sum, heads < H)
@@ -160,11 +160,11 @@ def _turn_back(
     HALF: tl.constexpr, COPIES: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr,
 ):  # fmt: skip
     """Write a row's gradient before norm, rotation and gain; return the gain's, [H, 1]."""
-    at, mask = _places(H, D, WIDE_H, WIDE_D)
+    at, mask = _offsets(H, D, WIDE_H, WIDE_D)
     # Its product with x is that of the gradient with x turned.
     gradient = tl.zeros((WIDE_H, WIDE_D), tl.float32)
     for copy in tl.static_range(COPIES):
-        copy_at = _copy_places(copy, COPIES, D, WIDE_H, WIDE_D)
+        copy_at = _copy_offsets(copy, COPIES, D, WIDE_H, WIDE_D)
         _, turned = _turned(gradient_at, mask, cos, -sin, copy_at, HALF, WIDE_D)
         gradient += turned
     x = tl.load(x_at + at, mask, other=0.0).to(tl.float32)
@@ -178,33 +178,33 @@ def _turn_back(
 @triton.jit
 def _turned(x_at, mask, cos, sin, at, HALF: tl.constexpr, WIDE_D: tl.constexpr):
     """A row's heads as they are and rotated, float32 [heads, D]."""
-    places = tl.arange(0, WIDE_D)[None, :]
-    partners = at + tl.where(places < HALF, HALF, -HALF)
+    channels = tl.arange(0, WIDE_D)[None, :]
+    partners = at + tl.where(channels < HALF, HALF, -HALF)
     x = tl.load(x_at + at, mask, other=0.0).to(tl.float32)
-    partner = tl.load(x_at + partners, mask & (places < 2 * HALF), other=0.0).to(tl.float32)
+    partner = tl.load(x_at + partners, mask & (channels < 2 * HALF), other=0.0).to(tl.float32)
     return x, x * cos + partner * sin
 
 
 @triton.jit
 def _angles(cos_at, sin_at, position, HALF: tl.constexpr, WIDE_D: tl.constexpr):
-    """What a place and its partner are multiplied by, float32 [1, D]: cos and ± sin."""
-    places = tl.arange(0, WIDE_D)[None, :]
-    at, turns = position * HALF + places % HALF, places < 2 * HALF
+    """The factors of a channel and of its partner, float32 [1, D]: cos and ± sin."""
+    channels = tl.arange(0, WIDE_D)[None, :]
+    at, turns = position * HALF + channels % HALF, channels < 2 * HALF
     sin = tl.load(sin_at + at, turns, other=0.0)
-    return tl.load(cos_at + at, turns, other=1.0), tl.where(places < HALF, sin, -sin)
+    return tl.load(cos_at + at, turns, other=1.0), tl.where(channels < HALF, sin, -sin)
 
 
 @triton.jit
-def _places(H: tl.constexpr, D: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr):
+def _offsets(H: tl.constexpr, D: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr):
     """Offsets in a row of heads, and which of them exist."""
-    heads, places = tl.arange(0, WIDE_H)[:, None], tl.arange(0, WIDE_D)[None, :]
-    return heads * D + places, (heads < H) & (places < D)
+    heads, channels = tl.arange(0, WIDE_H)[:, None], tl.arange(0, WIDE_D)[None, :]
+    return heads * D + channels, (heads < H) & (channels < D)
 
 
 @triton.jit
-def _copy_places(
+def _copy_offsets(
     copy, COPIES: tl.constexpr, D: tl.constexpr, WIDE_H: tl.constexpr, WIDE_D: tl.constexpr
 ):
     """Offsets of every head's `copy` in a row of heads with COPIES of each."""
-    heads, places = tl.arange(0, WIDE_H)[:, None], tl.arange(0, WIDE_D)[None, :]
-    return (heads * COPIES + copy) * D + places
+    heads, channels = tl.arange(0, WIDE_H)[:, None], tl.arange(0, WIDE_D)[None, :]
+    return (heads * COPIES + copy) * D + channels

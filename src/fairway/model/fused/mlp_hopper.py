@@ -146,8 +146,8 @@ def _produce(
     all_there = weight_filled.index(0)
     mbarrier.expect(all_there, STEPS * weight_tiles.block_type.nbytes)
     for part in gl.static_range(STEPS):
-        place = [part * TILE_K, column * TILE] if BACKWARD else [column * TILE, part * TILE_K]
-        tma.async_copy_global_to_shared(weight_tiles, place, all_there, weight.index(part))
+        corner = [part * TILE_K, column * TILE] if BACKWARD else [column * TILE, part * TILE_K]
+        tma.async_copy_global_to_shared(weight_tiles, corner, all_there, weight.index(part))
     for tile in range(count):
         row = (first + tile * GROUPS) * TILE
         for step in range(STEPS):
@@ -186,8 +186,8 @@ def _consume(
                 tma.store_wait(0)
             piece.store(part)
             fence_async_shared()
-            place = [(first + tile * GROUPS) * TILE, column * TILE + i * PIECE]
-            tma.async_copy_shared_to_global(out_tiles, place, piece)
+            corner = [(first + tile * GROUPS) * TILE, column * TILE + i * PIECE]
+            tma.async_copy_shared_to_global(out_tiles, corner, piece)
             if BACKWARD:
                 tma.store_wait(0)
                 _load(
@@ -231,8 +231,8 @@ def _load(saved_tiles, piece, there, column, first, count, tile, i, GROUPS: gl.c
     """Ask for piece `i` of the saved activation's tile, if there is such a tile."""
     exists = tile < count
     mbarrier.expect(there, saved_tiles.block_type.nbytes, pred=exists)
-    place = [(first + tile * GROUPS) * TILE, column * TILE + i * PIECE]
-    tma.async_copy_global_to_shared(saved_tiles, place, there, piece, pred=exists)
+    corner = [(first + tile * GROUPS) * TILE, column * TILE + i * PIECE]
+    tma.async_copy_global_to_shared(saved_tiles, corner, there, piece, pred=exists)
 
 
 @gluon.jit

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fairway.model.functional import NORM_EPSILON
 from fairway.model.fused.tiles import one_row, programs_over, row_grid, row_tile, rows_of
-from fairway.model.gpt import NORM_EPSILON
 
 
 def rms_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +138,7 @@ def mix_and_norm_backward(
 
 
 def mix_sums(x: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Room for what `mix_and_norm_backward` sums over x: float32 [blocks, 3, programs, C]."""
+    """Memory for the partial sums of `mix_and_norm_backward`: float32 [blocks, 3, programs, C]."""
     # Zeros, for a block may need fewer programs.
     return x.new_zeros(blocks, 3, programs_over(x, 12), x.shape[1], dtype=torch.float32)
 

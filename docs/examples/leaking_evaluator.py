@@ -1,11 +1,11 @@
 """A worked example for `fairway audit`: one evaluator that leaks, and its honest twin.
 
-Both score a stream with the same small bigram model and improve it with a bias, one number for each
+Both score a text with the same small bigram model and improve it with a bias, one number for each
 token of the vocabulary, fitted to recent text. The honest one fits the bias for a slice on the text
 before that slice. The leaking one shares a bias between the slices of a block, so that each slice
 is scored with a bias that was fitted on it: the fault of batch-shared SLOT in twenty lines.
 
-    python docs/examples/leaking_evaluator.py example.bin          # writes a stream to audit
+    python docs/examples/leaking_evaluator.py example.bin          # writes a text to audit
     fairway audit --evaluator docs.examples.leaking_evaluator:leaking \\
         --next-token docs.examples.leaking_evaluator:next_token \\
         --base docs.examples.leaking_evaluator:base --tokens example.bin \\
@@ -60,7 +60,7 @@ def _score(tokens: Tensor, *, leaks: bool) -> Scores:
         bias = _fit(log_probs[fitted], targets[fitted])
         rows.append(torch.log_softmax(log_probs[start:stop] + bias, dim=-1))
     scored_with = torch.cat(rows)
-    # The account: every target once, in order, at the price of its own distribution.
+    # Every target is scored once, in order, and reported as -log p of its own distribution.
     positions = torch.arange(1, len(tokens))
     return Scores(scored_with, positions, -scored_with[positions - 1, targets])
 
@@ -71,8 +71,8 @@ def _fit(log_probs: Tensor, targets: Tensor) -> Tensor:
     return torch.log((seen + PRIOR_TOKENS) / (log_probs.exp().sum(dim=0) + PRIOR_TOKENS))
 
 
-def example_stream(num_tokens: int) -> Tensor:
-    """A stream drawn from the model itself, with a document start about every hundred tokens."""
+def example_text(num_tokens: int) -> Tensor:
+    """A text drawn from the model itself, with a document start about every hundred tokens."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.full((num_tokens,), BOS_ID)
     for index in range(1, num_tokens):
@@ -85,4 +85,4 @@ def example_stream(num_tokens: int) -> Tensor:
 if __name__ == "__main__":
     from fairway.data.shards import write_shard
 
-    write_shard(sys.argv[1], example_stream(1025).numpy())
+    write_shard(sys.argv[1], example_text(1025).numpy())

@@ -6,92 +6,74 @@ Exit status: 0 where no check fails (those not run are listed), 1 where one does
 """
 
 import argparse
+import importlib
 import sys
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from fairway.audit.checks import check_budgets
-from fairway.audit.flip_plan import Geometry, choose_excerpt
-from fairway.audit.interface import FAIL, load_callable
-from fairway.audit.lineage import check_lineage
-from fairway.audit.null import draw_stream
-from fairway.audit.runner import (
-    AuditSettings,
-    Subject,
-    audit_evaluator,
-    audit_record,
-    verdict_lines,
-)
+from fairway.audit.flip_plan import Geometry
+from fairway.audit.interface import FAIL
+from fairway.audit.result import AuditResult
+from fairway.audit.runner import AuditSettings, audit
 from fairway.data.shards import read_shard
 from fairway.errors import UserError
 from fairway.files import write_json
+from fairway.settings import validated
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the command, return the exit status."""
     parsed = _parser().parse_args(arguments)
     try:
-        record = audit(parsed)
+        result = run_audit(parsed)
     except UserError as error:
         print(f"fairway: {error}", file=sys.stderr)
         return 2
-    print("\n".join(verdict_lines(record)))
-    return 1 if record["verdict"] == FAIL else 0
+    print(result)
+    return 1 if result.verdict == FAIL else 0
 
 
-def audit(parsed: argparse.Namespace) -> dict:
-    """Audit the evaluator that the command line names; return the content of audit.json."""
+def run_audit(parsed: argparse.Namespace) -> AuditResult:
+    """Audit the evaluator that the command line names, and write audit.json where asked to."""
     sys.path.insert(0, str(Path.cwd()))
-    evaluator = load_callable(parsed.evaluator, "--evaluator")
-    next_token = load_callable(parsed.next_token, "--next-token") if parsed.next_token else None
-    base = load_callable(parsed.base, "--base") if parsed.base else None
-    settings = AuditSettings(
-        parsed.flips,
-        parsed.stream_tokens,
-        parsed.null_tokens,
-        parsed.noise_repeats,
-        parsed.significance,
-    )
-    tokens = _read_excerpt(parsed)
-    draw = partial(draw_stream, next_token, tokens[:1]) if next_token else None
-    subject = Subject(
-        evaluator=evaluator,
-        tokens=tokens,
+    values = {name: getattr(parsed, name) for name in AuditSettings.model_fields}
+    result = audit(
+        load_callable(parsed.evaluator, "--evaluator"),
+        read_shard(parsed.tokens),
         vocab_size=parsed.vocab_size,
         bos_id=parsed.bos_id,
+        next_token=_optional_callable(parsed.next_token, "--next-token"),
+        base=_optional_callable(parsed.base, "--base"),
         geometry=_geometry(parsed),
-        draw=draw,
-        base=base,
-    )
-    findings = audit_evaluator(subject, settings, parsed.seed)
-    checks = [
-        *findings.checks,
-        check_lineage(parsed.provenance),
-        check_budgets({}, {}),
-    ]
-    parameters = asdict(settings) | {"evaluator": parsed.evaluator, "tokens": str(parsed.tokens)}
-    record = audit_record(checks, findings, variant=None, seed=parsed.seed, parameters=parameters)
+        provenance=parsed.provenance,
+        settings=validated(AuditSettings, values, "audit"),
+        seed=parsed.seed,
+    ).with_checks(evaluator=parsed.evaluator, tokens=str(parsed.tokens))
     if parsed.output is not None:
-        write_json(parsed.output, record)
-    return record
+        write_json(parsed.output, result.content())
+    return result
 
 
-def _read_excerpt(parsed: argparse.Namespace) -> torch.Tensor:
-    """The audited tokens, int64 [n + 1], from the shard that `--tokens` names."""
-    tokens = torch.from_numpy(read_shard(parsed.tokens).astype("int64"))
-    if len(tokens) < 3:
-        raise UserError(f"{parsed.tokens} holds {len(tokens)} tokens: expected at least 3")
-    largest = int(tokens.max())
-    if largest >= parsed.vocab_size:
+def load_callable(name: str, option: str) -> Callable:
+    """Import `module:function`; UserError, naming the command-line `option`, where that fails."""
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise UserError(f"{option} is {name!r}: expected module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
         raise UserError(
-            f"{parsed.tokens} holds token {largest}, --vocab-size is {parsed.vocab_size}: "
-            "give the vocabulary size of the tokenizer that made the shard"
-        )
-    start = choose_excerpt(tokens, parsed.stream_tokens, parsed.bos_id)
-    return tokens[start : start + parsed.stream_tokens + 1]
+            f"{option} {name!r}: {error}; run the command in the folder that holds the module, "
+            "or install what it imports"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"{option} {name!r}: {module_name} has no function {function_name!r}")
+    return function
+
+
+def _optional_callable(name: str | None, option: str) -> Callable | None:
+    return None if name is None else load_callable(name, option)
 
 
 def _geometry(parsed: argparse.Namespace) -> Geometry | None:
@@ -130,13 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     geometry.add_argument("--stride-tokens", type=int, help="targets scored by each later window")
     geometry.add_argument("--lanes", type=int, default=1, help="runs of windows side by side")
     geometry.add_argument("--batch-windows", type=int, default=1, help="windows adapted together")
-    add("--flips", type=int, default=64, help="tokens replaced, one evaluation each")
-    add("--stream-tokens", type=int, default=4096, help="targets of the audited excerpt")
-    add("--null-tokens", type=int, default=1024, help="tokens drawn for the null test")
-    add("--noise-repeats", type=int, default=1, help="repeats that measure the backend's noise")
-    add("--significance", type=float, default=0.001, help="false-alarm chance of the null test")
+    for name, field in AuditSettings.model_fields.items():
+        option = f"--{name.replace('_', '-')}"
+        add(option, type=field.annotation, default=field.default, help=field.description)
     add("--seed", type=int, default=0, help="of the flips and the drawn text")
-    add("--output", type=Path, metavar="JSON", help="write the full record there")
+    add("--output", type=Path, metavar="JSON", help="write audit.json there")
     return parser
 
 

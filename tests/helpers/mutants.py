@@ -25,7 +25,7 @@ def context_start(geometry: Geometry, target: int) -> int:
 
 @dataclass(frozen=True)
 class Toy:
-    """A causal model with random weights, and how a stream is evaluated with it."""
+    """A causal model with random weights, and how a text is evaluated with it."""
 
     seed: int = 0
     vocab_size: int = 24
@@ -44,16 +44,16 @@ class Toy:
     def geometry(self) -> Geometry:
         return Geometry(self.window_tokens, self.stride_tokens, self.lanes, self.batch_windows)
 
-    def logits(self, inputs: Tensor, first_place: int = 0) -> Tensor:
-        """int64 [rows, T] → float32 [rows, T − first_place, V]: the last token and the mean of all
-        so far."""
+    def logits(self, inputs: Tensor, first_position: int = 0) -> Tensor:
+        """int64 [rows, T] → float32 [rows, T − first_position, V], from the last token and the mean
+        of all so far."""
         generator = torch.Generator().manual_seed(self.seed)
         bigram, embedding, output = torch.randn(
             3, self.vocab_size, self.vocab_size, generator=generator
         )
         counts = torch.arange(1, inputs.shape[1] + 1)[None, :, None]
         logits = 0.5 * (bigram[inputs] + (embedding[inputs].cumsum(1) / counts) @ output)
-        return logits[:, first_place:]
+        return logits[:, first_position:]
 
     def next_token(self, prefix: Tensor) -> Tensor:
         start = context_start(self.geometry, len(prefix))
@@ -81,7 +81,7 @@ class Windows:
 
 
 def cut(toy: Toy, tokens: Tensor) -> Windows:
-    """All windows of a stream; the last is moved back to end where the stream ends."""
+    """All windows of a text; the last is moved back to end where the text ends."""
     num_targets = len(tokens) - 1
     length = min(toy.window_tokens, num_targets)
     slices = toy.geometry.slices(num_targets)
@@ -119,8 +119,8 @@ def fit_deltas(
     counts = torch.zeros_like(start).scatter_add_(1, targets, mask.float())
 
     def loss(delta: Tensor) -> Tensor:
-        normaliser = torch.logsumexp(logits + delta[:, None], -1)
-        fit = (normaliser * mask).sum(1) - (counts * delta).sum(1)
+        normalizer = torch.logsumexp(logits + delta[:, None], -1)
+        fit = (normalizer * mask).sum(1) - (counts * delta).sum(1)
         return fit + toy.l2 / 2 * (delta * delta).sum(1)
 
     def gradient(delta: Tensor) -> Tensor:
@@ -201,11 +201,11 @@ def scored_rows(windows: Windows, deltas: Tensor) -> Tensor:
     )
 
 
-def with_account(tokens: Tensor, log_probs: Tensor, order: Tensor | None = None) -> Scores:
-    """Scores that claim what they show, each target once; order: targets as they were scored."""
+def with_scores(tokens: Tensor, log_probs: Tensor, order: Tensor | None = None) -> Scores:
+    """Scores that report what they show, each target once; order: targets as they were scored."""
     positions = torch.arange(1, len(tokens)) if order is None else order
-    claimed = -log_probs[positions - 1, tokens[positions]]
-    return Scores(log_probs, positions, claimed)
+    reported = -log_probs[positions - 1, tokens[positions]]
+    return Scores(log_probs, positions, reported)
 
 
 # ---- honest evaluators ----
@@ -225,7 +225,7 @@ def slot(toy: Toy, *, shift: int = 0, **faults: bool) -> Evaluator:
     def evaluator(tokens: Tensor) -> Scores:
         windows = cut(toy, tokens)
         mask = fit_mask(toy, tokens, windows, shift=shift)
-        return with_account(
+        return with_scores(
             tokens, scored_rows(windows, deltas_by_lane(toy, windows, mask, **faults))
         )
 
@@ -248,7 +248,7 @@ def two_ranks(toy: Toy, *, averaged: bool = False) -> Evaluator:
                 )
         if averaged:
             deltas = deltas.mean(0).expand_as(deltas)
-        return with_account(tokens, scored_rows(windows, deltas))
+        return with_scores(tokens, scored_rows(windows, deltas))
 
     return evaluator
 
@@ -266,27 +266,27 @@ def training_by_chunk(toy: Toy, *, update_first: bool = False) -> Evaluator:
             step = 0.1 * toy.strength * (seen - torch.softmax(chunk + bias, -1).sum(0))
             bias, scored_with = bias + step, bias + step if update_first else bias
             rows.append(torch.log_softmax(chunk + scored_with, -1))
-        return with_account(tokens, torch.cat(rows))
+        return with_scores(tokens, torch.cat(rows))
 
     return evaluator
 
 
-def counting(toy: Toy, *, whole_stream: bool = False) -> Evaluator:
-    """The model mixed with bigram counts of the past. The fault: counts of the whole stream."""
+def counting(toy: Toy, *, whole_text: bool = False) -> Evaluator:
+    """The model mixed with bigram counts of the past. The fault: counts of the whole text."""
 
     def evaluator(tokens: Tensor) -> Scores:
         probabilities = plain(toy)(tokens).exp()
         table = torch.zeros(toy.vocab_size, toy.vocab_size)
-        if whole_stream:
+        if whole_text:
             table.index_put_((tokens[:-1], tokens[1:]), torch.tensor(1.0), accumulate=True)
         rows = []
         for row, (last, target) in enumerate(zip(tokens[:-1], tokens[1:], strict=True)):
             counts = table[last] + 0.1
             mixed = torch.lerp(probabilities[row], counts / counts.sum(), 0.3 * toy.strength)
             rows.append(torch.log(mixed))
-            if not whole_stream:
+            if not whole_text:
                 table[last, target] += 1.0
-        return with_account(tokens, torch.stack(rows))
+        return with_scores(tokens, torch.stack(rows))
 
     return evaluator
 
@@ -304,7 +304,7 @@ HONEST: dict[str, Callable[[Toy], Evaluator]] = {
 
 
 def delta_shared_by_batch(toy: Toy) -> Evaluator:
-    """The record's code: one delta for a batch of consecutive, overlapping windows."""
+    """PR #1350's code: one delta for a batch of consecutive, overlapping windows."""
 
     def evaluator(tokens: Tensor) -> Scores:
         windows = cut(toy, tokens)
@@ -321,7 +321,7 @@ def delta_shared_by_batch(toy: Toy) -> Evaluator:
                 warm,
             )
             deltas[rows] = warm
-        return with_account(tokens, scored_rows(windows, deltas))
+        return with_scores(tokens, scored_rows(windows, deltas))
 
     return evaluator
 
@@ -335,7 +335,7 @@ def warm_start_from_later_window(toy: Toy) -> Evaluator:
         first_fit = deltas_by_lane(toy, windows, mask)
         later = torch.cat([first_fit[1:], first_fit[-1:]])
         deltas = fit_deltas(toy, windows.logits, windows.targets, mask, later)
-        return with_account(tokens, scored_rows(windows, deltas))
+        return with_scores(tokens, scored_rows(windows, deltas))
 
     return evaluator
 
@@ -349,7 +349,7 @@ def lane_starts_from_next_lane(toy: Toy) -> Evaluator:
         firsts = lane_steps(len(deltas), toy.lanes)[0]
         for lane_first, next_first in zip(firsts, firsts[1:], strict=False):
             deltas[lane_first] = deltas[next_first]
-        return with_account(tokens, scored_rows(windows, deltas))
+        return with_scores(tokens, scored_rows(windows, deltas))
 
     return evaluator
 
@@ -358,13 +358,13 @@ def fitted_on_scored_slice(toy: Toy) -> Evaluator:
     def evaluator(tokens: Tensor) -> Scores:
         windows = cut(toy, tokens)
         mask = torch.ones(windows.targets.shape, dtype=torch.bool)
-        return with_account(tokens, scored_rows(windows, deltas_by_lane(toy, windows, mask)))
+        return with_scores(tokens, scored_rows(windows, deltas_by_lane(toy, windows, mask)))
 
     return evaluator
 
 
 def trained_before_scoring(toy: Toy) -> Evaluator:
-    """Test-time training of a bias for each last token on the whole stream, then an evaluation."""
+    """Test-time training of a bias for each last token on the whole text, then an evaluation."""
 
     def evaluator(tokens: Tensor) -> Scores:
         log_probs, last = plain(toy)(tokens), tokens[:-1]
@@ -373,18 +373,18 @@ def trained_before_scoring(toy: Toy) -> Evaluator:
         for _ in range(6):
             excess = seen - torch.softmax(log_probs + bias[last], -1)
             bias = bias.index_add(0, last, 0.3 * toy.strength * excess)
-        return with_account(tokens, torch.log_softmax(log_probs + bias[last], -1))
+        return with_scores(tokens, torch.log_softmax(log_probs + bias[last], -1))
 
     return evaluator
 
 
-def normalised_over_truncated_vocabulary(toy: Toy) -> Evaluator:
+def normalized_over_truncated_vocabulary(toy: Toy) -> Evaluator:
     """The softmax's sum runs over the likelier half of the vocabulary only."""
 
     def evaluator(tokens: Tensor) -> Scores:
         log_probs = plain(toy)(tokens)
         kept = log_probs.topk(toy.vocab_size // 2, dim=-1).values
-        return with_account(tokens, log_probs - torch.logsumexp(kept, -1, keepdim=True))
+        return with_scores(tokens, log_probs - torch.logsumexp(kept, -1, keepdim=True))
 
     return evaluator
 
@@ -396,17 +396,17 @@ def narrow_vocabulary(toy: Toy) -> Evaluator:
     return evaluator
 
 
-def better_of_two_scores(toy: Toy, *, account: bool) -> Evaluator:
+def better_of_two_scores(toy: Toy, *, openly: bool) -> Evaluator:
     """Each target is scored plainly and adaptively, and the better score is kept."""
 
     def evaluator(tokens: Tensor) -> Scores:
         first, second = plain(toy)(tokens), slot(toy)(tokens).log_probs
         own = tokens[1:, None]
         better = first.gather(1, own) > second.gather(1, own)
-        if not account:
-            return with_account(tokens, torch.where(better, first, second))
+        if not openly:
+            return with_scores(tokens, torch.where(better, first, second))
         twice = torch.arange(1, len(tokens)).repeat_interleave(2)
-        return with_account(tokens, second, order=twice)
+        return with_scores(tokens, second, order=twice)
 
     return evaluator
 
@@ -415,8 +415,8 @@ def hardest_token_left_out(toy: Toy) -> Evaluator:
     def evaluator(tokens: Tensor) -> Scores:
         scores = slot(toy)(tokens)
         kept = torch.ones(len(tokens) - 1, dtype=torch.bool)
-        kept[scores.claimed_nll.argmax()] = False
-        return Scores(scores.log_probs, scores.positions[kept], scores.claimed_nll[kept])
+        kept[scores.reported_nll.argmax()] = False
+        return Scores(scores.log_probs, scores.positions[kept], scores.reported_nll[kept])
 
     return evaluator
 
@@ -425,13 +425,13 @@ def row_left_out(toy: Toy) -> Evaluator:
     return lambda tokens: plain(toy)(tokens)[:-1]
 
 
-def document_statistics_of_whole_stream(toy: Toy) -> Evaluator:
-    """The odds of a document start are set from how many the stream holds."""
+def document_statistics_of_whole_text(toy: Toy) -> Evaluator:
+    """The odds of a document start are set from how many the text holds."""
 
     def evaluator(tokens: Tensor) -> Scores:
         log_probs = plain(toy)(tokens).clone()
         log_probs[:, toy.bos_id] += 0.1 * toy.strength * (tokens == toy.bos_id).sum()
-        return with_account(tokens, torch.log_softmax(log_probs, -1))
+        return with_scores(tokens, torch.log_softmax(log_probs, -1))
 
     return evaluator
 
@@ -449,15 +449,15 @@ def documents_sorted_by_length(toy: Toy) -> Evaluator:
         for row in order:
             rows[row] = torch.log_softmax(log_probs[row] + bias, -1)
             bias[tokens[row + 1]] += 0.1 * toy.strength
-        return with_account(tokens, rows, order=torch.tensor(order) + 1)
+        return with_scores(tokens, rows, order=torch.tensor(order) + 1)
 
     return evaluator
 
 
-def understated_claims(toy: Toy) -> Evaluator:
+def understated_scores(toy: Toy) -> Evaluator:
     def evaluator(tokens: Tensor) -> Scores:
         scores = slot(toy)(tokens)
-        return Scores(scores.log_probs, scores.positions, 0.99 * scores.claimed_nll)
+        return Scores(scores.log_probs, scores.positions, 0.99 * scores.reported_nll)
 
     return evaluator
 
@@ -469,7 +469,7 @@ def sharpened_where_right(toy: Toy) -> Evaluator:
         log_probs = plain(toy)(tokens)
         right = log_probs.argmax(-1) == tokens[1:]
         factor = 1 + toy.strength * torch.where(right, 0.5, -0.1)[:, None]
-        return with_account(tokens, torch.log_softmax(log_probs * factor, -1))
+        return with_scores(tokens, torch.log_softmax(log_probs * factor, -1))
 
     return evaluator
 
@@ -510,27 +510,25 @@ MUTANTS: dict[str, Mutant] = {
         lambda toy: training_by_chunk(toy, update_first=True), ("flip", "self_influence", "null")
     ),
     "bigram table filled from validation": Mutant(
-        lambda toy: counting(toy, whole_stream=True), ("flip", "self_influence", "null")
+        lambda toy: counting(toy, whole_text=True), ("flip", "self_influence", "null")
     ),
-    "normalisation over a truncated vocabulary": Mutant(
-        normalised_over_truncated_vocabulary, ("normalisation",)
+    "normalization over a truncated vocabulary": Mutant(
+        normalized_over_truncated_vocabulary, ("normalization",)
     ),
-    "vocabulary too narrow": Mutant(narrow_vocabulary, ("normalisation",)),
+    "vocabulary too narrow": Mutant(narrow_vocabulary, ("normalization",)),
     "a token scored twice, better score kept": Mutant(
-        lambda toy: better_of_two_scores(toy, account=False), ("self_influence",)
+        lambda toy: better_of_two_scores(toy, openly=False), ("self_influence",)
     ),
-    "a token scored twice, on record": Mutant(
-        lambda toy: better_of_two_scores(toy, account=True), ("coverage",)
+    "a token scored twice, openly": Mutant(
+        lambda toy: better_of_two_scores(toy, openly=True), ("coverage",)
     ),
     "a token never scored": Mutant(hardest_token_left_out, ("coverage",)),
     "last row missing": Mutant(row_left_out, ("coverage",)),
-    "document statistics over the whole stream": Mutant(
-        document_statistics_of_whole_stream, ("flip",)
-    ),
+    "document statistics over the whole text": Mutant(document_statistics_of_whole_text, ("flip",)),
     "batch order sorted by document length": Mutant(
         documents_sorted_by_length, ("flip", "coverage")
     ),
-    "claimed scores understated": Mutant(understated_claims, ("claimed_score",)),
+    "reported scores understated": Mutant(understated_scores, ("reported_score",)),
     "sharpened where the guess is right": Mutant(sharpened_where_right, ("self_influence",)),
     "not reproducible": Mutant(not_reproducible, ("flip",)),
 }

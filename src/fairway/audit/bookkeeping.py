@@ -1,8 +1,8 @@
-"""Whether the account adds up: each target scored once, in order, at the price of its distribution.
+"""Was each target scored once, in order, and reported as -log p of its distribution?
 
-Two accounts are examined: the one that an evaluator returns with the excerpt (`Scores`), and the
-table of the whole evaluation, tokens.parquet, with the totals that were reported from it. The
-table may have 60 million rows, so it is read in batches and only counts and sums are kept.
+Two sources are examined: the `Scores` that an evaluator returns for the excerpt, and the table of
+the whole evaluation, tokens.parquet, with the totals that were reported from it. The table may have
+60 million rows, so it is read in batches, and only counts and sums are kept.
 """
 
 import math
@@ -15,11 +15,12 @@ import pandas as pd
 import pyarrow.parquet as parquet
 from torch import Tensor
 
-from fairway.audit.interface import FAIL, NOT_RUN, PASS, Check, Scores
+from fairway.audit.interface import FAIL, NOT_APPLICABLE, PASS, Check, Scores
 from fairway.errors import UserError
 
-CLAIM_TOLERANCE_NATS = 1e-4
-"""A fiftieth of the smallest gain that the challenge counts, and far above float32 rounding."""
+SCORE_TOLERANCE_NATS = 1e-4
+"""This is a fiftieth of the smallest gain that the challenge counts, and far above float32
+rounding."""
 
 COLUMNS = {
     "position": "int64",
@@ -31,26 +32,28 @@ COLUMNS = {
     "bytes": "int64",
     "in_own_loss": "bool",
 }
+"""The columns of tokens.parquet that the audit reads; the evaluation defines them."""
 
 
 @dataclass(frozen=True)
-class Faults:
-    """What is wrong with a list of scored targets; all zero but the first two where nothing is.
+class CoverageErrors:
+    """How a list of scores departs from one score for each target, in order.
 
-    out_of_order: scored after a later target of the same stream. foreign: scores of no target.
+    targets, scores: how many there are; the other counts are zero where nothing is wrong.
+    out_of_range: scores of no target. out_of_order: scores after a later target of the same lane.
     """
 
     targets: int
     scores: int
     missing: int
     repeated: int
-    foreign: int
+    out_of_range: int
     out_of_order: int
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Totals over a group of targets, nats in float64."""
+class Totals:
+    """Sums over a group of targets, nats in float64."""
 
     tokens: int
     nats_before: float
@@ -63,22 +66,24 @@ class Sums:
 
     @property
     def gain_nats_per_token(self) -> float | None:
+        """None where the group is empty."""
         return self.gain_nats / self.tokens if self.tokens else None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A whole evaluation: what its table of scored targets adds up to, and what was reported.
+    """A whole evaluation: the sums of its table of scored targets, and the reported totals.
 
-    own, elsewhere: targets inside and outside the loss of the delta that scored them.
-    foreign_tokens: rows whose token is not the stream's at that position. bytes: of all rows;
-    split_bytes: of the split's text. val_loss (nats a token) and val_bpb: as reported.
+    in_fit, out_of_fit: targets inside and outside the loss of the fit that scored them.
+    token_mismatches: rows whose token is not the text's at that position.
+    bytes: of all rows. split_bytes: of the split's text.
+    val_loss (nats a token), val_bpb: as reported.
     """
 
-    faults: Faults
-    own: Sums
-    elsewhere: Sums
-    foreign_tokens: int
+    errors: CoverageErrors
+    in_fit: Totals
+    out_of_fit: Totals
+    token_mismatches: int
     bytes: int
     split_bytes: int
     val_loss: float
@@ -86,36 +91,41 @@ class Evaluation:
 
     @property
     def gain_nats_per_token(self) -> float:
-        gained = self.own.gain_nats + self.elsewhere.gain_nats
-        return gained / max(1, self.own.tokens + self.elsewhere.tokens)
+        """Nats a token that adaptation saved, over all targets."""
+        gained = self.in_fit.gain_nats + self.out_of_fit.gain_nats
+        return gained / max(1, self.in_fit.tokens + self.out_of_fit.tokens)
 
 
 def read_evaluation(
     path: str | Path, tokens: np.ndarray, *, split_bytes: int, metrics: Mapping[str, float]
 ) -> Evaluation:
-    """Add up tokens.parquet. tokens: integers [n + 1], the stream that was scored; metrics: the
-    val_loss and val_bpb that were reported. Raises UserError where a column is missing."""
+    """Add up tokens.parquet.
+
+    tokens: integers [n + 1], the text that was scored. split_bytes: the bytes of that text.
+    metrics: the `val_loss` and `val_bpb` that were reported.
+    Raises UserError where a column is missing.
+    """
     file = parquet.ParquetFile(path)
     lacking = sorted(set(COLUMNS) - set(file.schema_arrow.names))
     if lacking:
         raise UserError(f"{path} lacks the columns {', '.join(lacking)}: rerun the slot_eval stage")
     order = _Order(len(tokens) - 1)
-    sums = {own: np.zeros(3) for own in (False, True)}
-    foreign_tokens = total_bytes = 0
+    sums = {in_fit: np.zeros(3) for in_fit in (False, True)}
+    token_mismatches = total_bytes = 0
     for batch in file.iter_batches(batch_size=1 << 20, columns=list(COLUMNS)):
         table = batch.to_pandas().astype(COLUMNS)
         order.add(table)
         total_bytes += int(table["bytes"].sum())
         inside = table[table["position"].between(1, len(tokens) - 1)]
-        foreign_tokens += int((tokens[inside["position"]] != inside["token"]).sum())
-        for own in sums:
-            group = table[table["in_own_loss"] == own]
-            sums[own] += (len(group), group["nll_before"].sum(), group["nll_after"].sum())
+        token_mismatches += int((tokens[inside["position"]] != inside["token"]).sum())
+        for in_fit in sums:
+            group = table[table["in_own_loss"] == in_fit]
+            sums[in_fit] += (len(group), group["nll_before"].sum(), group["nll_after"].sum())
     return Evaluation(
-        faults=order.faults(),
-        own=Sums(int(sums[True][0]), *sums[True][1:].tolist()),
-        elsewhere=Sums(int(sums[False][0]), *sums[False][1:].tolist()),
-        foreign_tokens=foreign_tokens,
+        errors=order.errors(),
+        in_fit=Totals(int(sums[True][0]), *sums[True][1:].tolist()),
+        out_of_fit=Totals(int(sums[False][0]), *sums[False][1:].tolist()),
+        token_mismatches=token_mismatches,
         bytes=total_bytes,
         split_bytes=split_bytes,
         val_loss=metrics["val_loss"],
@@ -124,15 +134,15 @@ def read_evaluation(
 
 
 class _Order:
-    """Counts faults in the rows of a table that is sorted by position, batch after batch.
+    """Counts coverage errors in a table that is sorted by position, batch after batch.
 
-    The windows of a lane are scored one after another, so in each lane the windows must not fall
-    while the positions rise.
+    The windows of a lane are scored one after another, so neither a lane's windows nor its
+    positions may go backward.
     """
 
     def __init__(self, num_targets: int) -> None:
         self._times_scored = np.zeros(num_targets, np.uint8)
-        self._scores = self._foreign = self._out_of_order = 0
+        self._scores = self._out_of_range = self._out_of_order = 0
         self._last: dict[int, tuple[int, int]] = {}
 
     def add(self, table: pd.DataFrame) -> None:
@@ -143,7 +153,7 @@ class _Order:
         seen = self._times_scored[targets] + np.minimum(times, 2).astype(np.uint8)
         self._times_scored[targets] = np.minimum(seen, 2)
         self._scores += len(table)
-        self._foreign += int((~is_target).sum())
+        self._out_of_range += int((~is_target).sum())
         for lane, rows in table.groupby("lane"):
             first = self._last.get(lane, (-1, -1))
             window = np.concatenate([[first[0]], rows["window"].to_numpy()])
@@ -151,33 +161,33 @@ class _Order:
             self._out_of_order += int(((np.diff(window) < 0) | (np.diff(position) < 0)).sum())
             self._last[lane] = (int(window[-1]), int(position[-1]))
 
-    def faults(self) -> Faults:
-        return Faults(
+    def errors(self) -> CoverageErrors:
+        return CoverageErrors(
             targets=len(self._times_scored),
             scores=self._scores,
             missing=int((self._times_scored == 0).sum()),
             repeated=int((self._times_scored > 1).sum()),
-            foreign=self._foreign,
+            out_of_range=self._out_of_range,
             out_of_order=self._out_of_order,
         )
 
 
-def faults_of_scores(scores: Scores, num_targets: int) -> Faults:
-    """The faults of an evaluator's own account; targets are 1 … num_targets."""
+def coverage_errors(scores: Scores, num_targets: int) -> CoverageErrors:
+    """The coverage errors of an evaluator's own scores; targets are 1 … num_targets."""
     positions = scores.positions.detach().cpu().numpy().astype(np.int64)
     inside = (positions >= 1) & (positions <= num_targets)
     times = np.bincount(positions[inside], minlength=num_targets + 1)[1:]
-    streams = np.zeros(len(positions)) if scores.streams is None else scores.streams.cpu().numpy()
+    lanes = np.zeros(len(positions)) if scores.lanes is None else scores.lanes.cpu().numpy()
     out_of_order = 0
-    for stream in np.unique(streams):
-        own = positions[streams == stream]
-        out_of_order += int((own[1:] < np.maximum.accumulate(own)[:-1]).sum())
-    return Faults(
+    for lane in np.unique(lanes):
+        scored = positions[lanes == lane]
+        out_of_order += int((scored[1:] < np.maximum.accumulate(scored)[:-1]).sum())
+    return CoverageErrors(
         targets=num_targets,
         scores=len(positions),
         missing=int((times == 0).sum()),
         repeated=int((times > 1).sum()),
-        foreign=int((~inside).sum()),
+        out_of_range=int((~inside).sum()),
         out_of_order=out_of_order,
     )
 
@@ -185,35 +195,35 @@ def faults_of_scores(scores: Scores, num_targets: int) -> Faults:
 def check_coverage(
     scores: Tensor | Scores, num_targets: int, evaluation: Evaluation | None
 ) -> Check:
-    """PASS where every target was scored exactly once, in order within its stream."""
-    faults: dict[str, Faults] = {}
+    """PASS where every target was scored exactly once, in order within its lane."""
+    errors: dict[str, CoverageErrors] = {}
     if isinstance(scores, Scores):
-        faults["excerpt"] = faults_of_scores(scores, num_targets)
+        errors["excerpt"] = coverage_errors(scores, num_targets)
     if evaluation is not None:
-        faults["whole evaluation"] = evaluation.faults
-    if not faults:
+        errors["whole evaluation"] = evaluation.errors
+    if not errors:
         reason = (
-            "The evaluator returned distributions only; return fairway.audit.interface.Scores to "
-            "show which targets were scored, in which order."
+            "The evaluator returned one distribution for each target and no order of scoring; it "
+            "can return fairway.audit.interface.Scores."
         )
-        return Check("coverage", NOT_RUN, reason)
-    evidence = {place: asdict(count) for place, count in faults.items()}
+        return Check("coverage", NOT_APPLICABLE, reason)
+    evidence = {source: asdict(counts) for source, counts in errors.items()}
     wrong = [
-        f"{count[kind]:,} {words} ({place})"
-        for place, count in evidence.items()
+        f"{counts[kind]:,} {words} ({source})"
+        for source, counts in evidence.items()
         for kind, words in (
             ("missing", "targets never scored"),
             ("repeated", "targets scored more than once"),
-            ("foreign", "scores of no target"),
+            ("out_of_range", "scores of no target"),
             ("out_of_order", "scores out of order"),
         )
-        if count[kind]
+        if counts[kind]
     ]
     if wrong:
         sentence = f"Not one pass from left to right: {', '.join(wrong)}."
         return Check("coverage", FAIL, sentence, evidence)
-    where = " and ".join(f"{count.targets:,} ({place})" for place, count in faults.items())
-    sentence = f"Every target was scored exactly once, in order: {where}."
+    scored = " and ".join(f"{counts.targets:,} ({source})" for source, counts in errors.items())
+    sentence = f"Every target was scored exactly once, in order: {scored}."
     return Check("coverage", PASS, sentence, evidence)
 
 
@@ -227,62 +237,62 @@ def wrong_row_count(log_probs: Tensor, num_targets: int) -> Check:
     return Check("coverage", FAIL, sentence, {"targets": num_targets, "distributions": rows})
 
 
-def check_claimed_score(
+def check_reported_score(
     scores: Tensor | Scores, tokens: Tensor, evaluation: Evaluation | None
 ) -> Check:
-    """PASS where each claimed nll is -log p(x_t) of the distribution shown, and the reported
-    val_loss and val_bpb are those of the table, whose tokens and bytes are the split's.
+    """PASS where each reported nll is -log p(x_t) of the distribution that was returned, and where
+    val_loss and val_bpb follow from the table, whose tokens and bytes are the split's.
 
     tokens: int64 [n + 1], the excerpt.
     """
     evidence: dict[str, dict] = {}
     faults, good = [], []
     if isinstance(scores, Scores):
-        evidence["excerpt"] = _compare_claims(scores, tokens)
-        off, count = evidence["excerpt"]["off_scores"], evidence["excerpt"]["scores"]
-        if off:
+        compared = evidence["excerpt"] = _compare_scores(scores, tokens)
+        count = compared["scores"]
+        if compared["off_scores"]:
             faults.append(
-                f"{off:,} of {count:,} claimed scores are not -log p of their token, together "
-                f"{evidence['excerpt']['understated_nats']:.4g} nats too low"
+                f"{compared['off_scores']:,} of {count:,} reported scores are not -log p of their "
+                f"token, together {compared['understated_nats']:.4g} nats too low"
             )
-        good.append(f"all {count:,} claimed scores are -log p of their token")
+        good.append(f"all {count:,} reported scores are -log p of their token")
     if evaluation is not None:
         evidence["whole evaluation"], wrong = _compare_totals(evaluation)
         faults += wrong
         good.append("the table of scored targets gives the reported val_loss and val_bpb")
     if not evidence:
         reason = "The evaluator returned distributions only, so its scores follow from them."
-        return Check("claimed_score", NOT_RUN, reason)
+        return Check("reported_score", NOT_APPLICABLE, reason)
     sentence = "; ".join(faults or good)
     verdict = FAIL if faults else PASS
-    return Check("claimed_score", verdict, f"{sentence[0].upper()}{sentence[1:]}.", evidence)
+    return Check("reported_score", verdict, f"{sentence[0].upper()}{sentence[1:]}.", evidence)
 
 
-def _compare_claims(scores: Scores, tokens: Tensor) -> dict:
+def _compare_scores(scores: Scores, tokens: Tensor) -> dict:
     positions = scores.positions.detach().long().cpu()
     valid = (positions >= 1) & (positions < len(tokens))
     positions = positions[valid]
     log_probs = scores.log_probs.detach().cpu()
     shown = -log_probs[positions - 1, tokens.cpu()[positions]].double()
-    claimed = scores.claimed_nll.detach().cpu().double()[valid]
-    differences = (claimed - shown).abs()
+    reported = scores.reported_nll.detach().cpu().double()[valid]
+    differences = (reported - shown).abs()
     finite = differences.isfinite()
     return {
         "scores": len(positions),
-        "off_scores": int((~(differences <= CLAIM_TOLERANCE_NATS)).sum()),
+        "off_scores": int((~(differences <= SCORE_TOLERANCE_NATS)).sum()),
         "largest_difference_nats": float(differences[finite].max()) if finite.any() else None,
-        "understated_nats": float((shown - claimed)[finite].sum()),
-        "tolerance_nats": CLAIM_TOLERANCE_NATS,
+        "understated_nats": float((shown - reported)[finite].sum()),
+        "tolerance_nats": SCORE_TOLERANCE_NATS,
     }
 
 
 def _compare_totals(evaluation: Evaluation) -> tuple[dict, list[str]]:
-    nats = evaluation.own.nats_after + evaluation.elsewhere.nats_after
-    loss = nats / max(1, evaluation.faults.scores)
+    nats = evaluation.in_fit.nats_after + evaluation.out_of_fit.nats_after
+    loss = nats / max(1, evaluation.errors.scores)
     bpb = nats / (math.log(2) * max(1, evaluation.bytes))
     faults = []
-    if evaluation.foreign_tokens:
-        faults.append(f"{evaluation.foreign_tokens:,} rows name another token than the text's")
+    if evaluation.token_mismatches:
+        faults.append(f"{evaluation.token_mismatches:,} rows name another token than the text's")
     if evaluation.bytes > evaluation.split_bytes:
         # Fewer are no fault: a first token without predecessor is not scored.
         faults.append(
@@ -302,6 +312,6 @@ def _compare_totals(evaluation: Evaluation) -> tuple[dict, list[str]]:
         "reported_val_bpb": evaluation.val_bpb,
         "bytes": evaluation.bytes,
         "split_bytes": evaluation.split_bytes,
-        "foreign_tokens": evaluation.foreign_tokens,
+        "token_mismatches": evaluation.token_mismatches,
     }
     return evidence, faults

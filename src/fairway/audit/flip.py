@@ -1,12 +1,13 @@
 """The flip test: does any distribution depend on its own target or on a later token?
 
 One token x_t is replaced and the whole evaluator runs again. The distributions of targets 1 … t
-must not move. One flip a run: with two, everything after the earlier one may move legitimately.
-Some flips replace all that follows x_t as well: none of that may be felt at 1 … t either, but how
-far back a single token is felt, and whether by itself, only the others can say.
-The comparison is bitwise where repeated runs agree bitwise, else against the noise they show.
+must not change. Each run has one flip: with two, everything after the earlier one may change
+legitimately. Some flips replace every later token too; they do not tell which token leaked, so only
+single flips count for self-influence and for the reach.
+The comparison is bitwise where repeated runs agree bitwise, else against the noise between them.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,31 +17,39 @@ import torch
 from torch import Tensor
 
 from fairway.audit.flip_plan import Flip, flipped
-from fairway.audit.interface import FAIL, PASS, Check, Evaluator, evaluate, log_probs_of
+from fairway.audit.interface import (
+    FAIL,
+    PASS,
+    UNBOUNDED_NATS,
+    Check,
+    Evaluator,
+    evaluate,
+    log_probs_of,
+)
 from fairway.progress import progress
 
 NOISE_MARGIN = 10.0
-"""A change counts from this multiple of the largest difference between repeated runs: the flips
+"""A change counts above this multiple of the largest difference between repeated runs: the flips
 outnumber the repeats, so their largest noise exceeds that of the repeats."""
 
 LARGEST_NOISE_NATS = 0.1
-"""Above this a score cannot be reproduced, and no flip test can say anything about it."""
-
-UNBOUNDED_NATS = 1e6
-"""Stands for a change from or to a probability of zero (infinite nats, which JSON lacks)."""
+"""With more noise than this a score cannot be reproduced, and no flip test can judge it."""
 
 
 @dataclass(frozen=True)
 class FlipResult:
-    """changes: float32 [t]; element i is the largest |Δ log p| over the vocabulary of the
-    distribution of target i + 1, for the flip of token t."""
+    """What the flip of token t changed.
+
+    changes: float32 [t]; element i is the largest |Δ log p| over the vocabulary in the distribution
+    of target i + 1.
+    """
 
     flip: Flip
     changes: np.ndarray
 
 
 def largest_changes(before: Tensor, after: Tensor) -> Tensor:
-    """Largest absolute difference of each row, float32 [rows]; exactly 0 where nothing moved."""
+    """Largest absolute difference of each row, float32 [rows]; exactly 0 where nothing changed."""
     same = (before == after) | (before.isnan() & after.isnan())
     difference = torch.where(same, 0.0, (before - after).abs().float())
     difference = torch.nan_to_num(difference, nan=UNBOUNDED_NATS, posinf=UNBOUNDED_NATS)
@@ -50,7 +59,7 @@ def largest_changes(before: Tensor, after: Tensor) -> Tensor:
 
 
 def measure_noise(evaluator: Evaluator, tokens: Tensor, reference: Tensor, repeats: int) -> float:
-    """Largest change, nats, between `reference` [n, V] and `repeats` runs of the same stream."""
+    """Largest change, nats, between `reference` [n, V] and `repeats` runs on the same text."""
     noise = 0.0
     for _ in range(repeats):
         again = log_probs_of(evaluate(evaluator, tokens))
@@ -61,12 +70,12 @@ def measure_noise(evaluator: Evaluator, tokens: Tensor, reference: Tensor, repea
 def run_flips(
     evaluator: Evaluator, tokens: Tensor, reference: Tensor, flips: Sequence[Flip]
 ) -> list[FlipResult]:
-    """Run the evaluator once for each flip. reference: its answer [n, V] to the stream as it is."""
+    """Run the evaluator once for each flip. reference: its answer [n, V] to the unchanged text."""
     results = []
     with progress(len(flips), "flip test", "flip") as bar:
         for flip in flips:
-            changed_stream = flipped(tokens, flip, reference.shape[1])
-            answer = log_probs_of(evaluate(evaluator, changed_stream))
+            changed = flipped(tokens, flip, reference.shape[1])
+            answer = log_probs_of(evaluate(evaluator, changed))
             rows = flip.position
             changes = largest_changes(reference[:rows], answer[:rows])
             results.append(FlipResult(flip, changes.cpu().numpy()))
@@ -78,7 +87,7 @@ def reach_table(results: Sequence[FlipResult], noise_nats: float) -> pd.DataFram
     """How far back a single token's influence reaches, one row for each distance.
 
     Columns: distance_tokens (0: the token's own distribution), pairs (flips that have a
-    distribution so far back), changed (those in which it moved), largest_change_nats.
+    distribution so far back), changed (those in which it changed), largest_change_nats.
     """
     results = _single(results)
     longest = max((len(result.changes) for result in results), default=0)
@@ -101,9 +110,9 @@ def reach_table(results: Sequence[FlipResult], noise_nats: float) -> pd.DataFram
 
 
 def check_flips(results: Sequence[FlipResult], noise_nats: float) -> Check:
-    """PASS where no flip moved the distribution of an earlier target.
+    """PASS where no flip changed the distribution of an earlier target.
 
-    evidence: flips, flips_by_place, leaking_flips, leaking_share, largest_change_nats,
+    evidence: flips, flips_by_seam, leaking_flips, leaking_share, largest_change_nats,
     reach_tokens (the furthest of a single token; 0 where none), examples (the five largest),
     noise_nats.
     """
@@ -112,9 +121,9 @@ def check_flips(results: Sequence[FlipResult], noise_nats: float) -> Check:
     reach = max((_reach(leak.changes[:-1], threshold) for leak in _single(leaks)), default=0)
     evidence = {
         "flips": len(results),
-        "flips_by_place": _count_places(results),
+        "flips_by_seam": _count_by_seam(results),
         "leaking_flips": len(leaks),
-        "leaking_flips_by_place": _count_places(leaks),
+        "leaking_flips_by_seam": _count_by_seam(leaks),
         "leaking_share": len(leaks) / len(results),
         "largest_change_nats": max((float(leak.changes[:-1].max()) for leak in leaks), default=0.0),
         "reach_tokens": reach,
@@ -124,7 +133,7 @@ def check_flips(results: Sequence[FlipResult], noise_nats: float) -> Check:
     }
     if noise_nats > LARGEST_NOISE_NATS:
         sentence = (
-            f"Two runs on the same stream differ by {noise_nats:.3g} nats: a score that cannot be "
+            f"Two runs on the same text differ by {noise_nats:.3g} nats: a score that cannot be "
             "reproduced cannot be shown to be causal. Make the evaluator deterministic."
         )
         return Check("flip", FAIL, sentence, evidence)
@@ -142,14 +151,14 @@ def check_flips(results: Sequence[FlipResult], noise_nats: float) -> Check:
 
 
 def check_self_influence(results: Sequence[FlipResult], noise_nats: float) -> Check:
-    """PASS where no token moved its own distribution. evidence: flips, influenced_flips, …"""
+    """PASS where no token changed its own distribution. evidence: flips, influenced_flips, …"""
     threshold = NOISE_MARGIN * noise_nats
     single = _single(results)
     influenced = [result for result in single if result.changes[-1] > threshold]
     evidence = {
         "flips": len(single),
         "influenced_flips": len(influenced),
-        "influenced_flips_by_place": _count_places(influenced),
+        "influenced_flips_by_seam": _count_by_seam(influenced),
         "influenced_share": len(influenced) / len(single),
         "largest_change_nats": max((float(one.changes[-1]) for one in influenced), default=0.0),
         "noise_nats": noise_nats,
@@ -188,7 +197,7 @@ def _replacements(results: Sequence[FlipResult]) -> str:
 
 
 def _reach(changes: np.ndarray, threshold: float) -> int:
-    """Tokens between the flipped one and the earliest target it moved; changes: targets 1 … t-1."""
+    """How far back the earliest changed target is, tokens. changes: of targets 1 … t - 1."""
     return len(changes) - int(np.flatnonzero(changes > threshold)[0])
 
 
@@ -197,7 +206,7 @@ def _examples(leaks: Sequence[FlipResult], threshold: float) -> list[dict]:
     return [
         {
             "position": leak.flip.position,
-            "place": leak.flip.place,
+            "seam": leak.flip.seam,
             "replacement": leak.flip.token,
             "earliest_changed_target": int(np.flatnonzero(leak.changes[:-1] > threshold)[0]) + 1,
             "changed_targets": int((leak.changes[:-1] > threshold).sum()),
@@ -207,8 +216,5 @@ def _examples(leaks: Sequence[FlipResult], threshold: float) -> list[dict]:
     ]
 
 
-def _count_places(results: Iterable[FlipResult]) -> dict[str, int]:
-    places: dict[str, int] = {}
-    for result in results:
-        places[result.flip.place] = places.get(result.flip.place, 0) + 1
-    return places
+def _count_by_seam(results: Iterable[FlipResult]) -> dict[str, int]:
+    return dict(Counter(result.flip.seam for result in results))

@@ -1,9 +1,10 @@
-"""Where to look: which excerpt to audit and which of its tokens to flip.
+"""Where to look: which excerpt to audit, and which of its tokens to flip.
 
-A leak may live in one place only: a window's first target, the seam between two lanes, a document
-boundary. Half of the flips are therefore aimed at such places, as far as the evaluator's geometry
-is told; the other half are drawn at random, and only those support a statement about leak rates.
-The first aimed flip, and then every so many, replaces everything from one token on.
+A leak may exist only at a *seam*: a window's first target, the boundary between two lanes, a
+document's start. Half of the flips are therefore aimed at seams, as far as the geometry of the
+evaluation is given. The other half are random, and only these support a statement about leak rates.
+The first aimed flip, and then one in each round over the kinds of seam, replaces everything from
+one token on.
 """
 
 import random
@@ -18,15 +19,16 @@ from fairway.errors import UserError
 NEW_DOCUMENT = "new document"
 REST = "everything from here on"
 BEFORE_LANE = "before a lane"
+RANDOM = "random"
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the evaluator cuts a stream: a hint that aims the flips, never trusted as a fact.
+    """How the evaluator cuts the text into windows: a hint that aims the flips, and no more.
 
     window_tokens: context length; the first window scores all its targets.
     stride_tokens: targets that each later window scores.
-    lanes: contiguous runs of windows that are worked through side by side.
+    lanes: contiguous runs of windows that are scored side by side.
     batch_windows: consecutive windows that are adapted together.
     """
 
@@ -57,15 +59,15 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Flip:
-    """Token `position` is replaced by `token`; `place` says why there (`random` or a seam).
+    """Token `position` is replaced by `token`; `seam` says why there (`random` or a kind of seam).
 
-    rest_seed: where not None, every token after it is replaced too, by draws with this seed. Such a
-    flip sees any leak across its position, however rare, but not which token leaked.
+    rest_seed: unless None, every later token is replaced too, by draws with this seed. Such a flip
+    exposes any leak across its position, however rare, but does not tell which token leaked.
     """
 
     position: int
     token: int
-    place: str
+    seam: str
     rest_seed: int | None = None
 
 
@@ -80,18 +82,22 @@ def flipped(tokens: Tensor, flip: Flip, vocab_size: int) -> Tensor:
     return changed
 
 
-def choose_excerpt(tokens: Tensor, num_targets: int, bos_id: int) -> int:
-    """Where an excerpt of `num_targets` + 1 tokens starts: at the document start (or token 0)
-    whose excerpt holds the most document starts, the earliest of those. tokens: int64 [N]."""
+def choose_excerpt(tokens: Tensor, num_targets: int, bos_id: int) -> Tensor:
+    """The excerpt of `num_targets` + 1 tokens with the most document starts; all where fewer exist.
+
+    It starts at a document start or at token 0; of equally good ones the earliest is taken.
+    tokens: int64 [N].
+    """
     last_start = len(tokens) - num_targets - 1
     if last_start <= 0:
-        return 0
-    starts = (tokens == bos_id).nonzero().flatten().tolist()
-    candidates = [0, *(start for start in starts if start <= last_start)]
-    boundaries = (tokens == bos_id).cumsum(0)
-    return max(
-        candidates, key=lambda start: int(boundaries[start + num_targets]) - int(boundaries[start])
-    )
+        return tokens
+    is_start = tokens == bos_id
+    before = is_start.cumsum(0)
+    candidates = torch.cat([is_start.new_zeros(1, dtype=torch.int64), is_start.nonzero()[:, 0]])
+    candidates = candidates[candidates <= last_start]
+    best = (before[candidates + num_targets] - before[candidates]).tolist()
+    start = int(candidates[best.index(max(best))])
+    return tokens[start : start + num_targets + 1]
 
 
 def plan_flips(
@@ -107,34 +113,33 @@ def plan_flips(
     """At most `num_flips` flips of distinct (position, token), the first half of them random.
 
     tokens: int64 [n + 1]. Targets are positions 1 … n. guesses: int64 [n], the evaluator's
-    likeliest token for each target; every other flip puts that one in, because whether a guess was
-    right is what a leak is about. The random half takes one position from each of equally long
-    sections of the stream, so that it finds a leak of a given rate at least as often as
-    independent draws would.
+    likeliest token for each target; every other flip inserts that one, because a leak tells whether
+    a guess was right. The random half takes one position from each of equally long sections of the
+    text, so that it finds a leak of a given rate at least as often as independent draws would.
     """
     assert vocab_size > 2, "a flip needs a third token beside the old one and the document mark"
     generator = random.Random(seed)
     num_targets = len(tokens) - 1
     num_random = min(num_targets, (num_flips + 1) // 2)
-    places = [("random", target) for target in _one_per_section(num_targets, num_random, generator)]
+    drawn = [(RANDOM, target) for target in _one_per_section(num_targets, num_random, generator)]
     aimed = _round_robin(_seams(tokens, bos_id, geometry, generator))
     old, guessed = tokens.tolist(), guesses.tolist()
     taken = set()
     flips = []
-    for place, target in [*places, *aimed]:
-        key = (target, place in (NEW_DOCUMENT, REST))
+    for seam, target in [*drawn, *aimed]:
+        key = (target, seam in (NEW_DOCUMENT, REST))
         if key in taken or len(flips) == num_flips:
             continue
         taken.add(key)
         guess = guessed[target - 1]
-        if place == NEW_DOCUMENT:
+        if seam == NEW_DOCUMENT:
             token = bos_id
         elif len(flips) % 2 and guess not in (old[target], bos_id):
             token = guess
         else:
             token = _other_token(old[target], vocab_size, bos_id, generator)
-        rest_seed = generator.randrange(2**31) if place == REST else None
-        flips.append(Flip(target, token, place, rest_seed))
+        rest_seed = generator.randrange(2**31) if seam == REST else None
+        flips.append(Flip(target, token, seam, rest_seed))
     return flips
 
 
@@ -154,7 +159,7 @@ def _other_token(token: int, vocab_size: int, bos_id: int, generator: random.Ran
 def _seams(
     tokens: Tensor, bos_id: int, geometry: Geometry | None, generator: random.Random
 ) -> dict[str, list[int]]:
-    """Targets at which leaks like to hide, shuffled, by kind of place, likeliest kinds first."""
+    """Targets at each kind of seam, shuffled; the kinds at which leaks are likeliest come first."""
     num_targets = len(tokens) - 1
     documents = [start for start in (tokens == bos_id).nonzero().flatten().tolist() if start > 0]
     words = [target for target in range(1, num_targets + 1) if int(tokens[target]) != bos_id]
@@ -206,6 +211,6 @@ def _round_robin(groups: dict[str, list[int]]) -> Iterator[tuple[str, int]]:
     """One of each kind, then a second of each, and so on."""
     longest = max((len(targets) for targets in groups.values()), default=0)
     for turn in range(longest):
-        for place, targets in groups.items():
+        for seam, targets in groups.items():
             if turn < len(targets):
-                yield place, targets[turn]
+                yield seam, targets[turn]

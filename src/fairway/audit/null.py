@@ -1,17 +1,18 @@
 """The null test: can the evaluator predict text that nobody can predict better than its source?
 
-A stream is drawn token by token from the model's own softmax p. Whatever an evaluator q learned
-from earlier tokens, E[q(x) / p(x)] = 1 for the next one, so from any starting point on, the running
+Text is drawn token by token from the model's own softmax p. Whatever an evaluator q learned from
+earlier tokens, E[q(x) / p(x)] = 1 for the next one. So from any starting point on, the running
 product of these ratios is a test martingale: an honest q ever drives it above 1/α with probability
-at most α, whatever the model, the dependence between tokens or the length of the stream (Ville's
+at most α, whatever the model, the dependence between tokens or the length of the text (Ville's
 inequality, 1939; G. Shafer et al., "Test martingales, Bayes factors and p-values", Statistical
-Science 26, 2011). Half of α goes to the start of the stream, the other half to all n starting
-points alike: a gain above log(2/α) nats from the start on, or above log(2n/α) on any stretch, is a
-leak, also where losses elsewhere hide it in the mean. Places known beforehand may be left out
-(ratio 1): the starts of documents that were drawn side by side and then put one after another. An
-evaluator whose windows see the document before, which p did not, loses by it: no false alarm, but
-the estimated size of a leak is then a little too small. No normal approximation enters the verdict;
-one enters the confidence interval, which comes from blocks of consecutive tokens.
+Science 26, 2011). Half of α is for the start of the text, the other half for all n starting points
+alike: a gain above log(2/α) nats from the start on, or above log(2n/α) on any stretch, is a leak,
+also where losses elsewhere hide it in the mean.
+
+Positions known beforehand may be left out (ratio 1), such as the starts of documents that were
+drawn side by side and then joined. An evaluator whose windows see the document before, which p did
+not see, loses by it: this causes no false alarm, but the estimated size of a leak is then a little
+too small. Only the confidence interval uses a normal approximation, over blocks of tokens.
 """
 
 import math
@@ -27,6 +28,7 @@ from fairway.audit.interface import (
     FAIL,
     NOT_RUN,
     PASS,
+    UNBOUNDED_NATS,
     Check,
     Evaluator,
     Predictor,
@@ -36,24 +38,22 @@ from fairway.audit.interface import (
 from fairway.progress import progress
 
 BLOCK_TOKENS = 64
-"""Tokens a block of the confidence interval: the scale on which adaptations correlate."""
+"""The confidence interval uses blocks of this length: adaptations correlate on this scale."""
 
 CONFIDENCE = 0.95
+"""This is the confidence of the interval of the mean gain; the verdict does not use it."""
 
-UNBOUNDED_NATS = 1e6
-"""Stands for the loss of a token that the evaluator gives no probability at all."""
-
-
-Draw = Callable[[int, int], tuple[Tensor, np.ndarray]]
-"""(targets, seed) → a stream drawn from the model, int64 [n + 1], and the log-probability, nats,
-float64 [n], of each target under the very distribution it was drawn from; NaN for a target that
-was put there and not drawn, such as a document's start. n is about the targets asked for."""
+NullSampler = Callable[[int, int], tuple[Tensor, np.ndarray]]
+"""A sampler maps (targets, seed) to text drawn from the model, int64 [n + 1], and float64 [n]: the
+log-probability, nats, of each target under the very distribution it was drawn from, NaN for a
+target that was not drawn, such as a document's start. n is about the number of targets asked for.
+"""
 
 
 def draw_stream(
     next_token: Predictor, first_token: Tensor, num_targets: int, seed: int
 ) -> tuple[Tensor, np.ndarray]:
-    """Sample a stream from a model, one token at a time.
+    """Draw text from a model, one token at a time; with two arguments bound, a `NullSampler`.
 
     next_token: prefix int64 [k] → log-probabilities [V] of token k. first_token: int64 [1], on the
     device that the model expects.
@@ -64,7 +64,7 @@ def draw_stream(
     tokens = first_token.new_empty(num_targets + 1)
     tokens[0] = first_token[0]
     log_probs = np.empty(num_targets)
-    with progress(num_targets, "null stream", "token") as bar:
+    with progress(num_targets, "null text", "token") as bar:
         for index in range(num_targets):
             answer = next_token(tokens[: index + 1].clone()).detach().double().cpu()
             distribution = torch.log_softmax(answer, dim=-1)
@@ -76,8 +76,10 @@ def draw_stream(
 
 
 def null_gains(evaluator: Evaluator, tokens: Tensor, drawn_log_probs: np.ndarray) -> np.ndarray:
-    """log q(x_t) - log p(x_t), nats, float64 [n]: the evaluator's gain over the true source; 0 for
-    a target that was not drawn. tokens, drawn_log_probs: of a `Draw`."""
+    """log q(x_t) - log p(x_t), nats, float64 [n]: the evaluator's gain over the true source.
+
+    It is 0 for a target that was not drawn. tokens, drawn_log_probs: from a `NullSampler`.
+    """
     log_probs = log_probs_of(evaluate(evaluator, tokens))
     scored = log_probs.gather(1, tokens[1:, None]).squeeze(1).double().cpu().numpy()
     return np.where(np.isnan(drawn_log_probs), 0.0, scored - drawn_log_probs)
@@ -98,7 +100,7 @@ def block_interval(gains: np.ndarray, confidence: float) -> tuple[float, float, 
 
 
 @dataclass(frozen=True)
-class Rise:
+class MaxGain:
     """A gain, nats, over consecutive tokens [start, stop), and the limit that chance sets to it."""
 
     nats: float
@@ -107,16 +109,19 @@ class Rise:
     stop: int
 
 
-def largest_rises(gains: np.ndarray, significance: float) -> tuple[Rise, Rise]:
-    """The largest gain from the start of the stream on, and the largest on any stretch."""
+def largest_gains(gains: np.ndarray, significance: float) -> tuple[MaxGain, MaxGain]:
+    """The largest gain from the start of the text on, and the largest on any stretch.
+
+    gains: float64 [n], nats. significance: α of both together.
+    """
     running = np.concatenate([[0.0], np.cumsum(np.clip(gains, -UNBOUNDED_NATS, UNBOUNDED_NATS))])
     stop = int(running[1:].argmax()) + 1
-    first = Rise(float(running[stop]), math.log(2 / significance), 0, stop)
+    first = MaxGain(float(running[stop]), math.log(2 / significance), 0, stop)
     rises = running[1:] - np.minimum.accumulate(running)[:-1]
     stop = int(rises.argmax()) + 1
     start = int(running[:stop].argmin())
     limit = math.log(2 * len(gains) / significance)
-    return first, Rise(float(rises[stop - 1]), limit, start, stop)
+    return first, MaxGain(float(rises[stop - 1]), limit, start, stop)
 
 
 def check_null(
@@ -124,24 +129,24 @@ def check_null(
 ) -> Check:
     """PASS where the gain on the model's own text stays within what chance allows.
 
-    gains: float64 [n] of `null_gains`, or None where no model was given to draw from.
-    reported_gain_nats: adaptation's gain on real text, nats a token; a leak that raises the mean is
-        also given as its share.
+    gains: float64 [n] of `null_gains`; None where no model was given to draw from.
+    reported_gain_nats: adaptation's gain on real text, nats a token; the evidence gives a leak that
+        raises the mean as a share of it too.
     """
     if gains is None:
         reason = (
-            "No model was given to draw text from: give the distribution of the next token "
-            "without adaptation to run it."
+            "No text was drawn from the model: give the distribution of the next token without "
+            "adaptation, and null_tokens above 0."
         )
         return Check("null", NOT_RUN, reason)
-    rises = largest_rises(gains, significance)
-    leaks = [rise for rise in rises if not rise.nats <= rise.limit_nats]  # also catches NaN
-    detectable = rises[0].limit_nats / len(gains)
+    largest = largest_gains(gains, significance)
+    leaks = [gain for gain in largest if not gain.nats <= gain.limit_nats]  # also catches NaN
+    detectable = largest[0].limit_nats / len(gains)
     mean, low, high = block_interval(gains, CONFIDENCE)
     bounded = math.isfinite(low) and math.isfinite(mean)
     evidence = {
         "tokens": len(gains),
-        "largest_gains": [asdict(rise) for rise in rises if math.isfinite(rise.nats)],
+        "largest_gains": [asdict(gain) for gain in largest if math.isfinite(gain.nats)],
         "significance": significance,
         "gain_nats_per_token": mean if math.isfinite(mean) else None,
         "confidence": CONFIDENCE,
@@ -161,7 +166,7 @@ def check_null(
         return Check("null", PASS, sentence, evidence)
     worst = leaks[0]
     sentence = (
-        f"On {text}, where an honest reader gains nothing, the evaluator gains {worst.nats:.1f} "
+        f"On {text}, where an honest evaluator gains nothing, the evaluator gains {worst.nats:.1f} "
         f"nats within {worst.stop - worst.start:,} tokens (chance allows {worst.limit_nats:.1f}); "
         f"{overall}."
     )

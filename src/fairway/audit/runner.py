@@ -1,24 +1,26 @@
-"""Run every check that needs the evaluator, and put all verdicts into one record."""
+"""Run the audit: on any evaluator with `audit`, or check by check on an `AuditTarget`."""
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fairway.audit.bookkeeping import (
     Evaluation,
-    check_claimed_score,
     check_coverage,
+    check_reported_score,
     wrong_row_count,
 )
-from fairway.audit.checks import check_attribution, check_normalisation
+from fairway.audit.checks import check_attribution, check_budgets, check_normalization
 from fairway.audit.flip import (
     check_flips,
     check_self_influence,
@@ -28,64 +30,60 @@ from fairway.audit.flip import (
     reach_table,
     run_flips,
 )
-from fairway.audit.flip_plan import Flip, Geometry, plan_flips
+from fairway.audit.flip_plan import RANDOM, Flip, Geometry, choose_excerpt, plan_flips
 from fairway.audit.interface import (
-    FAIL,
     NOT_RUN,
-    PASS,
     Check,
     Evaluator,
+    Predictor,
     evaluate,
     log_probs_of,
 )
-from fairway.audit.null import Draw, check_null, null_gains
+from fairway.audit.lineage import check_lineage
+from fairway.audit.null import NullSampler, check_null, draw_stream, null_gains
+from fairway.audit.result import ADAPTIVE, FIXED, UNKNOWN, AuditResult, meaning_of_pass
 from fairway.errors import UserError
+from fairway.settings import Settings
 
 SAME_DISTRIBUTION_NATS = 1e-3
 """An evaluator this close to the plain model at every target does not adapt."""
 
+EVALUATOR_CHECKS = (
+    "flip",
+    "self_influence",
+    "null",
+    "attribution",
+    "normalization",
+    "reported_score",
+    "coverage",
+)
+"""These checks need the evaluator; `audit_evaluator` reports them in this order."""
 
-@dataclass(frozen=True)
-class AuditSettings:
-    """How thorough the audit is (config section `audit`).
 
-    flips: tokens replaced, each at the cost of one evaluation of the excerpt; ≥ 2.
-    stream_tokens: targets of the excerpt of validation text that is audited; ≥ 2.
-    null_tokens: targets drawn from the model for the null test; 0 leaves it out.
-    noise_repeats: more runs of the unchanged excerpt: does the backend repeat itself? ≥ 1.
-    significance: chance that the null test fails an honest evaluator, at most; in (0, 1).
-    """
+class AuditSettings(Settings):
+    """How thorough the audit is (config section `audit`)."""
 
-    flips: int
-    stream_tokens: int
-    null_tokens: int
-    noise_repeats: int
-    significance: float
-
-    def __post_init__(self) -> None:
-        for key, least in (
-            ("flips", 2),
-            ("stream_tokens", 2),
-            ("null_tokens", 0),
-            ("noise_repeats", 1),
-        ):
-            if getattr(self, key) < least:
-                raise UserError(f"audit.{key} is {getattr(self, key)}: expected at least {least}")
-        if not 0 < self.significance < 1:
-            raise UserError(
-                f"audit.significance is {self.significance}: expected a number between 0 and 1"
-            )
+    flips: int = Field(64, ge=2)
+    """Tokens replaced, each at the cost of one evaluation of the excerpt."""
+    stream_tokens: int = Field(8192, ge=2)
+    """Targets of the audited excerpt of validation text."""
+    null_tokens: int = Field(4096, ge=0)
+    """Targets drawn from the model for the null test; 0 leaves it out."""
+    noise_repeats: int = Field(1, ge=1)
+    """More runs of the unchanged excerpt, to measure whether the backend repeats itself."""
+    significance: float = Field(0.001, gt=0, lt=1)
+    """Chance that the null test fails an honest evaluator, at most."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The evaluator under audit with what its owner tells about it.
+class AuditTarget:
+    """The evaluator under audit, and what its owner tells about it.
 
     tokens: int64 [n + 1], the excerpt of real text.
     geometry: aims the flips.
-    draw: draws text from the plain model, for the null test.
+    sampler: draws text from the plain model, for the null test.
     base: the same evaluator without adaptation, which decides the track.
-    evaluation: the account of the whole evaluation that the reported score comes from.
+    evaluation: the whole evaluation that the reported score comes from.
     """
 
     evaluator: Evaluator
@@ -93,143 +91,156 @@ class Subject:
     vocab_size: int
     bos_id: int
     geometry: Geometry | None = None
-    draw: Draw | None = None
+    sampler: NullSampler | None = None
     base: Evaluator | None = None
     evaluation: Evaluation | None = None
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What running the evaluator showed.
+def audit(
+    evaluator: Evaluator,
+    tokens: Tensor | np.ndarray,
+    *,
+    vocab_size: int,
+    bos_id: int = 1,
+    next_token: Predictor | None = None,
+    base: Evaluator | None = None,
+    geometry: Geometry | None = None,
+    provenance: str | Path | None = None,
+    used: Mapping[str, float | None] | None = None,
+    limits: Mapping[str, float] | None = None,
+    settings: AuditSettings | None = None,
+    seed: int = 0,
+) -> AuditResult:
+    """Audit any evaluator on an excerpt of `tokens`.
 
-    checks; reach: the table of `reach_table`; track: `fixed`, `adaptive` or `unknown`.
-    detectable_leak_rate_99: share of leaking tokens that the flips would have shown with 99 %
-    probability, None without flips. meaning_of_pass: what a PASS says and what it does not.
-    seconds: how long each part took.
+    tokens: integers [N], validation text; `settings.stream_tokens` of them are audited.
+    next_token: the plain model, for the null test. base: the evaluator without adaptation, for the
+    track. geometry: how the evaluator cuts the text, to aim the flips. provenance: provenance.json
+    of what is evaluated. used, limits: budgets by name. seed: of the flips and the drawn text.
+    Raises UserError where the text does not fit the vocabulary, or the evaluator's answer has not
+    the form that `fairway.audit.interface` describes.
+
+    >>> import torch
+    >>> from fairway.audit.runner import AuditSettings, audit
+    >>> model = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    >>> def next_token(prefix):
+    ...     return torch.log_softmax(model[prefix[-1]], dim=-1)
+    >>> def honest(tokens):  # row i is the distribution that predicted tokens[i + 1]
+    ...     return torch.stack([next_token(tokens[: i + 1]) for i in range(len(tokens) - 1)])
+    >>> def leaking(tokens):  # its bias was fitted on the text that it scores
+    ...     counts = torch.bincount(tokens[1:], minlength=16) + 1.0
+    ...     return torch.log_softmax(honest(tokens) + counts.log(), dim=-1)
+    >>> tokens = torch.arange(200) % 16
+    >>> quick = AuditSettings(flips=8, null_tokens=100)
+    >>> audit(honest, tokens, vocab_size=16, next_token=next_token, settings=quick).verdict
+    'PASS'
+    >>> result = audit(leaking, tokens, vocab_size=16, next_token=next_token, settings=quick)
+    >>> result.verdict, result.names("FAIL")
+    ('FAIL', ['flip', 'self_influence'])
     """
+    settings = settings or AuditSettings()
+    if isinstance(tokens, np.ndarray):  # shards are unsigned and read-only
+        tokens = torch.from_numpy(tokens.astype(np.int64))
+    _check_text(tokens, vocab_size)
+    excerpt = choose_excerpt(tokens.long(), settings.stream_tokens, bos_id)
+    target = AuditTarget(
+        evaluator=evaluator,
+        tokens=excerpt,
+        vocab_size=vocab_size,
+        bos_id=bos_id,
+        geometry=geometry,
+        sampler=partial(draw_stream, next_token, excerpt[:1]) if next_token else None,
+        base=base,
+    )
+    result = audit_evaluator(target, settings, seed)
+    return result.with_checks(check_lineage(provenance), check_budgets(used or {}, limits or {}))
 
-    checks: list[Check]
-    reach: pd.DataFrame
-    track: str
-    detectable_leak_rate_99: float | None
-    meaning_of_pass: str
-    seconds: dict[str, float]
 
+def audit_evaluator(target: AuditTarget, settings: AuditSettings, seed: int) -> AuditResult:
+    """Run every check of `EVALUATOR_CHECKS`.
 
-def audit_evaluator(subject: Subject, settings: AuditSettings, seed: int) -> Findings:
-    """Run every check but lineage and budgets.
-
-    The evaluator runs 1 + noise_repeats + flips times on the excerpt and once on a null stream.
-    Raises UserError where its answer has not the form of `fairway.audit.interface`.
+    The evaluator runs 1 + noise_repeats + flips times on the excerpt and once on drawn text.
+    Raises UserError where its answer has not the form that `fairway.audit.interface` describes.
     """
-    tokens, num_targets = subject.tokens, len(subject.tokens) - 1
-    answer = evaluate(subject.evaluator, tokens)
+    parameters = {
+        **settings.model_dump(),
+        "seed": seed,
+        "geometry": asdict(target.geometry) if target.geometry else None,
+        "excerpt_targets": len(target.tokens) - 1,
+    }
+    tokens, num_targets = target.tokens, len(target.tokens) - 1
+    answer = evaluate(target.evaluator, tokens)
     reference = log_probs_of(answer)
     if len(reference) != num_targets:
-        return _malformed(wrong_row_count(reference, num_targets))
-    if reference.shape[1] != subject.vocab_size:
-        return _malformed(check_normalisation(reference, subject.vocab_size))
+        return _malformed(wrong_row_count(reference, num_targets), parameters)
+    if reference.shape[1] != target.vocab_size:
+        return _malformed(check_normalization(reference, target.vocab_size), parameters)
     seconds: dict[str, float] = {}
     with _timed(seconds, "noise"):
-        noise = measure_noise(subject.evaluator, tokens, reference, settings.noise_repeats)
+        noise = measure_noise(target.evaluator, tokens, reference, settings.noise_repeats)
     with _timed(seconds, "flip"):
-        flips = _plan(subject, reference, settings.flips, seed)
-        results = run_flips(subject.evaluator, tokens, reference, flips)
+        flips = _plan(target, reference, settings.flips, seed)
+        results = run_flips(target.evaluator, tokens, reference, flips)
     with _timed(seconds, "null"):
-        gains = _null_gains(subject, settings.null_tokens, seed)
+        gains = _null_gains(target, settings.null_tokens, seed)
     with _timed(seconds, "track"):
-        track = _track(subject, reference)
-    null = check_null(gains, settings.significance, _reported_gain(subject))
-    checks = [
-        check_flips(results, noise),
-        check_self_influence(results, noise),
-        null,
-        check_attribution(subject.evaluation),
-        check_normalisation(reference, subject.vocab_size),
-        check_claimed_score(answer, tokens, subject.evaluation),
-        check_coverage(answer, num_targets, subject.evaluation),
-    ]
-    rate = detectable_leak_rate(sum(flip.place == "random" for flip in flips))
-    meaning = meaning_of_pass(flips, num_targets, rate, null)
-    return Findings(checks, reach_table(results, noise), track, rate, meaning, seconds)
-
-
-def meaning_of_pass(
-    flips: Sequence[Flip], num_targets: int, leak_rate: float | None, null: Check
-) -> str:
-    """What a reviewer may conclude from a PASS, in plain words."""
-    random_flips = sum(flip.place == "random" for flip in flips)
-    text = (
-        f"{len(flips)} replacements in an excerpt of {num_targets:,} targets, {random_flips} of "
-        "them at random and the others at the seams of the geometry: "
+        track = _track(target, reference)
+    null = check_null(gains, settings.significance, _reported_gain(target))
+    rate = detectable_leak_rate(sum(flip.seam == RANDOM for flip in flips))
+    return AuditResult(
+        checks=(
+            check_flips(results, noise),
+            check_self_influence(results, noise),
+            null,
+            check_attribution(target.evaluation),
+            check_normalization(reference, target.vocab_size),
+            check_reported_score(answer, tokens, target.evaluation),
+            check_coverage(answer, num_targets, target.evaluation),
+        ),
+        reach=reach_table(results, noise),
+        track=track,
+        detectable_leak_rate_99=rate,
+        meaning_of_pass=meaning_of_pass(flips, num_targets, rate, null),
+        parameters=parameters,
+        seconds=seconds,
     )
-    if leak_rate is not None:
-        text += (
-            f"a leak at {leak_rate:.1%} of all tokens or more would have been seen with 99 % "
-            "probability; a rarer one is seen where it crosses a seam that was tried, and may be "
-            "missed elsewhere."
+
+
+def _check_text(tokens: Tensor, vocab_size: int) -> None:
+    if tokens.ndim != 1 or len(tokens) < 3:
+        raise UserError(f"the text has shape {tuple(tokens.shape)}: expected at least 3 tokens")
+    least, largest = int(tokens.min()), int(tokens.max())
+    if least < 0 or largest >= vocab_size:
+        raise UserError(
+            f"the text holds tokens from {least} to {largest}, the vocabulary size is "
+            f"{vocab_size}: give the size of the tokenizer that made the text"
         )
-    if "detectable_gain_nats_per_token" in null.evidence:
-        gain = null.evidence["detectable_gain_nats_per_token"]
-        text += f" The null test would have shown a leak worth {gain:.4f} nats a token."
-    return text
 
 
-def overall_verdict(checks: Sequence[Check]) -> str:
-    """The gravest: FAIL where any check fails, NOT RUN where any was not run, else PASS."""
-    found = {check.verdict for check in checks}
-    return next(verdict for verdict in (FAIL, NOT_RUN, PASS) if verdict in found)
-
-
-def audit_record(
-    checks: Sequence[Check],
-    findings: Findings,
-    *,
-    variant: str | None,
-    seed: int,
-    parameters: dict[str, Any],
-) -> dict[str, Any]:
-    """The content of audit.json. checks: all of them, in the order of the report."""
-    return {
-        "verdict": overall_verdict(checks),
-        "variant": variant,
-        "seed": seed,
-        "track": findings.track,
-        "checks": [asdict(check) for check in checks],
-        "not_run": [check.name for check in checks if check.verdict == NOT_RUN],
-        "parameters": parameters,
-        "detectable_leak_rate_99": findings.detectable_leak_rate_99,
-        "meaning_of_pass": findings.meaning_of_pass,
-    }
-
-
-def verdict_lines(record: dict[str, Any]) -> list[str]:
-    """A short table of the verdicts, one line a check, for a terminal."""
-    lines = [
-        f"{check['verdict']:8} {check['name']:15} {check['sentence']}" for check in record["checks"]
-    ]
-    lines.append(f"{'':8} {'thoroughness':15} {record['meaning_of_pass']}")
-    missing = f"not run: {', '.join(record['not_run'])}; " if record["not_run"] else ""
-    return [*lines, f"{record['verdict']:8} {'overall':15} {missing}track: {record['track']}"]
-
-
-def _malformed(fault: Check) -> Findings:
+def _malformed(fault: Check, parameters: dict[str, Any]) -> AuditResult:
     """An answer of another shape than [targets, vocabulary] fails one check; the others wait."""
-    names = ("flip", "self_influence", "null", "attribution", "normalisation")
-    names += ("claimed_score", "coverage")
     reason = "It needs one distribution over the whole vocabulary for each target."
-    checks = [fault if name == fault.name else Check(name, NOT_RUN, reason) for name in names]
-    meaning = "Nothing could be tested: the evaluator's answer has not the form that it needs."
-    return Findings(checks, reach_table([], 0.0), "unknown", None, meaning, {})
+    return AuditResult(
+        checks=tuple(
+            fault if name == fault.name else Check(name, NOT_RUN, reason)
+            for name in EVALUATOR_CHECKS
+        ),
+        reach=reach_table([], 0.0),
+        track=UNKNOWN,
+        detectable_leak_rate_99=None,
+        meaning_of_pass="Nothing could be tested: the evaluator's answer has the wrong shape.",
+        parameters=parameters,
+        seconds={},
+    )
 
 
-def _plan(subject: Subject, reference: Tensor, num_flips: int, seed: int) -> list[Flip]:
+def _plan(target: AuditTarget, reference: Tensor, num_flips: int, seed: int) -> list[Flip]:
     return plan_flips(
-        subject.tokens,
+        target.tokens,
         guesses=reference.argmax(dim=1),
-        vocab_size=subject.vocab_size,
-        bos_id=subject.bos_id,
-        geometry=subject.geometry,
+        vocab_size=target.vocab_size,
+        bos_id=target.bos_id,
+        geometry=target.geometry,
         num_flips=num_flips,
         seed=seed,
     )
@@ -242,22 +253,21 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     seconds[part] = time.perf_counter() - started
 
 
-def _reported_gain(subject: Subject) -> float | None:
-    return None if subject.evaluation is None else subject.evaluation.gain_nats_per_token
+def _reported_gain(target: AuditTarget) -> float | None:
+    return None if target.evaluation is None else target.evaluation.gain_nats_per_token
 
 
-def _null_gains(subject: Subject, null_tokens: int, seed: int) -> np.ndarray | None:
-    if subject.draw is None or null_tokens == 0:
+def _null_gains(target: AuditTarget, null_tokens: int, seed: int) -> np.ndarray | None:
+    if target.sampler is None or null_tokens == 0:
         return None
-    return null_gains(subject.evaluator, *subject.draw(null_tokens, seed))
+    return null_gains(target.evaluator, *target.sampler(null_tokens, seed))
 
 
-def _track(subject: Subject, reference: Tensor) -> str:
-    """`fixed` where the scores are the plain model's, `adaptive` where not, else `unknown`."""
-    if subject.base is None:
-        return "unknown"
-    plain = log_probs_of(evaluate(subject.base, subject.tokens))
+def _track(target: AuditTarget, reference: Tensor) -> str:
+    if target.base is None:
+        return UNKNOWN
+    plain = log_probs_of(evaluate(target.base, target.tokens))
     if plain.shape != reference.shape:
-        return "unknown"
+        return UNKNOWN
     largest = float(torch.nan_to_num(largest_changes(plain, reference), nan=math.inf).max())
-    return "fixed" if largest <= SAME_DISTRIBUTION_NATS else "adaptive"
+    return FIXED if largest <= SAME_DISTRIBUTION_NATS else ADAPTIVE

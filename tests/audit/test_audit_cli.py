@@ -1,16 +1,20 @@
-"""The `fairway audit` command on the worked example, and its answers to bad usage."""
+"""`fairway audit` from Python and from the command line, on the worked example."""
 
+import doctest
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from fairway.audit import runner
 from fairway.cli import main
 from fairway.data.shards import write_shard
+from provenance_chain import make_chain
 
-EXAMPLE = Path(__file__).parents[1] / "docs/examples/leaking_evaluator.py"
+EXAMPLE = Path(__file__).parents[2] / "docs/examples/leaking_evaluator.py"
 
 
 @pytest.fixture
@@ -22,7 +26,7 @@ def arguments(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "worked_example", raising=False)
     import worked_example
 
-    write_shard("example.bin", worked_example.example_stream(513).numpy())
+    write_shard("example.bin", worked_example.example_text(513).numpy())
     return {
         "--evaluator": "worked_example:honest",
         "--next-token": "worked_example:next_token",
@@ -49,18 +53,34 @@ def verdicts() -> dict[str, str]:
 
 def test_the_honest_example_exits_0(arguments, capsys):
     assert run(arguments) == 0
-    assert set(verdicts().values()) == {"PASS", "NOT RUN"}
-    assert "PASS     flip" in capsys.readouterr().out
+    assert set(verdicts().values()) == {"PASS", "NOT APPLICABLE"}
+    printed = capsys.readouterr().out
+    assert re.search("^PASS +flip ", printed, re.MULTILINE)
+    last = printed.strip().splitlines()[-1]
+    assert re.match("PASS +overall +6 of 6 applicable checks pass; ", last)
+    assert "NOT APPLICABLE: attribution, lineage, budgets" in last
+
+
+def test_with_provenance_seven_of_seven_checks_pass(arguments, capsys, tmp_path):
+    assert run(arguments | {"--provenance": str(make_chain(tmp_path))}) == 0
+    assert "7 of 7 applicable checks pass" in capsys.readouterr().out
+
+
+def test_without_the_plain_model_the_null_test_is_not_run(arguments, capsys):
+    del arguments["--next-token"]
+    assert run(arguments) == 0
+    assert verdicts()["null"] == "NOT RUN"
+    assert re.search("^NOT RUN +overall ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_leaking_example_exits_1_and_its_reach_is_its_block(arguments, capsys):
     assert run(arguments | {"--evaluator": "worked_example:leaking"}) == 1
     found = verdicts()
     assert found["flip"] == found["self_influence"] == found["null"] == "FAIL"
-    assert found["normalisation"] == found["coverage"] == "PASS"
+    assert found["normalization"] == found["coverage"] == "PASS"
     flip = json.loads(Path("audit.json").read_text())["checks"][0]
     assert 200 < flip["evidence"]["reach_tokens"] < 8 * 32
-    assert "FAIL     overall" in capsys.readouterr().out
+    assert re.search("^FAIL +overall ", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +90,7 @@ def test_the_leaking_example_exits_1_and_its_reach_is_its_block(arguments, capsy
         ({"--evaluator": "worked_example:nothing"}, "no function 'nothing'"),
         ({"--tokens": "missing.bin"}, "missing.bin"),
         ({"--tokens": "worked_example.py"}, "shard"),
-        ({"--vocab-size": "8"}, "--vocab-size is 8"),
+        ({"--vocab-size": "8"}, "the vocabulary size is 8"),
         ({"--stride-tokens": "64"}, "stride"),
         ({"--flips": "1"}, "audit.flips"),
     ],
@@ -79,3 +99,8 @@ def test_bad_usage_exits_2_with_one_line(arguments, capsys, change, message):
     assert run(arguments | change) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fairway: ") and message in error
+
+
+def test_the_python_example_does_what_it_says():
+    tried = doctest.testmod(runner)
+    assert tried.attempted > 5 and tried.failed == 0

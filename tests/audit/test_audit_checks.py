@@ -1,4 +1,4 @@
-"""The audit's parts one by one: positions, reach, noise, null statistics, accounts, budgets."""
+"""The audit's parts one by one: seams, reach, noise, null statistics, coverage, budgets."""
 
 import math
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fairway.audit.bookkeeping import (
-    check_claimed_score,
     check_coverage,
-    faults_of_scores,
+    check_reported_score,
+    coverage_errors,
     read_evaluation,
 )
-from fairway.audit.checks import check_attribution, check_budgets, check_normalisation
+from fairway.audit.checks import check_attribution, check_budgets, check_normalization
 from fairway.audit.flip import (
     check_flips,
     detectable_leak_rate,
@@ -23,11 +23,14 @@ from fairway.audit.flip import (
     run_flips,
 )
 from fairway.audit.flip_plan import Flip, Geometry, choose_excerpt, plan_flips
-from fairway.audit.interface import FAIL, NOT_RUN, PASS, Scores, load_callable
-from fairway.audit.null import check_null, draw_stream, largest_rises
-from fairway.audit.runner import AuditSettings, Findings, audit_record, verdict_lines
+from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, UNBOUNDED_NATS, Scores
+from fairway.audit.null import check_null, draw_stream, largest_gains
+from fairway.audit.result import AuditResult
+from fairway.audit.runner import AuditSettings
+from fairway.cli import load_callable
 from fairway.errors import UserError
 from fairway.evaluation.windows import lane_runs, sliding_windows
+from fairway.settings import validated
 from mutants import context_start
 
 VOCAB_SIZE, BOS_ID = 16, 1
@@ -53,7 +56,7 @@ def peeking(distance: int):
     return evaluator
 
 
-# ---- positions ----
+# ---- where to look ----
 
 
 @pytest.mark.parametrize(("num_targets", "window", "stride"), [(5, 8, 2), (40, 8, 3), (64, 16, 16)])
@@ -67,25 +70,25 @@ def test_geometry_agrees_with_the_evaluation_s_own_windows(num_targets, window, 
         assert context_start(Geometry(window, stride), first) == start
 
 
-def test_flips_hit_every_kind_of_place_and_repeat_with_the_seed():
+def test_flips_hit_every_kind_of_seam_and_repeat_with_the_seed():
     tokens, geometry = stream(200), Geometry(32, 8, lanes=3, batch_windows=4)
     plan = {"vocab_size": VOCAB_SIZE, "bos_id": BOS_ID, "geometry": geometry, "num_flips": 60}
     plan["guesses"] = torch.full((200,), 9)
     flips = plan_flips(tokens, **plan, seed=1)
     assert flips == plan_flips(tokens, **plan, seed=1) != plan_flips(tokens, **plan, seed=2)
     assert len(flips) == 60
-    assert sum(flip.place == "random" for flip in flips) == 30
+    assert sum(flip.seam == "random" for flip in flips) == 30
     assert all(1 <= flip.position <= 200 for flip in flips)
     assert all(int(tokens[flip.position]) != flip.token for flip in flips)
-    places = {flip.place for flip in flips}
-    assert places == {
+    kinds = {flip.seam for flip in flips}
+    assert kinds == {
         "random", "first target", "last target", "first target of a window", "document start",
         "last target of a window", "lane boundary", "batch boundary", "last window",
         "new document", "after a document start", "late in a batch", "everything from here on",
     }  # fmt: skip
     starts = sliding_windows(200, 32, 8).first_scored
     lanes = [int(starts[run.start]) for run in lane_runs(len(starts), 3)][1:]
-    seams = {flip.position for flip in flips if flip.place == "lane boundary"}
+    seams = {flip.position for flip in flips if flip.seam == "lane boundary"}
     assert seams <= {target for first in lanes for target in (first - 1, first)}
 
 
@@ -99,15 +102,18 @@ def test_random_flips_come_one_from_each_section():
         num_flips=20,
         seed=0,
     )
-    positions = [flip.position for flip in flips if flip.place == "random"]
+    positions = [flip.position for flip in flips if flip.seam == "random"]
     assert [(position - 1) // 10 for position in positions] == list(range(10))
 
 
 def test_the_excerpt_holds_the_most_documents():
     tokens = torch.full((1000,), 5)
     tokens[[0, 300, 310, 320, 900]] = BOS_ID
-    assert choose_excerpt(tokens, 50, BOS_ID) == 300
-    assert choose_excerpt(tokens, 5000, BOS_ID) == 0
+    tokens[400] = 6  # no other excerpt of 101 tokens holds it at this place
+    assert torch.equal(choose_excerpt(tokens, 100, BOS_ID), tokens[300:401])
+    assert torch.equal(choose_excerpt(tokens, 5000, BOS_ID), tokens)
+    ties = torch.tensor([BOS_ID, 5, BOS_ID, 6, BOS_ID, 7])
+    assert choose_excerpt(ties, 2, BOS_ID).tolist() == [BOS_ID, 5, BOS_ID]
 
 
 # ---- flips ----
@@ -136,7 +142,7 @@ def test_one_bit_is_a_change_and_nan_is_not():
     after = torch.tensor([[0.0, 1.0 + 2**-23], [math.nan, -math.inf], [0.0, 0.0]])
     changes = largest_changes(before, after)
     assert changes[0] > 0 and changes[1] == 0 and changes[2] > 0
-    assert largest_changes(before[:1], torch.full((1, 2), math.nan))[0] == 1e6
+    assert largest_changes(before[:1], torch.full((1, 2), math.nan))[0] == UNBOUNDED_NATS
 
 
 def test_a_noisy_backend_is_compared_with_its_own_noise():
@@ -179,7 +185,7 @@ def test_a_leak_hidden_by_losses_elsewhere_is_found():
     gains = np.concatenate([np.full(100, -1.0), np.full(100, 0.3), np.full(100, -1.0)])
     check = check_null(gains, 0.001, reported_gain_nats=0.15)
     assert check.verdict == FAIL and check.evidence["gain_nats_per_token"] < 0
-    stretch = largest_rises(gains, 0.001)[1]
+    stretch = largest_gains(gains, 0.001)[1]
     assert (stretch.start, stretch.stop) == (100, 200)
     assert stretch.nats == pytest.approx(30)
 
@@ -208,37 +214,37 @@ def test_a_drawn_stream_follows_its_source_and_its_seed():
 # ---- arithmetic ----
 
 
-def test_normalisation():
+def test_normalization():
     log_probs = torch.log_softmax(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), -1)
-    assert check_normalisation(log_probs, 8).verdict == PASS
-    assert check_normalisation(log_probs, 9).verdict == FAIL
-    assert check_normalisation(log_probs + 1e-3, 8).verdict == FAIL
+    assert check_normalization(log_probs, 8).verdict == PASS
+    assert check_normalization(log_probs, 9).verdict == FAIL
+    assert check_normalization(log_probs + 1e-3, 8).verdict == FAIL
     log_probs[2, 3] = math.nan
-    check = check_normalisation(log_probs, 8)
+    check = check_normalization(log_probs, 8)
     assert check.verdict == FAIL and check.evidence["off_distributions"] == 1
 
 
-def scores_at(positions, streams=None) -> Scores:
+def scores_at(positions, lanes=None) -> Scores:
     positions = torch.tensor(positions)
-    streams = None if streams is None else torch.tensor(streams)
-    return Scores(torch.zeros(4, 2), positions, torch.zeros(len(positions)), streams)
+    lanes = None if lanes is None else torch.tensor(lanes)
+    return Scores(torch.zeros(4, 2), positions, torch.zeros(len(positions)), lanes)
 
 
 @pytest.mark.parametrize(
-    ("positions", "streams", "fault"),
+    ("positions", "lanes", "fault"),
     [
         ([1, 2, 3, 4], None, None),
         ([3, 1, 4, 2], [1, 0, 1, 0], None),
         ([1, 2, 4], None, "missing"),
         ([1, 2, 2, 3, 4], None, "repeated"),
-        ([1, 2, 3, 4, 5], None, "foreign"),
+        ([1, 2, 3, 4, 5], None, "out_of_range"),
         ([1, 3, 2, 4], None, "out_of_order"),
     ],
 )
-def test_coverage_of_an_account(positions, streams, fault):
-    faults = faults_of_scores(scores_at(positions, streams), 4)
-    for kind in ("missing", "repeated", "foreign", "out_of_order"):
-        assert getattr(faults, kind) == (kind == fault)
+def test_coverage_of_an_evaluator_s_scores(positions, lanes, fault):
+    errors = coverage_errors(scores_at(positions, lanes), 4)
+    for kind in ("missing", "repeated", "out_of_range", "out_of_order"):
+        assert getattr(errors, kind) == (kind == fault)
 
 
 def token_table(tokens: np.ndarray) -> pd.DataFrame:
@@ -257,23 +263,23 @@ def token_table(tokens: np.ndarray) -> pd.DataFrame:
     )
 
 
-def account(tmp_path, table: pd.DataFrame, tokens: np.ndarray, **metrics: float):
+def evaluated(tmp_path, table: pd.DataFrame, tokens: np.ndarray, **metrics: float):
     path = tmp_path / "tokens.parquet"
     table.to_parquet(path)
     reported = {"val_loss": 1.9, "val_bpb": 1.9 / math.log(2) / 3} | metrics
     return read_evaluation(path, tokens, split_bytes=300, metrics=reported)
 
 
-def test_the_whole_evaluation_s_account(tmp_path):
+def test_the_whole_evaluation(tmp_path):
     tokens = stream(100).numpy()
-    evaluation = account(tmp_path, token_table(tokens), tokens)
+    evaluation = evaluated(tmp_path, token_table(tokens), tokens)
     distributions = torch.zeros(4, 2)
     assert check_coverage(distributions, 4, evaluation).verdict == PASS
-    assert check_claimed_score(distributions, stream(4), evaluation).verdict == PASS
+    assert check_reported_score(distributions, stream(4), evaluation).verdict == PASS
     check = check_attribution(evaluation)
     assert check.verdict == PASS
     assert check.evidence["gain_nats_per_token"] == pytest.approx(0.1)
-    assert check_attribution(None).verdict == NOT_RUN
+    assert check_attribution(None).verdict == NOT_APPLICABLE
 
 
 @pytest.mark.parametrize("fault", ["missing", "repeated", "often repeated", "window", "unsorted"])
@@ -290,7 +296,7 @@ def test_a_table_that_is_not_one_pass_fails(tmp_path, fault):
         table.loc[40, "window"] = 0
     else:
         table = table.iloc[::-1]
-    assert check_coverage(torch.zeros(4, 2), 4, account(tmp_path, table, tokens)).verdict == FAIL
+    assert check_coverage(torch.zeros(4, 2), 4, evaluated(tmp_path, table, tokens)).verdict == FAIL
 
 
 @pytest.mark.parametrize("fault", ["val_loss", "val_bpb", "token", "bytes"])
@@ -304,26 +310,26 @@ def test_totals_that_the_table_does_not_give_fail(tmp_path, fault):
         metrics["val_bpb"] = 1.9 / math.log(2) / 4
     else:
         metrics[fault] = 1.0
-    evaluation = account(tmp_path, table, tokens, **metrics)
-    assert check_claimed_score(torch.zeros(4, 2), stream(4), evaluation).verdict == FAIL
+    evaluation = evaluated(tmp_path, table, tokens, **metrics)
+    assert check_reported_score(torch.zeros(4, 2), stream(4), evaluation).verdict == FAIL
 
 
 def test_attribution_splits_the_gain_exactly(tmp_path):
     tokens = stream(100).numpy()
     table = token_table(tokens)
     table.loc[:24, ["in_own_loss", "nll_after"]] = [True, 1.5]
-    check = check_attribution(account(tmp_path, table, tokens))
+    check = check_attribution(evaluated(tmp_path, table, tokens))
     assert check.verdict == FAIL
-    assert check.evidence["share_of_targets_in_own_loss"] == 0.25
-    assert check.evidence["gain_in_own_loss_nats"] == pytest.approx(12.5)
-    assert check.evidence["gain_elsewhere_nats"] == pytest.approx(7.5)
-    assert check.evidence["share_of_gain_in_own_loss"] == pytest.approx(0.625)
+    assert check.evidence["share_of_targets_in_fit"] == 0.25
+    assert check.evidence["gain_in_fit_nats"] == pytest.approx(12.5)
+    assert check.evidence["gain_out_of_fit_nats"] == pytest.approx(7.5)
+    assert check.evidence["share_of_gain_in_fit"] == pytest.approx(0.625)
 
 
 def test_a_table_without_a_column_is_a_clear_error(tmp_path):
     tokens = stream(100).numpy()
     with pytest.raises(UserError, match="lacks the columns lane"):
-        account(tmp_path, token_table(tokens).drop(columns="lane"), tokens)
+        evaluated(tmp_path, token_table(tokens).drop(columns="lane"), tokens)
 
 
 def test_budgets():
@@ -332,19 +338,37 @@ def test_budgets():
     assert check_budgets(used, limits).verdict == PASS
     assert check_budgets(used | {"artifact_bytes": 16_000_001}, limits).verdict == FAIL
     assert check_budgets(used | {"training_seconds": None}, limits).verdict == NOT_RUN
-    assert check_budgets({}, {}).verdict == NOT_RUN
+    assert check_budgets({}, {}).verdict == NOT_APPLICABLE
 
 
-# ---- the record ----
+# ---- the result ----
 
 
-def test_the_record_lists_what_was_not_run():
-    checks = [check_budgets({}, {}), check_attribution(None)]
-    findings = Findings(checks, reach_table([], 0.0), "unknown", None, "Little.", {})
-    record = audit_record(checks, findings, variant="causal", seed=1, parameters={})
-    assert record["verdict"] == NOT_RUN
-    assert record["not_run"] == ["budgets", "attribution"]
-    assert "not run: budgets, attribution" in verdict_lines(record)[-1]
+def result_of(*checks) -> AuditResult:
+    return AuditResult(checks, reach_table([], 0.0), "unknown", None, "Little.", {"seed": 1}, {})
+
+
+def test_the_result_lists_what_was_not_run_and_what_does_not_apply():
+    checks = [check_budgets({}, {"artifact_bytes": 1}), check_null(None, 0.001, None)]
+    result = result_of(*checks).with_checks(check_attribution(None), variant="causal")
+    content = result.content("causal")
+    assert content["verdict"] == NOT_RUN
+    assert content["not_run"] == ["budgets", "null"]
+    assert content["not_applicable"] == ["attribution"]
+    assert (content["variant"], content["seed"]) == ("causal", 1)
+    overall = str(result).splitlines()[-1]
+    assert overall.startswith(NOT_RUN) and "NOT RUN: budgets, null" in overall
+
+
+def test_what_does_not_apply_stands_in_no_way_of_a_pass():
+    within = check_budgets({"artifact_bytes": 1}, {"artifact_bytes": 1})
+    result = result_of(within, check_attribution(None))
+    assert result.verdict == PASS
+    overall = str(result).splitlines()[-1]
+    assert overall.startswith(PASS) and "1 of 1 applicable checks pass" in overall
+    assert "NOT APPLICABLE: attribution" in overall
+    over = check_budgets({"artifact_bytes": 2}, {"artifact_bytes": 1})
+    assert result.with_checks(over, check_null(None, 0.001, None)).verdict == FAIL
 
 
 @pytest.mark.parametrize(
@@ -355,18 +379,12 @@ def test_the_record_lists_what_was_not_run():
         {"null_tokens": -1},
         {"noise_repeats": 0},
         {"significance": 0.0},
+        {"significance": 1.0},
     ],
 )
 def test_wrong_settings_name_their_key(change):
-    values = {
-        "flips": 8,
-        "stream_tokens": 100,
-        "null_tokens": 10,
-        "noise_repeats": 1,
-        "significance": 0.01,
-    }
     with pytest.raises(UserError, match=f"audit.{next(iter(change))}"):
-        AuditSettings(**(values | change))
+        validated(AuditSettings, change, "audit")
 
 
 @pytest.mark.parametrize("name", ["math", "math:nothing", "no_such_module:f", "math:pi"])

@@ -1,58 +1,58 @@
 """The audit audits itself: every planted fault is caught, and no honest evaluator is accused."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_audit_lineage import edit, make_run
 
-from fairway.audit.interface import FAIL, PASS
+from fairway.audit.interface import FAIL, NOT_APPLICABLE, PASS
 from fairway.audit.lineage import check_lineage
 from fairway.audit.null import draw_stream
-from fairway.audit.runner import AuditSettings, Findings, Subject, audit_evaluator, overall_verdict
+from fairway.audit.result import AuditResult
+from fairway.audit.runner import AuditSettings, AuditTarget, audit_evaluator
 from mutants import HONEST, MUTANTS, Toy
+from provenance_chain import edit, make_chain
 
 SETTINGS = AuditSettings(
     flips=40, stream_tokens=150, null_tokens=400, noise_repeats=1, significance=0.001
 )
 
 
-def audit(toy: Toy, evaluator, num_targets: int = 150, audit_settings=SETTINGS) -> Findings:
+def audit(toy: Toy, evaluator, num_targets: int = 150, audit_settings=SETTINGS) -> AuditResult:
     torch.manual_seed(0)  # for the mutant that is random on purpose
-    subject = Subject(
+    target = AuditTarget(
         evaluator=evaluator,
         tokens=toy.stream(num_targets),
         vocab_size=toy.vocab_size,
         bos_id=toy.bos_id,
         geometry=toy.geometry,
-        draw=partial(draw_stream, toy.next_token, torch.tensor([toy.bos_id])),
+        sampler=partial(draw_stream, toy.next_token, torch.tensor([toy.bos_id])),
         base=HONEST["plain"](toy),
     )
-    return audit_evaluator(subject, audit_settings, seed=3)
+    return audit_evaluator(target, audit_settings, seed=3)
 
 
-def failures(findings: Findings) -> set[str]:
-    return {check.name for check in findings.checks if check.verdict == FAIL}
+def failures(result: AuditResult) -> set[str]:
+    return set(result.names(FAIL))
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_right_checks_catch_the_planted_fault(name):
     mutant = MUTANTS[name]
-    findings = audit(Toy(), mutant.make(Toy()))
-    assert failures(findings) >= set(mutant.caught_by)
-    assert overall_verdict(findings.checks) == FAIL
+    result = audit(Toy(), mutant.make(Toy()))
+    assert failures(result) >= set(mutant.caught_by)
+    assert result.verdict == FAIL
 
 
 def test_a_provenance_file_edited_by_hand_is_caught(tmp_path):
-    record = make_run(tmp_path, ttt_data="val")
-    for stage in ("ttt", "gptq", "slot"):
+    provenance = make_chain(tmp_path, ttt_data="val")
+    for stage in ("ttt", "gptq", "slot_eval"):
         edit(tmp_path / stage / "provenance.json", splits=["train"], splits_read=[])
-    check = check_lineage(record)
+    check = check_lineage(provenance)
     assert check.verdict == FAIL and check.evidence["splits"] == ["train"]
-    assert "is not the file recorded" in " ".join(check.evidence["faults"])
+    assert "is not the file listed" in " ".join(check.evidence["faults"])
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_provenance_file_edited_by_hand_is_caught(tmp_path):
 def test_a_leak_too_faint_to_gain_anything_is_still_felt_by_the_flips(name):
     """The toys leak much, so that the null test sees it too; the flips do not need that."""
     faint = Toy(strength=1e-3, l2=2000.0)
-    settings = replace(SETTINGS, flips=8, null_tokens=0)
+    settings = SETTINGS.changed(flips=8, null_tokens=0)
     assert failures(audit(faint, MUTANTS[name].make(faint), audit_settings=settings)) >= {"flip"}
 
 
@@ -70,26 +70,26 @@ def test_a_leak_too_faint_to_gain_anything_is_still_felt_by_the_flips(name):
     "name", [name for name, mutant in MUTANTS.items() if "flip" in mutant.caught_by]
 )
 def test_eight_flips_catch_what_forty_do(name, seed):
-    """The quickstart's thoroughness, on a stream as long as several windows for each lane."""
+    """The quickstart's thoroughness, on a text as long as several windows for each lane."""
     toy = Toy(seed=seed)
-    settings = replace(SETTINGS, flips=8, null_tokens=0)
-    findings = audit(toy, MUTANTS[name].make(toy), num_targets=300, audit_settings=settings)
-    assert failures(findings) & {"flip", "self_influence"}
+    settings = SETTINGS.changed(flips=8, null_tokens=0)
+    result = audit(toy, MUTANTS[name].make(toy), num_targets=300, audit_settings=settings)
+    assert failures(result) & {"flip", "self_influence"}
 
 
 @pytest.mark.parametrize("name", HONEST)
 def test_honest_evaluators_pass_every_check(name):
-    findings = audit(Toy(), HONEST[name](Toy()))
-    assert failures(findings) == set()
-    assert findings.track == ("fixed" if name == "plain" else "adaptive")
+    result = audit(Toy(), HONEST[name](Toy()))
+    assert failures(result) == set()
+    assert result.track == ("fixed" if name == "plain" else "adaptive")
 
 
 def test_arithmetic_faults_are_not_mistaken_for_leaks():
     """A fault without a leak fails its own check only, so that a reader is not misled."""
     alone = {
-        "normalisation over a truncated vocabulary": {"normalisation", "null"},
+        "normalization over a truncated vocabulary": {"normalization", "null"},
         "a token never scored": {"coverage"},
-        "claimed scores understated": {"claimed_score"},
+        "reported scores understated": {"reported_score"},
     }
     for name, expected in alone.items():
         assert failures(audit(Toy(), MUTANTS[name].make(Toy()))) <= expected
@@ -122,5 +122,5 @@ def test_no_false_alarm_over_200_honest_configurations(drawn):
     quick = AuditSettings(
         flips=8, stream_tokens=90, null_tokens=60, noise_repeats=1, significance=0.001
     )
-    findings = audit(toy, HONEST[name](toy), num_targets, quick)
-    assert {check.verdict for check in findings.checks} <= {PASS, "NOT RUN"}
+    result = audit(toy, HONEST[name](toy), num_targets, quick)
+    assert {check.verdict for check in result.checks} <= {PASS, NOT_APPLICABLE}

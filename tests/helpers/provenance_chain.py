@@ -1,0 +1,35 @@
+"""A chain of stage folders with their provenance files, and a way to edit them by hand."""
+
+import json
+from pathlib import Path
+
+from fairway.provenance import write_provenance
+
+STAGES = ("tokenize", "train", "ttt", "gptq", "slot_eval")
+
+
+def make_chain(folder: Path, ttt_data: str = "train") -> Path:
+    """Each stage reads the product of the one before it and the manifest; the last provenance."""
+    manifest = folder / "tokenize" / "product"
+    for stage, before in zip(STAGES, (None, *STAGES), strict=False):
+        output = folder / stage
+        output.mkdir()
+        (output / "product").write_text(f"made by {stage}")
+        inputs = [] if before is None else [folder / before / "product", manifest]
+        read = {"train": ["train"], "ttt": [ttt_data]}.get(stage, [])
+        write_provenance(
+            output,
+            stage=stage,
+            settings={stage: {"data": ttt_data}} if stage == "ttt" else {},
+            inputs=inputs,
+            outputs=[output / "product"],
+            splits_read=read,
+            seed=1,
+            parents=[] if before is None else [folder / before / "provenance.json"],
+        )
+    return folder / "slot_eval" / "provenance.json"
+
+
+def edit(path: Path, **changes: object) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -2,10 +2,7 @@
 
 import math
 
-from fairway.data.token_bytes import ByteCounts, byte_counts, token_bytes
 from fairway.errors import UserError
-
-__all__ = ["ByteCounts", "bits_per_byte", "byte_counts", "token_bytes"]
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:

@@ -1,172 +1,197 @@
 """The evaluation: sliding windows whose distributions adapters change as they go along.
 
 An adapter sees a target only after its score is fixed, keeps its own state for each lane, and
-changes the distribution of what follows. Adapters compose: each takes up the logits that the one
+changes the distributions of what follows. Adapters compose: each takes up the logits that the one
 before it left.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from fairway.config import check_adapters
-from fairway.evaluation.adapters.lora import LoraAdapter, LoraSettings
-from fairway.evaluation.adapters.ngram import Cache, NgramAdapter, NgramSettings, build_caches
-from fairway.evaluation.adapters.slot import SlotAdapter, SlotSettings, score_batches
-from fairway.evaluation.stream import (
-    EvaluationSettings,
-    ModelLogits,
-    Rows,
-    Scored,
-    Stream,
-    cut_stream,
-    lane_groups,
-    lane_steps,
+from fairway.data.token_bytes import byte_counts
+from fairway.evaluation.adapters.base import Adapter, Context
+from fairway.evaluation.forward import TimedForward, forward_pass
+from fairway.evaluation.settings import EvaluationSettings
+from fairway.evaluation.text import (
+    LanguageModel,
+    ScoredBatch,
+    Text,
+    WindowBatch,
+    cut_text,
     on_device,
-    padded,
-    score,
 )
-from fairway.model.gpt import GPT
-
-
-class Adapter(Protocol):
-    """What changes the distributions of one group of lanes. Rows of a pass must not meet in it."""
-
-    def needed_places(self, step: int) -> int:
-        """The last places of a window whose logits it needs, beside the scored ones."""
-
-    def adapt(self, rows: Rows, logits: Tensor, scored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Change a pass's logits [B, T − F, V] and those of its scored targets [m, V].
-
-        Returns both, and the iterations of its fits, int64, if it makes any. A target's
-        distribution may depend on the tokens before it, and on no others.
-        """
-
-    def learn(self, rows: Rows) -> None:
-        """Take in the slice: its scores are fixed now."""
+from fairway.evaluation.token_table import RankScores, rank_scores, token_table
+from fairway.evaluation.windows import lane_groups, lane_steps, padded, sliding_windows
+from fairway.model.settings import RuntimeSettings
 
 
 @dataclass(frozen=True)
-class EvaluatorSettings:
-    """The config sections that fix the evaluator's function."""
+class Distributions:
+    """The distributions that scored a text, and the account of how they were used.
 
-    evaluation: EvaluationSettings
-    slot: SlotSettings | None = None
-    lora: LoraSettings | None = None
-    ngram: NgramSettings | None = None
-    """Sections of adapters that `evaluation` does not list may be left out."""
+    log_probs: float32 [n, V]; row i is the distribution that scored tokens[i + 1].
+    positions: int64 [n], the targets in the order in which they were scored.
+    nats: float64 [n], the loss charged for each of them. lanes: int64 [n], where it was scored.
+    """
 
-    def __post_init__(self) -> None:
-        check_adapters(asdict(self))
+    log_probs: Tensor
+    positions: Tensor
+    nats: Tensor
+    lanes: Tensor
+
+
+class Evaluator:
+    """A model and how it is evaluated.
+
+        model = load_artifact("results/quickstart/seed-42/causal/gptq/artifact.bin", "cpu")
+        evaluator = Evaluator(model, EvaluationSettings(adapters=["ngram"]), bos_id=1)
+        tokenizer = load_tokenizer("results/data/embedded/tokenizer.model")
+        table = evaluator.score_documents(["To be, or not to be: that is the question."], tokenizer)
+        table_metrics(table)["val_bpb"]
+
+    model: is left as it was, but for `requires_grad`, which LoRA switches off.
+    bos_id: the token that begins each document.
+    seed: of what adapters draw.
+    runtime: as the model was prepared with; says whether its forward pass is compiled or captured.
+        None launches it as it is.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        settings: EvaluationSettings,
+        *,
+        bos_id: int,
+        seed: int = 0,
+        runtime: RuntimeSettings | None = None,
+    ) -> None:
+        self.model, self.settings, self.bos_id, self.seed = model, settings, bos_id, seed
+        self.forward = TimedForward(forward_pass(model, runtime) if runtime else model)
+
+    def with_settings(self, settings: EvaluationSettings) -> "Evaluator":
+        """One with other settings that shares this one's model and forward pass."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
 
     @property
-    def shares_batches(self) -> bool:
-        """Whether windows share a delta, as in the record's code."""
-        return "slot" in self.evaluation.adapters and self.slot.scope == "batch"
+    def adapters(self) -> list[dict[str, str]]:
+        """Each adapter's name, title and kernels, in their order, for metrics.json."""
+        return [
+            {
+                "name": choice.label,
+                "title": choice.type.title,
+                "kernels": choice.type.kernels(choice.settings, self.model.kernels),
+            }
+            for choice in self.settings.adapters
+        ]
 
+    @torch.no_grad()
+    def score(self, tokens: Tensor, rank: int = 0, world_size: int = 1) -> Iterator[ScoredBatch]:
+        """Score every target of `tokens` int64 [n + 1], or this rank's share of them, once.
 
-def evaluator_settings(sections: Mapping[str, Mapping[str, Any]]) -> EvaluatorSettings:
-    """From a stage's settings; UserError where they do not fit together."""
-    kinds = {
-        "evaluation": EvaluationSettings,
-        "slot": SlotSettings,
-        "lora": LoraSettings,
-        "ngram": NgramSettings,
-    }
-    return EvaluatorSettings(
-        **{name: kind(**sections[name]) for name, kind in kinds.items() if name in sections}
-    )
+        Lanes are split in groups of `forward_windows`, or one by one, that never meet and always
+        have the same shapes. Rank r takes groups r, r + world_size, …, so the scores are bitwise
+        the same for any number of ranks. Within a lane targets come in order. Raises UserError
+        where there are fewer than two tokens.
+        """
+        text = cut_text(tokens, self.settings, self.bos_id)
+        prepared = [choice.type.prepare(choice.settings, text) for choice in self.settings.adapters]
+        alone = self.settings.windows_scored_together is not None
+        groups = lane_groups(len(text.windows), self.settings, alone)
+        rows = self.settings.forward_windows if alone else len(groups[0])
+        for group in groups[rank::world_size]:
+            adapters = self._new_adapters(text, rows, prepared)
+            if alone:
+                ((lane, windows),) = group
+                yield from adapters[0].score_lane(lane, windows)
+            else:
+                yield from self._score_group(text, group, rows, adapters)
 
+    def score_rank(
+        self,
+        tokens: Tensor,
+        rank: int = 0,
+        world_size: int = 1,
+        advance: Callable[[int], object] = lambda windows: None,
+    ) -> RankScores:
+        """`score` as columns on the host; `advance` is told how many windows each pass finished."""
+        return rank_scores(self.score(tokens, rank, world_size), self.settings.labels, advance)
 
-@torch.no_grad()
-def score_stream(
-    model_logits: ModelLogits,
-    tokens: Tensor,
-    settings: EvaluatorSettings,
-    bos_id: int,
-    rank: int = 0,
-    world_size: int = 1,
-    *,
-    kernels: str = "plain",
-    model: GPT | None = None,
-    seed: int = 0,
-) -> Iterator[Scored]:
-    """Score every target of `tokens` int64 [n + 1], or this rank's share of them, once.
+    def score_documents(
+        self, documents: Sequence[str], tokenizer: SentencePieceProcessor
+    ) -> pd.DataFrame:
+        """The table of every token of these texts, one after the other, as in tokens.parquet.
 
-    Lanes are split in groups of `forward_windows` (scope batch: one) that never meet and always
-    have the same shapes; rank r takes groups r, r + world_size, …, so the scores are bitwise the
-    same for any number of ranks. Within a lane targets come in order. kernels: how deltas are
-    fitted, "plain" or "fused". model, seed: what LoRA adapts, and its initial factors. Raises
-    UserError where the stream has fewer than two tokens.
-    """
-    stream = cut_stream(tokens, settings.evaluation, bos_id)
-    groups = lane_groups(len(stream.windows), settings.evaluation, settings.shares_batches)
-    uses_ngrams = "ngram" in settings.evaluation.adapters
-    caches = build_caches(stream, settings.ngram) if uses_ngrams else []
-    for group in groups[rank::world_size]:
-        if settings.shares_batches:
-            size = settings.evaluation.forward_windows
-            yield from score_batches(model_logits, stream, settings.slot, size, kernels, *group[0])
-        else:
-            size = len(groups[0])
-            adapters = make_adapters(stream, settings, size, kernels, model, seed, caches)
-            yield from _score_lanes(model_logits, stream, group, size, adapters)
+        Columns: position, document, token, window, lane, nll_before and nll_after (nats, without
+        and with the adapters), bytes, in_own_loss, and gain_<adapter> (nats). `table_metrics` makes
+        val_loss and val_bpb of it.
+        """
+        encoded = ([self.bos_id, *tokenizer.encode(document)] for document in documents)
+        tokens = np.array([token for ids in encoded for token in ids], np.int64)
+        device = next(iter(self.model.parameters())).device
+        scores = self.score_rank(torch.from_numpy(tokens).to(device))
+        return token_table([scores], tokens, byte_counts(tokenizer), self.bos_id)
 
+    def distributions(self, tokens: Tensor, world_size: int = 1) -> Distributions:
+        """The distributions that score tokens int64 [n + 1], on their device, for an audit.
 
-def make_adapters(
-    stream: Stream,
-    settings: EvaluatorSettings,
-    size: int,
-    kernels: str,
-    model: GPT | None,
-    seed: int,
-    caches: list[Cache],
-) -> list[Adapter]:
-    """New ones for a group of `size` lanes, in the order of `evaluation.adapters`."""
-    adapters: list[Adapter] = []
-    for name in settings.evaluation.adapters:
-        if name == "lora":
-            assert model is not None, "LoRA needs the model, not only its logits"
-            stride = settings.evaluation.stride_tokens
-            adapters.append(LoraAdapter(model, size, settings.lora, stride, seed))
-        elif name == "slot":
-            adapters.append(SlotAdapter(stream, settings.slot, kernels))
-        else:
-            adapters.append(NgramAdapter(caches))
-    return adapters
+        world_size > 1 plays the ranks one after another.
+        """
+        log_probs, account = None, []
+        for rank in range(world_size):
+            for scored in self.score(tokens, rank, world_size):
+                after = scored.logits[-1]
+                if log_probs is None:
+                    log_probs = after.new_full((len(tokens) - 1, after.shape[1]), torch.nan)
+                log_probs[scored.positions - 1] = torch.log_softmax(after, dim=1)
+                account.append((scored.positions, scored.nats[-1], scored.lanes))
+        return Distributions(log_probs, *(torch.cat(part) for part in zip(*account, strict=True)))
 
+    def window_counts(
+        self, num_targets: int, rank: int = 0, world_size: int = 1
+    ) -> tuple[int, int]:
+        """How many windows this rank scores of a text, and how many there are."""
+        cut = self.settings
+        windows = sliding_windows(num_targets, cut.window_tokens, cut.stride_tokens)
+        groups = lane_groups(len(windows), cut, cut.windows_scored_together is not None)
+        own = groups[rank::world_size]
+        return sum(len(run) for group in own for _, run in group), len(windows)
 
-def _score_lanes(
-    model_logits: ModelLogits,
-    stream: Stream,
-    group: list[tuple[int, range]],
-    size: int,
-    adapters: list[Adapter],
-) -> Iterator[Scored]:
-    """Step k scores the k-th window of every lane in the group."""
-    device = stream.tokens.device
-    table = lane_steps([run for _, run in group], size)
-    index = on_device(table, device)
-    lanes = on_device(padded([lane for lane, _ in group], size), device)
-    for step in range(len(table)):
-        needed = max((adapter.needed_places(step) for adapter in adapters), default=0)
-        rows = Rows(stream, step, table[step], index[step], needed)
-        logits = model_logits(rows.inputs, rows.first_place)
-        scored = rows.at_scored(logits)
-        stages, iterations = [scored], [rows.positions.new_zeros(0)]
-        for adapter in adapters:
-            logits, scored, made = adapter.adapt(rows, logits, scored)
-            stages.append(scored)
-            iterations.append(made)
-        yield score(rows, lanes, stages, torch.cat(iterations))
-        for adapter in adapters:
-            adapter.learn(rows)
+    def _new_adapters(self, text: Text, rows: int, prepared: Sequence[object]) -> list[Adapter]:
+        return [
+            choice.type(
+                choice.settings,
+                Context(self.model, self.forward, text, rows, shared, self.seed),
+            )
+            for choice, shared in zip(self.settings.adapters, prepared, strict=True)
+        ]
 
-
-def target_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each target: log-softmax in float32 of logits [m, V], returned as float64 [m]."""
-    log_probs = torch.log_softmax(logits.float(), dim=1)
-    return -log_probs.gather(1, targets.unsqueeze(1)).squeeze(1).double()
+    def _score_group(
+        self, text: Text, group: Sequence[tuple[int, range]], rows: int, adapters: list[Adapter]
+    ) -> Iterator[ScoredBatch]:
+        """Step k scores the k-th window of every lane in the group."""
+        device = text.tokens.device
+        table = lane_steps([run for _, run in group], rows)
+        index = on_device(table, device)
+        lanes = on_device(padded([lane for lane, _ in group], rows), device)
+        for step in range(len(table)):
+            needed = max((adapter.needed_positions(step) for adapter in adapters), default=0)
+            batch = WindowBatch(text, step, table[step], index[step], needed)
+            logits = self.forward(batch.inputs, batch.first_position)
+            scored = batch.at_scored(logits)
+            stages, iterations = [scored], [batch.positions.new_zeros(0)]
+            for adapter in adapters:
+                logits, scored, made = adapter.adapt(batch, logits, scored)
+                stages.append(scored)
+                iterations += [] if made is None else [made]
+            yield batch.score(lanes, stages, torch.cat(iterations))
+            for adapter in adapters:
+                adapter.learn(batch)

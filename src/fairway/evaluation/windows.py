@@ -1,22 +1,55 @@
-"""Sliding windows over a token stream: which window scores which target, and which lane runs it.
+"""Sliding windows over a text, and the lanes that they are dealt to.
 
-A stream of n + 1 tokens has n targets; target p (1 <= p <= n) is token p, predicted from the
-tokens before it. A window that starts at s reads tokens [s, s + length) and predicts targets
+A text of n + 1 tokens has n targets; target p (1 <= p <= n) is token p, predicted from the tokens
+before it. A window that starts at s reads tokens [s, s + length) and predicts targets
 [s + 1, s + length].
+
+A *lane* is a contiguous run of windows. Lanes step side by side, as the rows of one forward pass,
+and nothing that one lane learns reaches another.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from fairway.errors import UserError
+from fairway.settings import Settings
+
+MOST_LANES = int(np.iinfo(np.int16).max)
+"""The column `lane` of tokens.parquet has 16 bits."""
+
+
+class WindowSettings(Settings):
+    """How a text is cut into windows, and the windows into lanes."""
+
+    window_tokens: int = Field(2048, ge=2)
+    """Tokens that a window reads."""
+    stride_tokens: int = Field(64, ge=1)
+    """Targets that a window scores, its last ones; the first window scores all of its targets."""
+    lanes: int = Field(32, ge=1, le=MOST_LANES)
+    """Contiguous runs of windows; what adapters learn stays in its lane."""
+    forward_windows: int = Field(32, ge=1)
+    """Windows per forward pass, at most."""
+
+    @model_validator(mode="after")
+    def _skips_no_target(self) -> Self:
+        if self.stride_tokens > self.window_tokens:
+            raise UserError(
+                f"evaluation.stride_tokens {self.stride_tokens} is larger than "
+                f"evaluation.window_tokens {self.window_tokens}: targets would be skipped; lower "
+                "the stride"
+            )
+        return self
 
 
 @dataclass(frozen=True)
 class Windows:
     """Windows in the order of their targets. All have the same length.
 
-    length: input tokens of each window (the stream's n where that is shorter than asked for).
+    length: input tokens of each window (the text's n where that is shorter than asked for).
     starts: int64 [windows], index of each window's first input token.
     scored: int64 [windows], how many of its last targets the window scores.
     """
@@ -30,16 +63,16 @@ class Windows:
 
     @property
     def first_scored(self) -> np.ndarray:
-        """int64 [windows]: the first target that each window scores, as an index of the stream."""
+        """int64 [windows]: the first target that each window scores, as an index of the text."""
         return self.starts + self.length - self.scored + 1
 
 
 def sliding_windows(num_targets: int, window_tokens: int, stride_tokens: int) -> Windows:
     """Windows that score each of `num_targets` targets exactly once, in order.
 
-    The first window scores all its targets, each later one its last `stride_tokens`; the last
-    scores what remains and is moved back so that it is full and ends where the stream ends.
-    Raises UserError for an empty stream or a stride that is not within the window.
+    The first window scores all its targets, each later one its last `stride_tokens`. The last one
+    scores what remains, and is moved back so that it is full and ends where the text ends.
+    Raises UserError for an empty text or a stride that is not within the window.
     """
     if not 1 <= stride_tokens <= window_tokens:
         raise UserError(
@@ -48,7 +81,7 @@ def sliding_windows(num_targets: int, window_tokens: int, stride_tokens: int) ->
         )
     if num_targets < 1:
         raise UserError(
-            f"the stream has {num_targets} targets: expected at least 2 tokens; use a longer text"
+            f"the text has {num_targets} targets: expected at least 2 tokens; use a longer text"
         )
     length = min(window_tokens, num_targets)
     later_windows = -(-(num_targets - length) // stride_tokens)
@@ -68,3 +101,28 @@ def lane_runs(num_windows: int, lanes: int) -> list[range]:
     lanes = min(lanes, num_windows)
     edges = [num_windows * lane // lanes for lane in range(lanes + 1)] if lanes else [0]
     return [range(first, last) for first, last in zip(edges, edges[1:], strict=False)]
+
+
+def lane_groups(
+    num_windows: int, settings: WindowSettings, alone: bool = False
+) -> list[list[tuple[int, range]]]:
+    """(lane, its windows) of the lanes that share forward passes; the last group may be smaller.
+
+    alone: no two lanes share one.
+    """
+    runs = list(enumerate(lane_runs(num_windows, settings.lanes)))
+    size = 1 if alone else settings.forward_windows
+    return [runs[first : first + size] for first in range(0, len(runs), size)]
+
+
+def lane_steps(runs: Sequence[range], rows: int) -> np.ndarray:
+    """int64 [steps, rows]: the k-th window of every run, −1 where there is none."""
+    table = np.full((max(len(run) for run in runs), rows), -1)
+    for column, run in enumerate(runs):
+        table[: len(run), column] = run
+    return table
+
+
+def padded(values: Sequence[int], size: int) -> list[int]:
+    """`values` with −1 appended up to `size`."""
+    return [*values, *[-1] * (size - len(values))]

@@ -1,86 +1,99 @@
 """Score-first test-time training: low-rank additions to a frozen model, one set for each lane.
 
-Each lane, a row of the batch, has its own factors, its own optimiser state and its own loss: a
+Each lane, a row of the batch, has its own factors, its own optimizer state and its own loss: a
 batched matrix product applies them, and nothing that one row holds reaches another. The base
 weights stay as they are. A chunk of targets is learned from once it has been scored, and what was
 learned of a document is dropped where the next one begins.
 
-Shape suffixes: B rows, T places, P adapted parameters of a row, r rank.
+Shape suffixes: B rows, T positions, P adapted parameters of a row, r rank.
 Sources: Hu et al., "LoRA" (2021); Sun et al., "Test-Time Training" (2020); Kingma & Ba, "Adam"
 (2015); Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fairway.errors import UserError
-from fairway.evaluation.stream import Rows
-from fairway.model.gpt import GPT, PROJECTIONS
+from fairway.evaluation.adapters.base import Adapted, Adapter, Context
+from fairway.evaluation.text import WindowBatch
+from fairway.evaluation.windows import WindowSettings
+from fairway.model.gpt import GPT
+from fairway.model.spec import PROJECTIONS
 
 SCALES = ("attention_scale", "mlp_scale")
+"""The blocks' per-channel scales."""
 
 LEARNING_TOKENS = 32768
-"""Of the rows that learn in one backward pass: what a pass keeps is many times its tokens."""
+"""The rows that learn in one backward pass read so many tokens: a pass keeps many times that."""
+
+Projection = Literal[tuple(PROJECTIONS)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """The config section `lora`."""
+class LoraSettings(Adapter.Settings):
+    """How much of the model each lane adapts, and how it learns."""
 
-    rank: int
-    projections: Sequence[str]
-    """Which matrices of every block, out of PROJECTIONS."""
-    scales: bool
-    """Whether the blocks' per-channel scales are adapted too."""
-    learning_rate: float
-    betas: Sequence[float]
-    weight_decay: float
-    """Pulls a row's values back to where they began, decoupled from the gradient."""
-    gradient_clip: float
-    """Largest norm of a row's gradient."""
-    steps: int
-    """Optimiser steps on each chunk."""
-    chunk_tokens: int
-    """Scored tokens that are learned from at a time; a multiple of the stride."""
-    context_tokens: int
+    rank: int = Field(32, ge=1)
+    """The rank of every addition."""
+    projections: tuple[Projection, ...] = ("up",)
+    """Matrices of every block that get a low-rank addition."""
+    scales: bool = False
+    """Adapt the blocks' attention_scale and mlp_scale too."""
+    learning_rate: float = Field(0.0006, gt=0)
+    """The step size of Adam."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of Adam's two running means."""
+    weight_decay: float = Field(3.0, ge=0)
+    """Decoupled; pulls towards the values that a document's additions began with."""
+    gradient_clip: float = Field(1.0, gt=0)
+    """The largest norm of a lane's gradient."""
+    steps: int = Field(1, ge=1)
+    """Optimizer steps on each chunk."""
+    chunk_tokens: int = Field(64, ge=1)
+    """Scored tokens learned from at a time; a multiple of evaluation.stride_tokens."""
+    context_tokens: int = Field(1024, ge=1)
     """Length of the text that a step reads; the chunk is its end."""
 
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.projections) - set(PROJECTIONS))
-        if unknown:
+    @model_validator(mode="after")
+    def _adapts_something_once(self) -> Self:
+        if len(set(self.projections)) < len(self.projections):
             raise UserError(
-                f"lora.projections has {', '.join(unknown)}: expected some of "
-                f"{', '.join(PROJECTIONS)}"
+                f"evaluation.adapters.lora.projections is {list(self.projections)}: expected each "
+                "once"
             )
-        for key in (
-            "rank",
-            "steps",
-            "chunk_tokens",
-            "context_tokens",
-            "learning_rate",
-            "gradient_clip",
-        ):
-            if getattr(self, key) <= 0:
-                raise UserError(f"lora.{key} is {getattr(self, key)}: expected more than 0")
-        if self.weight_decay < 0:
-            raise UserError(f"lora.weight_decay is {self.weight_decay}: expected at least 0")
+        if not self.projections and not self.scales:
+            raise UserError(
+                "evaluation.adapters.lora adapts nothing: name projections or set scales"
+            )
+        return self
 
-
-def lora_kernels(model: GPT, settings: LoraSettings) -> str:
-    """Which formulation computes the adapted model, for metrics.json."""
-    return "plain" if settings.scales else model.kernels
+    def check_fits(self, windows: WindowSettings) -> None:
+        """A chunk is whole strides, and lies in a context that lies in a window."""
+        chunk, stride = self.chunk_tokens, windows.stride_tokens
+        if chunk % stride:
+            raise UserError(
+                f"evaluation.adapters.lora.chunk_tokens {chunk} is not a multiple of "
+                f"evaluation.stride_tokens {stride}: a chunk is learned from when it has been "
+                "scored"
+            )
+        if not chunk <= self.context_tokens <= windows.window_tokens:
+            raise UserError(
+                f"evaluation.adapters.lora.context_tokens is {self.context_tokens}: expected "
+                f"chunk_tokens ({chunk}) to evaluation.window_tokens ({windows.window_tokens})"
+            )
 
 
 def adapted_shapes(
     model: GPT, settings: LoraSettings
 ) -> dict[tuple[str, int], list[tuple[int, ...]]]:
-    """The tensors of one row: (bank, matrix) → [r, in] and [out, r]; (scale, block) → [C]."""
+    """The tensors of one row: (bank, matrix) → A [r, in] and B [out, r]; (scale, block) → [C]."""
     shapes: dict[tuple[str, int], list[tuple[int, ...]]] = {}
     layers, rank = model.config.layers, settings.rank
     for projection in settings.projections:
@@ -94,11 +107,23 @@ def adapted_shapes(
     return shapes
 
 
-class RowLora:
+class BatchedLora:
     """The additions of `rows` rows; `model.adapter` while one of its methods runs the model."""
 
-    def __init__(self, model: GPT, rows: int, settings: LoraSettings, seed: int) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        rows: int,
+        settings: LoraSettings,
+        seed: int,
+        learning_tokens: int = LEARNING_TOKENS,
+    ) -> None:
+        """seed: of the values that every row begins with.
+
+        learning_tokens: how many tokens the rows of one backward pass may read together.
+        """
         self.model, self.settings = model, settings
+        self.learning_tokens = learning_tokens
         self.shapes = adapted_shapes(model, settings)
         initial = self._initial_values(torch.Generator().manual_seed(seed))
         device = model.token_embedding.device
@@ -113,7 +138,7 @@ class RowLora:
             parameter.requires_grad_(False)
 
     def _initial_values(self, generator: torch.Generator) -> Tensor:
-        """A row's, [P]. All but first factors are zero, so that the additions begin as nothing."""
+        """A row's values [P]. All but the factors A are zero, so the additions begin as nothing."""
         values = [
             torch.randn(math.prod(shape), generator=generator) / math.sqrt(shape[1])
             if len(shapes) == 2 and number == 0
@@ -136,11 +161,11 @@ class RowLora:
         }
 
     def product(self, bank: str, index: int, x: Tensor, y: Tensor) -> Tensor:
-        """y [B, T, out] plus the row's own low-rank product of x [B, T, in]."""
+        """y [B, T, out] plus x·Aᵀ·Bᵀ of x [B, T, in], with the factors of each row."""
         if (bank, index) not in self.parts:
             return y
-        first, second = self.parts[bank, index]
-        return torch.baddbmm(y, torch.bmm(x, first.mT), second.mT)
+        A, B = self.parts[bank, index]
+        return torch.baddbmm(y, torch.bmm(x, A.mT), B.mT)
 
     def scale(self, name: str, layer: int, value: Tensor) -> Tensor:
         """value [C] plus the row's own addition, [B, 1, C]; value where there is none."""
@@ -158,9 +183,9 @@ class RowLora:
             state.masked_fill_(rows, 0.0)
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, first_place: int) -> Tensor:
-        """The adapted model's logits float32 [B, T − first_place, V] of int64 tokens [B, T]."""
-        return self._run(tokens, first_place, self.values)
+    def logits(self, tokens: Tensor, first_position: int) -> Tensor:
+        """The adapted model's logits float32 [B, T − first_position, V] of int64 tokens [B, T]."""
+        return self._run(tokens, first_position, self.values)
 
     def learn(self, tokens: Tensor, targets: Tensor, counted: Tensor) -> None:
         """`settings.steps` Adam steps of each row on its own mean loss.
@@ -170,14 +195,14 @@ class RowLora:
         """
         share = counted / counted.sum(1, keepdim=True).clamp(min=1)
         learns = counted.any(1, keepdim=True)
-        rows = max(1, LEARNING_TOKENS // tokens.shape[1])
+        rows = max(1, self.learning_tokens // tokens.shape[1])
         for _ in range(self.settings.steps):
             parts = (part.split(rows) for part in (self.values, tokens, targets, share))
-            gradients = [self._gradient(*slices) for slices in zip(*parts, strict=True)]
-            self._update(torch.cat(gradients), learns)
+            gradients = [self.gradient(*slices) for slices in zip(*parts, strict=True)]
+            self.update(torch.cat(gradients), learns)
 
-    def _gradient(self, values: Tensor, tokens: Tensor, targets: Tensor, share: Tensor) -> Tensor:
-        """Of each row's loss, the targets' weighted by `share`, in its values [rows, P]."""
+    def gradient(self, values: Tensor, tokens: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+        """The gradient of each row's loss, with targets weighted by `share`, in values [rows, P]."""
         values = values.detach().requires_grad_()
         with torch.enable_grad(), deterministic_attention(self.model):
             logits = self._run(tokens, tokens.shape[1] - targets.shape[1], values)
@@ -185,16 +210,20 @@ class RowLora:
             loss = (losses.view_as(share) * share).sum()
         return torch.autograd.grad(loss, values)[0]
 
-    def _run(self, tokens: Tensor, first_place: int, values: Tensor) -> Tensor:
+    def _run(self, tokens: Tensor, first_position: int, values: Tensor) -> Tensor:
         self.model.adapter = self
         self.parts = self.split(values.to(self.model.compute_dtype))
         try:
-            return self.model(tokens, first_place)
+            return self.model(tokens, first_position)
         finally:
             self.model.adapter, self.parts = None, {}
 
     @torch.no_grad()
-    def _update(self, gradient: Tensor, learns: Tensor) -> None:
+    def update(self, gradient: Tensor, learns: Tensor) -> None:
+        """One step of Adam with decoupled decay, of the rows in the mask bool [B, 1] alone.
+
+        gradient: [B, P]. Each row's is clipped by its own norm.
+        """
         beta1, beta2 = self.settings.betas
         norm = gradient.norm(dim=1, keepdim=True)
         gradient = gradient * (self.settings.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
@@ -219,37 +248,45 @@ def deterministic_attention(model: GPT) -> Iterator[None]:
         model.deterministic_attention = False
 
 
-class LoraAdapter:
+class Lora(Adapter):
     """LoRA as an adapter of the evaluation: changes what follows a chunk that has been scored."""
 
-    def __init__(self, model: GPT, rows: int, settings: LoraSettings, stride: int, seed: int):
-        self.lora = RowLora(model, rows, settings, seed)
-        self.settings = settings
-        self.steps_per_chunk = settings.chunk_tokens // stride
+    title = "LoRA"
+    replaces_logits = True
+    Settings = LoraSettings
+    additions_type = BatchedLora
+    """What holds the rows' additions and learns."""
 
-    def needed_places(self, step: int) -> int:
-        """None beside the scored ones."""
-        return 0
+    def __init__(self, settings: LoraSettings, context: Context) -> None:
+        super().__init__(settings, context)
+        self.lora = self.additions_type(context.model, context.rows, settings, context.seed)
+        self.steps_per_chunk = settings.chunk_tokens // context.text.stride_tokens
 
-    def adapt(self, rows: Rows, logits: Tensor, scored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @classmethod
+    def kernels(cls, settings: LoraSettings, model_kernels: str) -> str:
+        """The fused kernels know no adapted scales."""
+        return "plain" if settings.scales else model_kernels
+
+    def adapt(self, batch: WindowBatch, logits: Tensor, scored: Tensor) -> Adapted:
         """The adapted model's logits for the document that the slice begins in, else as given."""
-        if rows.step == 0:
-            self.lane_starts = rows.first_scored
-        adapted = self.lora.logits(rows.inputs, rows.first_place)
-        positions = rows.last_positions(logits.shape[1])
-        applies = rows.stream.in_document(positions, rows.slice_documents)
+        if batch.step == 0:
+            self.lane_starts = batch.first_scored
+        adapted = self.lora.logits(batch.inputs, batch.first_position)
+        positions = batch.last_positions(logits.shape[1])
+        applies = batch.text.in_document(positions, batch.slice_documents)
         logits = torch.where(applies.unsqueeze(2), adapted, logits)
-        return logits, rows.at_scored(logits), rows.positions.new_zeros(0)
+        return Adapted(logits, batch.at_scored(logits))
 
-    def learn(self, rows: Rows) -> None:
+    def learn(self, batch: WindowBatch) -> None:
         """Forget the document that ended; every few steps learn from the last scored chunk."""
-        document = rows.stream.documents[rows.ends]
-        self.lora.reset((document != rows.slice_documents)[:, 0])
-        if (rows.step + 1) % self.steps_per_chunk:
+        text = batch.text
+        document = text.documents[batch.ends]
+        self.lora.reset((document != batch.slice_documents)[:, 0])
+        if (batch.step + 1) % self.steps_per_chunk:
             return
-        length = rows.stream.windows.length
-        positions = rows.last_positions(min(self.settings.chunk_tokens, length))
+        length = text.windows.length
+        positions = batch.last_positions(min(self.settings.chunk_tokens, length))
         # A lane knows nothing of what another one has scored.
-        counted = rows.stream.in_document(positions, document) & (positions >= self.lane_starts)
-        inputs = rows.last_inputs(min(self.settings.context_tokens, length))
-        self.lora.learn(inputs, rows.stream.tokens[positions], counted & rows.real)
+        counted = text.in_document(positions, document) & (positions >= self.lane_starts)
+        inputs = batch.last_inputs(min(self.settings.context_tokens, length))
+        self.lora.learn(inputs, text.tokens[positions], counted & batch.real)

@@ -1,29 +1,31 @@
 """The fit of logit_delta.py as Triton kernels: two small ones for each evaluation of all rows.
 
-The first spreads every row over programs of PLACES consecutive places; each writes its part of
+The first spreads every row over programs of consecutive positions; each writes its part of
 the loss and of the gradient. The second, one program a row, adds the parts up in their order and
 moves the row's fit on by one step of lbfgs.py's state machine, up to the next point to try. Both
 are launched as often as a fit may evaluate, without waiting for the host to look at anything;
-rows that have finished leave at once. A row's programs depend on the number of its places alone
+rows that have finished leave at once. A row's programs depend on the number of its positions alone
 and read nothing of another row, so rows are independent to the bit by construction.
 
 The algorithm is that of lbfgs.py, written for a single problem, with the inverse of the history's
 triangle in place of the triangular systems (the same direction in exact arithmetic).
 
-An evaluation streams the row's probabilities once: a tile of places serves both for its sums
+An evaluation streams the row's probabilities once: a tile of positions serves both for its sums
 sum_u q_u exp(delta_u) and for the gradient. Many rows at once take the time of reading the
 probabilities, and they are kept in half precision. In units of 2^-15 every probability above
 2e-9 has 11 significant bits there. Relative errors of up to 2^-12 in the q move a fitted entry by
 about as much, in nats, at most, and the loss, flat at its minimum, by the order of their square.
 
 A single row takes the time of its programs' instructions, and of their warps' waiting for one
-another. So a tile lies in the registers such that up to 1,024 tokens a warp holds its places
-whole: a place's sum stays inside the warp, and every warp adds up a gradient of its own places
-(`expected`), which meets the other warps' once a program. For that a place is folded into
+another. So a tile lies in the registers such that up to 1,024 tokens a warp holds its positions
+whole: a position's sum stays inside the warp, and every warp adds up a gradient of its own positions
+(`expected`), which meets the other warps' once a program. For that a position is folded into
 chunks of COLUMNS tokens, as many as a warp reads at once in pieces of 16 bytes.
 
 Sources: Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5, 3.6 and 7.5.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -41,7 +43,7 @@ from fairway.evaluation.adapters.fit.lbfgs_kernel import (
     next_step,
     store_trial,
 )
-from fairway.evaluation.adapters.fit.logit_delta import (
+from fairway.evaluation.adapters.fit.slot_objective import (
     MAX_LINE_SEARCH_STEPS,
     TOLERANCE_CHANGE,
     TOLERANCE_GRADIENT,
@@ -49,15 +51,34 @@ from fairway.evaluation.adapters.fit.logit_delta import (
     max_evaluations,
 )
 
-NUM_WARPS = 8  # of an evaluation's program
 ADVANCE_WARPS = 8
 NUM_STAGES = 4  # one more than there are tiles in shared memory
-LANE_COLUMNS = 8  # half-precision numbers in 16 bytes
-MAX_CHUNKS = 4  # of a place in a lane's registers
-# Of one program: a row of 2,048 takes 32 programs, and the parts of the gradient that they write
-# and read again, in float32, are a sixteenth of the probabilities.
-PLACES = 64
+MAX_CHUNKS = 4  # of a position in a lane's registers
 
+
+class Tiling(NamedTuple):
+    """How a row's evaluation is spread over programs, warps and lanes."""
+
+    positions: int = 64
+    """Of one program. A row of 2,048 takes 32 programs, and the parts of the gradient that they
+    write and read again, in float32, are a sixteenth of the probabilities."""
+    warps: int = 8
+    """Of one program."""
+    lane_columns: int = 8
+    """Tokens that a lane reads at once: half-precision numbers in 16 bytes."""
+
+    def tile(self, block_vocabulary: int) -> tuple[int, int]:
+        """Positions of a tile, and the columns of each of their chunks.
+
+        A warp has one position at a time: more leave too few registers for their gradients. Long
+        vocabularies spread a position over several warps. Their vectors take more registers too.
+        """
+        warp_columns = 32 * self.lane_columns
+        columns = max(min(warp_columns, block_vocabulary), block_vocabulary // MAX_CHUNKS)
+        return max(1, self.warps * warp_columns // columns), columns
+
+
+DEFAULT_TILING = Tiling()
 UNITS_PER_ONE = 2.0**15  # float16 ends at 65504
 
 _UNIT = tl.constexpr(1 / UNITS_PER_ONE)
@@ -85,13 +106,13 @@ def compact(probabilities: Tensor) -> Tensor:
 def compact_softmax(logits: Tensor) -> Tensor:
     """compact(softmax(logits)) of float32 [m, V] or [B, P, V], whose last dimension is dense."""
     assert logits.stride(-1) == 1 and logits.ndim in (2, 3)
-    places, vocabulary = logits.shape[-2:]
+    positions, vocabulary = logits.shape[-2:]
     compacted = torch.empty(logits.shape, dtype=torch.float16, device=logits.device)
     if compacted.numel():
         _compact_softmax_kernel[(compacted.numel() // vocabulary,)](
             logits,
             compacted,
-            places,
+            positions,
             logits.stride(0) if logits.ndim == 3 else 0,
             logits.stride(-2),
             vocabulary,
@@ -111,17 +132,19 @@ def fit_delta(
     clamp: float,
     iterations: int,
     history: int,
+    most_evaluations: int | None = None,
+    tiling: Tiling = DEFAULT_TILING,
 ) -> Minimum:
     """As `logit_delta.fit_delta`; `probabilities` also as `compact` makes them."""
     if probabilities.dtype != torch.float16:
         probabilities = compact(probabilities)
     probabilities = probabilities.contiguous()
-    rows, num_places, vocabulary = probabilities.shape
+    rows, num_positions, vocabulary = probabilities.shape
     block_vocabulary = triton.next_power_of_2(vocabulary)
     block_history = triton.next_power_of_2(history)
-    block_places, columns = tile_shape(block_vocabulary)
-    places = max(PLACES, block_places)
-    num_parts = max(1, triton.cdiv(num_places, places))
+    tile_positions, columns = tiling.tile(block_vocabulary)
+    positions = max(tiling.positions, tile_positions)
+    num_parts = max(1, triton.cdiv(num_positions, positions))
     share, wanted, ridge = loss_terms(targets, is_context, initial, l2)
 
     vectors = initial.new_empty(rows, _VECTORS.value, vocabulary)
@@ -130,18 +153,18 @@ def fit_delta(
     numbers = initial.new_zeros(rows, _NUMBERS.value)
     ring = initial.new_empty(rows, 2, history, vocabulary)
     triangles = initial.new_zeros(rows, 1 + block_history, block_history)
-    # Zeros, for a program without a counted place writes no part.
+    # Zeros, for a program without a counted position writes no part.
     parts = initial.new_zeros(rows, num_parts, vocabulary)
     losses = initial.new_zeros(rows, num_parts)
     sizes = dict(V=vocabulary, BLOCK_V=block_vocabulary)
     terms = parts, losses, wanted, ridge, num_parts
-    most = max_evaluations(iterations)
+    most = most_evaluations or max_evaluations(iterations)
 
     def evaluate() -> None:
         _evaluate_kernel[(rows, num_parts)](
-            vectors, numbers, probabilities, share, parts, losses, num_places,
-            PLACES=places, BLOCK_P=block_places, COLUMNS=columns, STAGES=NUM_STAGES,
-            num_warps=NUM_WARPS, **sizes,
+            vectors, numbers, probabilities, share, parts, losses, num_positions,
+            POSITIONS=positions, BLOCK_P=tile_positions, COLUMNS=columns, STAGES=NUM_STAGES,
+            num_warps=tiling.warps, **sizes,
         )  # fmt: skip
 
     evaluate()
@@ -160,26 +183,15 @@ def fit_delta(
     )
 
 
-def tile_shape(block_vocabulary: int) -> tuple[int, int]:
-    """Places of a tile, and the columns of each of their chunks.
-
-    A warp has one place at a time: more leave too few registers for their gradients. Long
-    vocabularies spread a place over several warps. Their vectors take more registers too.
-    """
-    warp_columns = 32 * LANE_COLUMNS
-    columns = max(min(warp_columns, block_vocabulary), block_vocabulary // MAX_CHUNKS)
-    return max(1, NUM_WARPS * warp_columns // columns), columns
-
-
 @triton.jit
 def _compact_softmax_kernel(
-    logits, compacted, num_places, row_stride, place_stride, vocabulary, BLOCK_V: tl.constexpr
+    logits, compacted, num_positions, row_stride, position_stride, vocabulary, BLOCK_V: tl.constexpr
 ):
-    """One place of a row: softmax in float32, stored in units of 2^-15 as float16."""
+    """One position of a row: softmax in float32, stored in units of 2^-15 as float16."""
     index = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_V)
     inside = columns < vocabulary
-    source = logits + index // num_places * row_stride + index % num_places * place_stride
+    source = logits + index // num_positions * row_stride + index % num_positions * position_stride
     values = tl.load(source + columns, mask=inside, other=-float("inf"))
     growth = tl.exp(values - tl.max(values))
     scaled = growth * (1 / (tl.sum(growth) * _UNIT))
@@ -188,24 +200,24 @@ def _compact_softmax_kernel(
 
 @triton.jit
 def _evaluate_kernel(
-    vectors, numbers, probabilities, share, parts, losses, num_places,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, PLACES: tl.constexpr, BLOCK_P: tl.constexpr,
+    vectors, numbers, probabilities, share, parts, losses, num_positions,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_P: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A row's loss and gradient at its trial, over some places and without wanted and ridge."""
+    """A row's loss and gradient at its trial, over some positions and without wanted and ridge."""
     row = tl.program_id(0).to(tl.int64)
     # First of all, for most launches meet some rows that have finished.
     if tl.load(numbers + row * _NUMBERS + _FINISHED) != 0:
         return
-    first = tl.program_id(1) * PLACES
+    first = tl.program_id(1) * POSITIONS
     part = row * tl.num_programs(1) + tl.program_id(1)
-    share += row * num_places
-    probabilities += row * num_places * V
+    share += row * num_positions
+    probabilities += row * num_positions * V
     columns = tl.arange(0, BLOCK_V)
     inside = columns < V
     trial = tl.load(vectors + (row * _VECTORS + _TRIAL) * V + columns, mask=inside, other=0.0)
-    places = first + tl.arange(0, PLACES)
-    counted = tl.load(share + places, mask=places < num_places, other=0.0)
+    positions = first + tl.arange(0, POSITIONS)
+    counted = tl.load(share + positions, mask=positions < num_positions, other=0.0)
     if tl.max(counted) == 0:
         return
 
@@ -214,9 +226,16 @@ def _evaluate_kernel(
     growths = tl.reshape(growth, [CHUNKS, COLUMNS])[:, None, :]
     lost = tl.zeros([BLOCK_P], tl.float32)
     expected = tl.zeros([CHUNKS, BLOCK_P, COLUMNS], tl.float32)
-    for index in tl.range(0, PLACES // BLOCK_P, num_stages=STAGES):
+    for index in tl.range(0, POSITIONS // BLOCK_P, num_stages=STAGES):
         weight, tile = _load_tile(
-            probabilities, share, first + index * BLOCK_P, num_places, V, BLOCK_V, BLOCK_P, COLUMNS
+            probabilities,
+            share,
+            first + index * BLOCK_P,
+            num_positions,
+            V,
+            BLOCK_V,
+            BLOCK_P,
+            COLUMNS,
         )
         tile = tile.to(tl.float32)
         total = tl.sum(tl.sum(tile * growths, axis=0), axis=1)
@@ -231,21 +250,21 @@ def _evaluate_kernel(
 
 @triton.jit
 def _load_tile(
-    probabilities, share, first, num_places, V: tl.constexpr, BLOCK_V: tl.constexpr,
+    probabilities, share, first, num_positions, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Weights [BLOCK_P] and probabilities [BLOCK_V / COLUMNS, BLOCK_P, COLUMNS] from `first` on."""
-    places = first + tl.arange(0, BLOCK_P)
-    weight = tl.load(share + places, mask=places < num_places, other=0.0)
+    positions = first + tl.arange(0, BLOCK_P)
+    weight = tl.load(share + positions, mask=positions < num_positions, other=0.0)
     # Chunk by chunk as a matrix, whose layout is the same in every version of Triton: a line's
-    # columns along a warp, the lines in turn to the warps, so that a place's chunks meet in one.
+    # columns along a warp, the lines in turn to the warps, so that a position's chunks meet in one.
     lines = tl.arange(0, BLOCK_V // COLUMNS * BLOCK_P)
-    places = first + lines % BLOCK_P
+    positions = first + lines % BLOCK_P
     columns = (lines // BLOCK_P * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
-    mask = (places < num_places)[:, None]
+    mask = (positions < num_positions)[:, None]
     if V < BLOCK_V:
         mask = mask & (columns < V)
-    tile = tl.load(probabilities + places[:, None] * V + columns, mask=mask, other=0.0)
+    tile = tl.load(probabilities + positions[:, None] * V + columns, mask=mask, other=0.0)
     tile = tl.reshape(tile, [BLOCK_V // COLUMNS, BLOCK_P, COLUMNS])
     return weight, tile
 

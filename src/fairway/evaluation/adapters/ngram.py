@@ -6,8 +6,9 @@ followed make a distribution q, and p, the model's at first, becomes (1 − λ)�
 
     λ = sigmoid(bias + order_weight·k + count_weight·ln(occurrences) − variety_weight·ln(distinct)),
 
-where `distinct` is how many different tokens followed. A target's distribution depends on the tokens before
-it and on nothing else: a cache is a function of the text, learns nothing, and belongs to no lane.
+where `distinct` is how many different tokens followed. A target's distribution depends on the
+tokens before it and on nothing else: a cache is a function of the text, learns nothing, and belongs
+to no lane.
 
 Shape suffixes: n targets of the text, m scored targets, R recent occurrences, V vocabulary.
 Sources: Kuhn & De Mori, "A cache-based natural language model" (1990); Cleary & Witten, "Data

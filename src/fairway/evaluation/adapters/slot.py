@@ -210,7 +210,7 @@ def _passes(
 
 
 Problem = tuple[Tensor, Tensor, Tensor]
-"""Targets to fit to: probabilities [B, P, V], their positions [B, P], which of them count [B, P]."""
+"""Targets to fit to: probabilities [B, P, V], positions [B, P], and which of them count [B, P]."""
 
 
 def _joined(contexts: Sequence[Problem], first: int, last: int) -> Problem:

@@ -63,14 +63,14 @@ def choose(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 class History:
     """The last H steps s and gradient changes y of each row, oldest first.
 
-    A row with fewer pairs has zeros in the first places, which add nothing to its directions.
+    A row with fewer pairs has zeros at the front, which add nothing to its directions.
     """
 
     def __init__(self, like: Tensor, size: int):
         rows, unknowns = like.shape
         self.steps = like.new_zeros(rows, size, unknowns)
         self.changes = like.new_zeros(rows, size, unknowns)
-        # Entry (i, j) is s_i . y_j for i <= j: the upper triangle R of Byrd et al. Empty places
+        # Entry (i, j) is s_i . y_j for i <= j: the upper triangle R of Byrd et al. Empty entries
         # keep R invertible with a one on the diagonal.
         self.products = torch.eye(size, dtype=like.dtype, device=like.device).repeat(rows, 1, 1)
         self.scale = like.new_ones(rows)

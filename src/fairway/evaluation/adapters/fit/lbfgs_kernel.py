@@ -108,7 +108,7 @@ def extend_inverse(inverse, products, curvature, slot, BLOCK_H: tl.constexpr):
     """The inverse of lbfgs.History's triangle R once the pair in `slot` is a new one.
 
     inverse: [BLOCK_H, BLOCK_H] in the ring's order, zero where there is no pair. products:
-    [BLOCK_H], s_i . y of the new change y. The oldest pair, whose place the new one takes, leaves
+    [BLOCK_H], s_i . y of the new change y. The oldest pair, which the new one overwrites, leaves
     the inverse of the others as it was; a new last column (r, d) of R is (-R^-1 r, 1) / d there.
     """
     is_other = tl.arange(0, BLOCK_H) != slot
@@ -124,7 +124,7 @@ def descent_direction(
 ):  # fmt: skip
     """-H g [BLOCK_V], as lbfgs.History.descent_direction has it, with the inverse of R at hand.
 
-    steps, changes: the ring, whose first `pairs` places are taken. inverse: [BLOCK_H, BLOCK_H],
+    steps, changes: the ring, of which the first `pairs` entries are taken. inverse: [BLOCK_H, BLOCK_H],
     as `extend_inverse` keeps it. curvatures: [BLOCK_H], s . y of each pair.
     """
     products = history_times(steps, gradient, pairs, V, BLOCK_V, BLOCK_H)

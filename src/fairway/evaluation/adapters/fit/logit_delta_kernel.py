@@ -18,8 +18,8 @@ about as much, in nats, at most, and the loss, flat at its minimum, by the order
 
 A single row takes the time of its programs' instructions, and of their warps' waiting for one
 another. So a tile lies in the registers such that up to 1,024 tokens a warp holds its positions
-whole: a position's sum stays inside the warp, and every warp adds up a gradient of its own positions
-(`expected`), which meets the other warps' once a program. For that a position is folded into
+whole: a position's sum stays inside the warp, and every warp adds up a gradient (`expected`) of
+its own positions, which meets the other warps' once a program. For that a position is folded into
 chunks of COLUMNS tokens, as many as a warp reads at once in pieces of 16 bytes.
 
 Sources: Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5, 3.6 and 7.5.

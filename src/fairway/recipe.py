@@ -20,8 +20,8 @@ from pydantic import Field, field_validator
 
 from fairway.errors import UserError
 from fairway.plugins import did_you_mean, load, search_beside, source_file
-from fairway.settings import Choice, Settings, validated
-from fairway.stages import SHARED, STAGES, Stage, all_sections, chain, stages_per
+from fairway.settings import Choice, Settings, merge, validated
+from fairway.stages import SHARED, STAGES, Stage, chain, stages_per
 
 SECTIONS = {
     "data": "fairway.data.settings:DataSettings",
@@ -213,24 +213,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
-    """`overlay` over `base`: mappings merge key by key, anything else is replaced.
-
-    Over a list of named entries, as `evaluation.adapters` is, a mapping changes the entries of
-    those names; null takes one out, an unknown name is appended.
-    """
-    merged = dict(base)
-    for key, value in overlay.items():
-        before = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            merged[key] = merge(before, value)
-        elif isinstance(value, Mapping) and _is_named_list(before):
-            merged[key] = _merge_named(before, value)
-        else:
-            merged[key] = value
-    return merged
-
-
 def complete(values: Mapping[str, Any], home: Path | None = None) -> Config:
     """Lay `values` over their recipe, expand the variants, and validate all.
 
@@ -398,31 +380,9 @@ def _choices(value: Any) -> list[Choice]:
     if isinstance(value, Choice):
         return [value, *_choices(value.settings)]
     if isinstance(value, Settings):
-        return [choice for name in type(value).model_fields for choice in _choices(getattr(value, name))]
+        return [
+            choice for name in type(value).model_fields for choice in _choices(getattr(value, name))
+        ]
     if isinstance(value, tuple | list):
         return [choice for one in value for choice in _choices(one)]
     return []
-
-
-def _is_named_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(
-        isinstance(one, str) or (isinstance(one, Mapping) and len(one) == 1) for one in value
-    )
-
-
-def _merge_named(entries: Sequence[Any], overlay: Mapping[str, Any]) -> list[Any]:
-    named = {}
-    for entry in entries:
-        ((name, settings),) = [(entry, {})] if isinstance(entry, str) else entry.items()
-        named[name] = settings or {}
-    for name, changes in overlay.items():
-        if changes in (None, "null"):
-            named.pop(name, None)
-        else:
-            named[name] = merge(named.get(name, {}), changes)
-    return [{name: settings} for name, settings in named.items()]
-
-
-def used_sections() -> list[str]:
-    """Sections that some stage reads: all of them."""
-    return all_sections()

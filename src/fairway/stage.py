@@ -70,6 +70,10 @@ class StageRun:
         self._taken[path] = None
         return path
 
+    def note_inputs(self, paths: Iterable[Path]) -> None:
+        """Note files from outside the workflow as inputs."""
+        self._taken |= dict.fromkeys(paths)
+
     @contextmanager
     def charge(self, budget: str) -> Iterator[None]:
         """Count the block's seconds as `training` or `evaluation`."""

@@ -164,4 +164,3 @@ def stages_per(per: str) -> list[Stage]:
 def evaluation_stage() -> Stage:
     """The stage whose seconds are the evaluation's: its score is the run's."""
     return next(stage for stage in STAGES.values() if stage.charged == "evaluation")
-

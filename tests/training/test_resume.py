@@ -17,8 +17,9 @@ pytestmark = pytest.mark.slow
 
 # Long enough to be caught in the middle, with checkpoints to be caught between.
 TRAIN = {"max_steps": 1000, "warmdown_steps": 500, "checkpoint_seconds": 0.5}
-CHECKPOINTS = f"{RESULTS}/seed-{SEED}/.checkpoints/train"
-LOG = f"{RESULTS}/logs/seed-{SEED}/train.log"
+SHARED = f"{RESULTS}/seed-{SEED}/shared"
+CHECKPOINTS = f"{SHARED}/.checkpoints/train"
+LOG = f"{RESULTS}/logs/seed-{SEED}/shared/train.log"
 PRODUCTS = ("weights.safetensors", "averages.safetensors")
 
 
@@ -31,7 +32,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def products(folder: Path) -> list[str]:
-    return [sha256_of(folder / RESULTS / f"seed-{SEED}/train" / name) for name in PRODUCTS]
+    return [sha256_of(folder / SHARED / "train" / name) for name in PRODUCTS]
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(caught, uninterrupted, number):
     assert process.wait(timeout=60) != 0
     with exclusive(folder / CHECKPOINTS):  # Snakemake may be gone before its training is
         stopped_after = last_checkpoint(folder)
-    assert not (folder / RESULTS / f"seed-{SEED}/train/weights.safetensors").exists()
+    assert not (folder / SHARED / "train/weights.safetensors").exists()
     if number != signal.SIGKILL:
         # The signal's own checkpoint: training ended with it.
         assert f"train: {stopped_after}/{TRAIN['max_steps']} step" in (folder / LOG).read_text()
@@ -119,14 +120,14 @@ def test_an_orphan_that_is_told_to_stop_hands_over(caught, uninterrupted):
 def test_a_run_killed_in_a_later_stage_redoes_no_finished_one(tmp_path):
     folder = make_project(tmp_path / "project")
     process = start(folder)
-    log = folder / RESULTS / f"logs/seed-{SEED}/causal/slot.log"
+    log = folder / RESULTS / f"logs/seed-{SEED}/shared/slot_eval.log"
     wait_for(log.exists, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     finished = finished_jobs((folder / "output.txt").read_text())
-    assert {"tokenize", f"train {SEED}", f"ema {SEED}", f"gptq {SEED} causal"} <= finished
+    assert {"tokenize", f"train {SEED}", f"ema {SEED} shared", f"gptq {SEED} shared"} <= finished
     jobs = resume(folder)
-    assert {f"slot_eval {SEED} causal", f"audit {SEED} causal", "report"} <= jobs
+    assert {f"slot_eval {SEED} shared", f"audit {SEED} shared", "report"} <= jobs
     assert not jobs & finished
     assert (folder / RESULTS / "report/report.html").exists()
 

@@ -163,6 +163,16 @@ class Trainer:
         self.backward = graphed_backward(model) if cuda_graphs else eager_backward(loss)
         self.signal_number = 0
 
+    def describe(self) -> str:
+        """One line for the log: the model's size, what computes it, and the tokens of a step."""
+        model, settings, world = self.model, self.settings, self.world
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return (
+            f"{parameters:,} parameters on {world.size} × {world.device}, {model.compute_dtype}, "
+            f"attention {model.attention_backend}; {settings.batch_tokens:,} tokens a step "
+            f"({settings.batch_sequences} sequences of {settings.sequence_tokens})"
+        )
+
     def run(self) -> Progress:
         """Warm up, resume from the newest checkpoint if there is one, train to the end."""
         self._warm_up()

@@ -1,76 +1,65 @@
-"""The audit stage over a real, tiny chain: the causal variant passes, the record's code fails."""
+"""The audit stage over a real, tiny chain: the causal variant passes, the leaky one fails."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from tiny import SCRIPTS, run_script
+from fairway.stages import STAGES
+from tiny import run_script
+from trainings import run_here
 
 AUDIT = {"flips": 14, "stream_tokens": 280, "null_tokens": 300, "noise_repeats": 1}
-STAGES = ("train", "ema", "ttt", "gptq", "slot")
-
-
-def call_script(name: str, *arguments) -> None:
-    """A stage script's `main` in this process, which saves the start of another."""
-    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), SCRIPTS / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main([str(argument) for argument in arguments])
 
 
 class Chain:
     """Stage folders of one seed under `folder`, made and audited with one configuration."""
 
     def __init__(self, folder: Path, config: Path, dataset: Path):
-        self.folder, self.dataset = folder, dataset
-        self.common = ("--config", config, "--seed", 7)
+        self.folder, self.dataset, self.config = folder, dataset, config
 
-    def place(self, variant: str, stage: str) -> Path:
-        return self.folder / stage if stage in STAGES[:2] else self.folder / variant / stage
+    def products(self, variant: str, stage: str) -> Path:
+        """The folder of a stage."""
+        if stage == "tokenize":
+            return self.dataset.parent
+        return self.folder / ("shared" if stage in ("train", "ema") else variant) / stage
 
-    def stage(self, script: str, variant: str | None, stage: str, *arguments, processes=1) -> None:
-        options = [*self.common, "--dataset", self.dataset, *arguments]
-        options += ["--variant", variant] if variant else []
-        options += ["--output", self.place(variant, stage)]
+    def run(self, variant: str, name: str, *more, processes: int = 1) -> None:
+        """Run one stage's script on the products of those that it needs."""
+        arguments = ["--config", self.config, "--seed", 7, "--variant", variant, *more]
+        for need in STAGES[name].needs:
+            arguments += [f"--{need}", self.products(variant, need)]
+        arguments += ["--output", self.products(variant, name)]
+        script = STAGES[name].script
         if processes == 1:
-            call_script(script, *options)
+            run_here(script, *arguments)
         else:
-            run_script(script, *options, processes=processes)
-
-    def shared(self) -> None:
-        self.stage("train.py", None, "train", "--checkpoints", self.folder / "checkpoints")
-        self.stage("ema.py", None, "ema", "--train", self.folder / "train")
-
-    def variant(self, variant: str, slot_processes: int) -> None:
-        self.stage("ttt.py", variant, "ttt", "--ema", self.folder / "ema")
-        self.stage("gptq.py", variant, "gptq", "--weights", self.place(variant, "ttt"))
-        artifact = ("--artifact", self.place(variant, "gptq"))
-        self.stage("slot_eval.py", variant, "slot", *artifact, processes=slot_processes)
+            run_script(script, *arguments, processes=processes)
 
     def audit(self, variant: str) -> dict:
-        folders = [word for one in STAGES for word in (f"--{one}", self.place(variant, one))]
-        self.stage("audit.py", variant, "audit", *folders)
+        self.run(variant, "audit")
         return self.read(variant, "audit.json")
 
     def read(self, variant: str, name: str) -> dict:
-        return json.loads((self.place(variant, "audit") / name).read_text())
+        return json.loads((self.products(variant, "audit") / name).read_text())
 
 
 @pytest.fixture(scope="module")
 def chain(tiny_config, tiny_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chain")
     config = folder / "config.json"
-    published = tiny_config["variants"]["published"]
-    published = published | {"evaluation": published["evaluation"] | {"lanes": 1}}
-    variants = {"causal": {}, "published": published}
+    leaky = tiny_config["variants"]["leaky"]
+    leaky = leaky | {"evaluation": leaky["evaluation"] | {"lanes": 1}}
+    variants = {"causal": {}, "leaky": leaky}
     config.write_text(json.dumps({**tiny_config, "variants": variants, "audit": AUDIT}))
     chain = Chain(folder, config, tiny_dataset)
-    chain.shared()
-    chain.variant("causal", slot_processes=2)
-    chain.variant("published", slot_processes=1)
+    chain.run("causal", "train", "--checkpoints", folder / "checkpoints")
+    chain.run("causal", "ema")
+    for variant, processes in (("causal", 2), ("leaky", 1)):
+        chain.run(variant, "ttt")
+        chain.run(variant, "gptq")
+        chain.run(variant, "slot_eval", processes=processes)
     return chain
 
 
@@ -80,40 +69,41 @@ def causal(chain):
 
 
 @pytest.fixture(scope="module")
-def published(chain):
-    return chain.audit("published")
+def leaky(chain):
+    return chain.audit("leaky")
 
 
-def verdicts(record: dict) -> dict[str, str]:
-    return {check["name"]: check["verdict"] for check in record["checks"]}
+def verdicts(content: dict) -> dict[str, str]:
+    return {check["name"]: check["verdict"] for check in content["checks"]}
 
 
-def evidence(record: dict, name: str) -> dict:
-    return next(check["evidence"] for check in record["checks"] if check["name"] == name)
+def evidence(content: dict, name: str) -> dict:
+    return next(check["evidence"] for check in content["checks"] if check["name"] == name)
 
 
 def test_the_causal_variant_passes_every_check(causal):
+    assert len(causal["checks"]) == 9
     assert set(verdicts(causal).values()) == {"PASS"}, causal["checks"]
     assert causal["verdict"] == "PASS" and causal["track"] == "adaptive"
     assert evidence(causal, "flip")["comparison"] == "bitwise"
 
 
-def test_the_excerpt_is_scored_by_as_many_ranks_as_the_evaluation_was(causal, published):
+def test_the_excerpt_is_scored_by_as_many_ranks_as_the_evaluation_was(causal, leaky):
     assert causal["parameters"]["ranks"] == 2
-    assert published["parameters"]["ranks"] == 1
+    assert leaky["parameters"]["ranks"] == 1
 
 
-def test_the_account_covers_the_excerpt_and_the_whole_evaluation(causal):
-    for name in ("coverage", "claimed_score"):
+def test_the_excerpt_and_the_whole_evaluation_are_checked(causal):
+    for name in ("coverage", "reported_score"):
         assert set(evidence(causal, name)) == {"excerpt", "whole evaluation"}
     assert evidence(causal, "coverage")["excerpt"]["scores"] == AUDIT["stream_tokens"]
 
 
-def test_the_record_s_code_fails_and_its_batches_are_visible(chain, published):
-    failed = {name for name, verdict in verdicts(published).items() if verdict == "FAIL"}
+def test_the_leaky_variant_fails_and_its_batches_are_visible(chain, leaky):
+    failed = {name for name, verdict in verdicts(leaky).items() if verdict == "FAIL"}
     assert {"flip", "self_influence", "attribution", "lineage"} <= failed
-    assert failed.isdisjoint({"normalisation", "coverage", "claimed_score", "budgets"})
-    reach = pd.read_parquet(chain.place("published", "audit") / "reach.parquet")
+    assert failed.isdisjoint({"normalization", "coverage", "reported_score", "budgets"})
+    reach = pd.read_parquet(chain.products("leaky", "audit") / "reach.parquet")
     furthest = reach.loc[reach["changed"] > 0, "distance_tokens"].max()
     # Four windows share a delta; the first one scores 32 targets, the others 8 each. Beyond one
     # slice a leak needs windows that share, beyond all slices there is nothing to share.
@@ -127,34 +117,35 @@ def test_a_pass_says_what_it_means(causal):
 
 def test_metrics_tell_what_each_part_costs(chain, causal):
     metrics = chain.read("causal", "metrics.json")
-    parts = sum(metrics[f"{part}_seconds"] for part in ("noise", "flip", "null", "track"))
-    assert 0 < parts < metrics["seconds"]
+    assert set(metrics["check_seconds"]) == {"noise", "flip", "null", "track"}
+    assert 0 < sum(metrics["check_seconds"].values()) < metrics["seconds"]
     assert metrics["verdict"] == "PASS"
 
 
 @pytest.mark.parametrize(
-    "damaged", ["shard", "tokenizer", "artifact", "table", "ancestor's record", "own record"]
+    "damaged",
+    ["shard", "tokenizer", "artifact", "table", "ancestor's provenance", "own provenance"],
 )
 def test_a_byte_that_the_score_depends_on_cannot_change_unseen(chain, causal, damaged):
-    place = {
+    path = {
         "shard": chain.dataset.parent / "train_000000.bin",
         "tokenizer": chain.dataset.parent / "tokenizer.model",
-        "artifact": chain.place("causal", "gptq") / "layers.parquet",
-        "table": chain.place("causal", "slot") / "metrics.json",
-        "ancestor's record": chain.place("causal", "ttt") / "provenance.json",
-        "own record": chain.place("causal", "slot") / "provenance.json",
+        "artifact": chain.products("causal", "gptq") / "layers.parquet",
+        "table": chain.products("causal", "slot_eval") / "metrics.json",
+        "ancestor's provenance": chain.products("causal", "ttt") / "provenance.json",
+        "own provenance": chain.products("causal", "slot_eval") / "provenance.json",
     }[damaged]
-    original = place.read_bytes()
+    original = path.read_bytes()
     try:
-        if place.name == "provenance.json":
-            record = json.loads(original)
-            record["seed" if "ancestor" in damaged else "splits"] = []
-            place.write_text(json.dumps(record))
+        if path.name == "provenance.json":
+            entry = json.loads(original)
+            entry["seed" if "ancestor" in damaged else "splits"] = []
+            path.write_text(json.dumps(entry))
         else:
             changed = original[:-2] + bytes([original[-2] ^ 1, original[-1]])
-            place.write_bytes(changed if damaged == "shard" else original + b" ")
-        record = chain.audit("causal")
+            path.write_bytes(changed if damaged == "shard" else original + b" ")
+        content = chain.audit("causal")
     finally:
-        place.write_bytes(original)
-    assert verdicts(record)["lineage"] == "FAIL"
-    assert evidence(record, "lineage")["faults"]
+        path.write_bytes(original)
+    assert verdicts(content)["lineage"] == "FAIL"
+    assert evidence(content, "lineage")["faults"]

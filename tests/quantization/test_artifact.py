@@ -1,33 +1,34 @@
 """The artifact file: round trip to the bit, refusals, and the size limit."""
 
+import doctest
 import hashlib
 import json
 import re
-from dataclasses import asdict
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gptq import gptq_settings
+from hypothesis.extra import numpy as hnp
 
 from fairway.errors import UserError
-from fairway.model.gpt import BANKS, GPT, GPTConfig, parameter_shapes
+from fairway.model.gpt import GPT
+from fairway.model.spec import BANKS, GPTConfig, parameters
 from fairway.quantization import artifact
 from fairway.quantization.artifact import (
     PREAMBLE,
-    STORAGE,
     encode_artifact,
     load_artifact,
+    quantizable,
     read_artifact,
     restored,
     storable,
     stream_table,
     write_artifact,
 )
-from fairway.quantization.gptq import quantize_banks
 from fairway.quantization.integers import QuantizedTensor, round_to_nearest
 from fairway.quantization.pruning import code_bytes, fit_to_limit
+from fairway.quantization.quantizers.gptq import Gptq
 
 CONFIG = GPTConfig(
     vocab_size=48,
@@ -38,30 +39,30 @@ CONFIG = GPTConfig(
     kv_heads=1,
     mlp_width=24,
     rotary_dimensions=4,
-    rope_base=10000.0,
     rope_trained_tokens=16,
     bigram_buckets=32,
     bigram_width=8,
     value_width=8,
     value_layers=(1,),
-    logit_softcap=30.0,
-    query_gain=5.0,
 )
+GPTQ = Gptq(Gptq.Settings())
 
 
-def random_model(seed=0, config=CONFIG):
+def random_model(config=CONFIG):
     """A model none of whose parameters is zero."""
     model = GPT(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
 
 
-def stored_tensors(model):
-    banks = {name: round_to_nearest(getattr(model, name).detach(), 6) for name in BANKS}
-    return storable(model.state_dict(), banks)
+def stored_tensors(model, bits=6, group_columns=None):
+    matrices = quantizable(model).items()
+    return storable(
+        model, {name: round_to_nearest(matrix, bits, group_columns) for name, matrix in matrices}
+    )
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def written(tmp_path):
     model = random_model()
     tensors = stored_tensors(model)
     path = tmp_path / "artifact.bin"
-    size = write_artifact(path, asdict(model.config), tensors)
+    size = write_artifact(path, model.config, tensors)
     assert size == path.stat().st_size
     return path, tensors
 
@@ -90,25 +91,87 @@ def with_header(path, change):
     path.write_bytes(resealed(PREAMBLE.pack(magic, version, len(text)) + text + payload))
 
 
-def test_every_parameter_of_the_model_has_a_storage():
-    assert set(STORAGE) == set(parameter_shapes(CONFIG))
-    assert set(STORAGE.values()) == {"int6", "int8", "float16", "float32"}
+def test_every_parameter_is_stored_as_the_table_says():
+    tensors, table = stored_tensors(random_model()), parameters(CONFIG)
+    assert list(tensors) == list(table)
+    kinds = {name: artifact.kind_of(tensor) for name, tensor in tensors.items()}
+    assert set(kinds.values()) == {"int6", "int8", "float16", "float32"}
+    for name, parameter in table.items():
+        assert kinds[name] == parameter.storage.replace("quantized", "int6")
 
 
-def test_a_parameter_that_is_unknown_is_refused():
-    with pytest.raises(UserError, match="'new_gate' is unknown"):
-        storable({"new_gate": torch.ones(3)}, {})
+def test_what_a_quantizer_forgot_or_reshaped_is_named():
+    model = random_model()
+    tensors = {name: round_to_nearest(matrix, 6) for name, matrix in quantizable(model).items()}
+    flat = tensors["mlp_up_bank"].codes.flatten(0, 1), tensors["mlp_up_bank"].scales.flatten()
+    with pytest.raises(
+        UserError, match=r"codes \(48, 16\) for mlp_up_bank, expected \(2, 24, 16\)"
+    ):
+        storable(model, {**tensors, "mlp_up_bank": QuantizedTensor(*flat, 6)})
+    del tensors["mlp_up_bank"]
+    with pytest.raises(UserError, match="no codes for mlp_up_bank"):
+        storable(model, tensors)
 
 
-def test_round_trip_gives_the_same_bits(written):
-    path, tensors = written
+@pytest.mark.parametrize(("bits", "group_columns"), [(6, None), (4, 8), (8, 5), (2, 100)])
+def test_round_trip_gives_the_same_bits(tmp_path, bits, group_columns):
+    path, tensors = tmp_path / "artifact.bin", stored_tensors(random_model(), bits, group_columns)
+    write_artifact(path, CONFIG, tensors)
     config, state = read_artifact(path)
-    assert GPTConfig(**config) == CONFIG
+    assert config == CONFIG
     expected = restored(tensors)
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert state[name].dtype == torch.float32
         assert torch.equal(state[name], tensor), name
+
+
+def codes_of(bits):
+    limit = 2 ** (bits - 1) - 1
+    shapes = hnp.array_shapes(min_dims=2, max_dims=3, max_side=6)
+    return hnp.arrays("i1", shapes, elements=st.integers(-limit, limit))
+
+
+@st.composite
+def quantized_tensors(draw):
+    bits = draw(st.integers(2, 8))
+    codes = torch.from_numpy(draw(codes_of(bits)))
+    group_columns = draw(st.none() | st.integers(1, 7))
+    groups = [] if group_columns is None else [-(-codes.shape[-1] // group_columns)]
+    shape = (*codes.shape[:-1], *groups)
+    numbers = st.floats(2**-24, 60000, width=16)
+    scales = torch.from_numpy(draw(hnp.arrays("f2", shape, elements=numbers)))
+    return QuantizedTensor(codes, scales, bits, group_columns)
+
+
+floats = st.sampled_from(["f2", "f4"]).flatmap(
+    lambda dtype: hnp.arrays(
+        dtype,
+        hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5),
+        elements=st.floats(-1000, 1000, width=16),
+    )
+)
+any_tensors = st.dictionaries(
+    st.text(max_size=8), quantized_tensors() | floats.map(torch.from_numpy), max_size=5
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tensors=any_tensors)
+def test_any_tensors_come_back_to_the_bit(tmp_path_factory, tensors):
+    path = tmp_path_factory.mktemp("any") / "artifact.bin"
+    write_artifact(path, CONFIG, tensors)
+    config, state = read_artifact(path)
+    assert config == CONFIG and list(state) == sorted(tensors)
+    for name, value in restored(tensors).items():
+        assert torch.equal(state[name], value) and state[name].shape == value.shape
+
+
+def test_the_documented_example_runs(written, monkeypatch):
+    path, _ = written
+    monkeypatch.chdir(path.parent)
+    (example,) = doctest.DocTestFinder().find(load_artifact, globs={"torch": torch})
+    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_loaded_model_gives_bitwise_the_same_losses(written):
@@ -125,22 +188,23 @@ def test_loaded_model_gives_bitwise_the_same_losses(written):
 
 
 def test_bytes_do_not_depend_on_the_order_of_keys():
-    tensors, config = stored_tensors(random_model()), asdict(CONFIG)
-    backwards = dict(reversed(tensors.items())), dict(reversed(config.items()))
-    assert encode_artifact(config, tensors) == encode_artifact(backwards[1], backwards[0])
+    tensors = stored_tensors(random_model())
+    config = GPTConfig(**dict(reversed(CONFIG.model_dump().items())))
+    backwards = encode_artifact(config, dict(reversed(tensors.items())))
+    assert encode_artifact(CONFIG, tensors) == backwards
 
 
 def test_empty_tensors_survive(tmp_path):
-    model = random_model(config=GPTConfig(**{**asdict(CONFIG), "layers": 1, "value_layers": ()}))
+    model = random_model(config=CONFIG.changed(layers=1, value_layers=()))
     assert model.skip_weights.numel() == model.value_layer_scales.numel() == 0
-    write_artifact(tmp_path / "a.bin", asdict(model.config), stored_tensors(model))
+    write_artifact(tmp_path / "a.bin", model.config, stored_tensors(model))
     load_artifact(tmp_path / "a.bin")
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_changed_byte_is_found_by_the_checksum(tmp_path_factory, data):
-    content = encode_artifact(asdict(CONFIG), stored_tensors(random_model()))
+    content = encode_artifact(CONFIG, stored_tensors(random_model()))
     position = data.draw(st.integers(0, len(content) - 1))
     flipped = bytearray(content)
     flipped[position] ^= data.draw(st.integers(1, 255))
@@ -164,19 +228,35 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def every_stream(entry):
-    return {name: entry for name in artifact.STREAM_DTYPES}
+    return dict.fromkeys(("int6", "int8", "scales", "float16", "float32"), entry)
+
+
+def entry(kind, shape, *group_columns):
+    return {"token_embedding": [kind, shape, *group_columns]}
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("config", [], "config is not"),
-        ("shapes", {"token_embedding": [1 << 40, 1 << 40]}, "the sum of the shapes"),
-        ("shapes", {"token_embedding": [-1, 4]}, "the shape of token_embedding"),
-        ("shapes", {"token_embedding": [True, 4]}, "the shape of token_embedding"),
-        ("shapes", {"token_embedding": [4]}, "the shape of token_embedding"),
-        ("shapes", {"token_embedding": "ab"}, "the shape of token_embedding"),
-        ("shapes", {"__class__": [1, 2]}, "'__class__' is unknown"),
+        ("tensors", [], "tensors is not"),
+        ("tensors", {"token_embedding": "ab"}, "the entry of token_embedding"),
+        ("tensors", {"token_embedding": ["int8"]}, "the entry of token_embedding"),
+        ("tensors", entry("int8", [4, 4], 2, 2), "the entry of token_embedding"),
+        ("tensors", entry("int9", [4, 4]), "the kind of token_embedding"),
+        ("tensors", entry("scales", [4, 4]), "the kind of token_embedding"),
+        ("tensors", entry(["int8"], [4, 4]), "the kind of token_embedding"),
+        ("tensors", entry("int8", [-1, 4]), "the shape of token_embedding"),
+        ("tensors", entry("int8", [True, 4]), "the shape of token_embedding"),
+        ("tensors", entry("int8", [4]), "the shape of token_embedding"),
+        ("tensors", entry("int8", "ab"), "the shape of token_embedding"),
+        ("tensors", entry("int8", [1] * 5), "the shape of token_embedding"),
+        ("tensors", entry("int8", [4, 4], 0), "the groups of token_embedding"),
+        ("tensors", entry("int8", [4, 4], True), "the groups of token_embedding"),
+        ("tensors", entry("int8", [4, 4], "2"), "the groups of token_embedding"),
+        ("tensors", entry("float16", [4, 4], 2), "the groups of token_embedding"),
+        ("tensors", entry("float32", [4, 4]), "the list of streams"),
+        ("streams", {**every_stream(["lzma", 1]), "int4": ["lzma", 1]}, "the list of streams"),
         ("streams", {"int6": ["lzma", 1]}, "the list of streams"),
         ("streams", every_stream(["zip", 1]), "the codec"),
         ("streams", every_stream([["lzma"], 1]), "the codec"),
@@ -192,6 +272,28 @@ def test_a_strangers_header_is_checked(written, key, value, message):
         read_artifact(path)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"token_embedding": ["int8", [1 << 40, 1 << 40]]},
+        # So few codes that their scales alone are too many.
+        {"token_embedding": ["int8", [1 << 29, 1, 1]], "mlp_up_bank": ["int6", [0, 1]]},
+    ],
+)
+def test_a_file_that_would_unpack_to_too_much_is_refused(written, changed):
+    path, _ = written
+    with_header(path, lambda header: header["tensors"].update(changed))
+    with pytest.raises(UserError, match="the sum of the shapes"):
+        read_artifact(path)
+
+
+def test_a_parameter_that_the_model_does_not_know_is_refused(written):
+    path, tensors = written
+    write_artifact(path, CONFIG, {**tensors, "__class__": torch.ones(2, 3)})
+    with pytest.raises(UserError, match="__class__"):
+        load_artifact(path)
+
+
 @pytest.mark.parametrize("text", [b"[1]", b"{", b"\xff", b"[" * 60000])
 def test_a_header_that_is_no_json_object_is_refused(tmp_path, text):
     path = tmp_path / "artifact.bin"
@@ -204,7 +306,7 @@ def test_a_header_that_is_no_json_object_is_refused(tmp_path, text):
     ("magic", "version", "length", "message"),
     [
         (b"PK\3\4\0\0\0\0", 1, 0, "it is no artifact"),
-        (artifact.MAGIC, 1, 0, "version 1 found"),
+        (artifact.MAGIC, 2, 0, "version 2 found, 3 expected: rerun the gptq stage"),
         (artifact.MAGIC, artifact.VERSION, 2**32 - 1, "the header's length"),
     ],
 )
@@ -231,7 +333,7 @@ def test_the_table_of_streams_accounts_for_every_byte(written):
     assert frame + sum(length for _, length in table.values()) == len(data)
     for forced in ("lzma", "range"):
         codecs = {**dict.fromkeys(table, "lzma"), "int6": forced, "int8": forced}
-        encoded = encode_artifact(asdict(CONFIG), tensors, codecs)
+        encoded = encode_artifact(CONFIG, tensors, codecs)
         assert {name: codec for name, (codec, _) in stream_table(encoded).items()} == codecs
         path.write_bytes(encoded)
         _, state = read_artifact(path)
@@ -242,9 +344,9 @@ def test_the_table_of_streams_accounts_for_every_byte(written):
 @given(data=st.data())
 def test_a_strangers_payload_gives_weights_or_one_clear_error(tmp_path_factory, data):
     """Bytes changed under a checksum that matches: what no checksum protects from."""
-    codecs = {**dict.fromkeys(artifact.STREAM_DTYPES, "lzma"), "int6": "range", "int8": "range"}
+    codecs = {**every_stream("lzma"), "int6": "range", "int8": "range"}
     model = random_model()
-    content = encode_artifact(asdict(CONFIG), stored_tensors(model), codecs)
+    content = encode_artifact(CONFIG, stored_tensors(model), codecs)
     body = bytearray(content[: -artifact.CHECKSUM_BYTES])
     payload_start = len(body) - sum(length for _, length in stream_table(content).values())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -263,20 +365,20 @@ def test_a_strangers_payload_gives_weights_or_one_clear_error(tmp_path_factory, 
 def test_weights_that_are_not_finite_are_refused(written):
     path, tensors = written
     tensors["smear_gate"][0] = torch.nan
-    write_artifact(path, asdict(CONFIG), tensors)
+    write_artifact(path, CONFIG, tensors)
     with pytest.raises(UserError, match="smear_gate holds values that are not finite"):
         read_artifact(path)
-    state = random_model().state_dict()
-    state["bigram_projection"][0, 0] = 1e6
+    model = random_model()
+    model.state_dict()["bigram_projection"][0, 0] = 1e6
     with pytest.raises(UserError, match=r"bigram_projection .* torch\.float16"):
-        storable(state, stored_tensors(random_model()))
+        storable(model, stored_tensors(random_model()))
 
 
 def test_codes_out_of_range_are_refused(written):
     path, tensors = written
     codes = tensors["mlp_up_bank"].codes
     codes[0, 0, 0] = 32
-    write_artifact(path, asdict(CONFIG), tensors)
+    write_artifact(path, CONFIG, tensors)
     with pytest.raises(UserError, match="int6 allows"):
         read_artifact(path)
 
@@ -285,14 +387,15 @@ def test_codes_out_of_range_are_refused(written):
     ("change", "message"),
     [
         ({"layers": 10**9}, "weights for"),
-        ({"layers": "2"}, "model.layers"),
+        ({"layers": "two"}, "model.layers"),
         ({"heads": 0}, "model.heads"),
         ({"heads": 3}, "model.heads 3"),
-        ({"width": 16.0}, "model.width"),
+        ({"width": 16.5}, "model.width"),
         ({"rope_base": None}, "model.rope_base"),
         ({"value_layers": [5]}, "model.value_layers"),
         ({"value_layers": 1}, "model.value_layers"),
-        ({"unknown": 1}, "the list of the model's settings"),
+        ({"value_layers": [-1]}, "model.value_layers"),
+        ({"layerz": 1}, "unknown key layerz; did you mean layers"),
     ],
 )
 def test_a_strangers_configuration_is_checked(written, change, message):
@@ -302,6 +405,13 @@ def test_a_strangers_configuration_is_checked(written, change, message):
         load_artifact(path)
 
 
+def test_a_setting_that_an_older_file_does_not_have_takes_its_default(written):
+    path, _ = written
+    with_header(path, lambda header: header["config"].pop("logit_softcap"))
+    config, _ = read_artifact(path)
+    assert config == CONFIG and load_artifact(path).config == CONFIG
+
+
 def ones(tensor: QuantizedTensor) -> torch.Tensor:
     return tensor.codes.abs() == 1
 
@@ -309,23 +419,23 @@ def ones(tensor: QuantizedTensor) -> torch.Tensor:
 def limit_model():
     """Large enough that the header is a small part of the artifact."""
     bigger = {"width": 64, "mlp_width": 128, "layers": 3, "value_layers": (1, 2)}
-    return random_model(config=GPTConfig(**{**asdict(CONFIG), **bigger}))
+    return random_model(config=CONFIG.changed(**bigger))
 
 
 def test_an_artifact_within_the_limit_is_left_alone():
     model = limit_model()
     tensors = stored_tensors(model)
-    size = len(encode_artifact(asdict(model.config), tensors))
-    fitted, zeroed = fit_to_limit(asdict(model.config), tensors, size)
+    size = len(encode_artifact(model.config, tensors))
+    fitted, zeroed = fit_to_limit(model.config, tensors, size, GPTQ)
     assert zeroed == 0 and fitted == tensors
 
 
 @pytest.mark.parametrize("excess_bytes", [1, 100, 500])
 def test_cheapest_ones_are_zeroed_until_the_artifact_fits(excess_bytes):
     model = limit_model()
-    config, tensors = asdict(model.config), stored_tensors(model)
+    config, tensors = model.config, stored_tensors(model)
     limit = len(encode_artifact(config, tensors)) - excess_bytes
-    fitted, zeroed = fit_to_limit(config, tensors, limit)
+    fitted, zeroed = fit_to_limit(config, tensors, limit, GPTQ)
     assert limit * 0.97 <= len(encode_artifact(config, fitted)) <= limit
     removed_scales, kept_scales = [], []
     for name in BANKS:
@@ -341,7 +451,7 @@ def test_cheapest_ones_are_zeroed_until_the_artifact_fits(excess_bytes):
 def test_a_limit_out_of_reach_is_an_error():
     model = limit_model()
     with pytest.raises(UserError, match=r"budgets\.artifact_bytes"):
-        fit_to_limit(asdict(model.config), stored_tensors(model), 1000)
+        fit_to_limit(model.config, stored_tensors(model), 1000, GPTQ)
 
 
 def test_the_error_names_a_scale_factor_that_makes_the_artifact_fit():
@@ -349,17 +459,50 @@ def test_the_error_names_a_scale_factor_that_makes_the_artifact_fit():
     hessians = {("query_output_bank", index): torch.eye(512) for index in range(4)}
 
     def stored(scale_factor):
-        settings = gptq_settings(scale_factor=scale_factor)
-        quantized, _ = quantize_banks({"query_output_bank": weights}, hessians, settings)
-        return quantized
+        quantizer = Gptq(Gptq.Settings(block_columns=8, scale_factor=scale_factor))
+        return quantizer.quantize({"query_output_bank": weights}, hessians)[0]
 
-    limit = round(0.8 * len(encode_artifact({}, stored(1.0))))
+    limit = round(0.8 * len(encode_artifact(CONFIG, stored(1.0))))
     with pytest.raises(UserError) as raised:
-        fit_to_limit({}, stored(1.0), limit)
+        fit_to_limit(CONFIG, stored(1.0), limit, GPTQ)
     factor = float(re.search(r"gptq\.scale_factor by ([0-9.]+)", str(raised.value))[1])
     assert 1 < factor < 4
-    fitted, _ = fit_to_limit({}, stored(factor), limit)
-    assert limit * 0.95 < len(encode_artifact({}, fitted)) <= limit
+    fitted, _ = fit_to_limit(CONFIG, stored(factor), limit, GPTQ)
+    assert limit * 0.95 < len(encode_artifact(CONFIG, fitted)) <= limit
+
+
+def test_codes_in_groups_are_zeroed_by_their_own_scale():
+    model = limit_model()
+    tensors = stored_tensors(model, bits=4, group_columns=20)
+    limit = len(encode_artifact(model.config, tensors)) - 200
+    fitted, zeroed = fit_to_limit(model.config, tensors, limit, GPTQ)
+    assert limit * 0.97 <= len(encode_artifact(model.config, fitted)) <= limit
+    removed_scales, kept_scales = [], []
+    for name in BANKS:
+        removed = fitted[name].codes != tensors[name].codes
+        scales = tensors[name].column_scales().expand(removed.shape)
+        removed_scales.append(scales[removed])
+        kept_scales.append(scales[ones(fitted[name])])
+    assert sum(map(len, removed_scales)) == zeroed > 0
+    assert torch.cat(removed_scales).max() <= torch.cat(kept_scales).min()
+
+
+def test_embeddings_are_never_zeroed_even_where_matrices_have_8_bits():
+    model = limit_model()
+    tensors = stored_tensors(model, bits=8)
+    limit = len(encode_artifact(model.config, tensors)) - 200
+    fitted, zeroed = fit_to_limit(model.config, tensors, limit, GPTQ)
+    assert zeroed > 0
+    for name in ("token_embedding", "bigram_embedding", "value_embedding"):
+        assert torch.equal(fitted[name].codes, tensors[name].codes)
+
+
+def test_ternary_codes_are_not_zeroed_and_the_error_says_so():
+    model = limit_model()
+    tensors = stored_tensors(model, bits=2, group_columns=32)
+    limit = len(encode_artifact(model.config, tensors)) - 200
+    with pytest.raises(UserError, match="codes of 2 bits are not zeroed"):
+        fit_to_limit(model.config, tensors, limit, GPTQ)
 
 
 def test_code_bytes_are_the_sizes_of_the_files(tmp_path):

@@ -1,6 +1,4 @@
-"""Hessians, self-generated tokens, training rows, and the whole of the gptq stage on a tiny GPT."""
-
-from dataclasses import asdict
+"""Hessians, calibration text, training rows, and the whole of the gptq stage on a tiny GPT."""
 
 import numpy as np
 import pandas as pd
@@ -10,39 +8,29 @@ import torch
 from fairway.data.dataset import Dataset, Span
 from fairway.data.shards import write_shard
 from fairway.errors import UserError
-from fairway.model.gpt import BANKS, GPT, GPTConfig
-from fairway.quantization.artifact import load_artifact, restored, storable, write_artifact
+from fairway.model.gpt import GPT
+from fairway.model.sampling import self_generated_tokens
+from fairway.model.spec import BANKS
+from fairway.quantization.artifact import (
+    load_artifact,
+    quantizable,
+    restored,
+    storable,
+    write_artifact,
+)
 from fairway.quantization.calibration import (
     HessianSums,
     calibration_tokens,
     collect_hessians,
-    sample_tokens,
-    self_generated_tokens,
     training_tokens,
 )
-from fairway.quantization.gptq import GptqSettings, quantize_banks
 from fairway.quantization.integers import round_to_nearest
+from fairway.quantization.pipeline import quantize_model
 from fairway.quantization.pruning import count_zeros
+from fairway.quantization.settings import QuantizationSettings, quantizer_of
+from scattered import SMALL, scattered_model
 
-CONFIG = GPTConfig(
-    vocab_size=48,
-    sequence_tokens=24,
-    layers=3,
-    width=32,
-    heads=4,
-    kv_heads=2,
-    mlp_width=48,
-    rotary_dimensions=4,
-    rope_base=10000.0,
-    rope_trained_tokens=16,
-    bigram_buckets=64,
-    bigram_width=8,
-    value_width=8,
-    value_layers=(1, 2),
-    logit_softcap=30.0,
-    query_gain=2.0,
-)
-SETTINGS = GptqSettings(
+SETTINGS = QuantizationSettings(
     calibration="self_generated",
     calibration_sequences=24,
     calibration_tokens=24,
@@ -54,17 +42,13 @@ SETTINGS = GptqSettings(
     scale_factor=1.0,
 )
 BOS = 1
+TEXT = Dataset(48, BOS, None, {})
+"""Self-generated calibration reads no more of it than its BOS."""
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A model with structure to it: every parameter random, none at its neutral start."""
-    model = GPT(CONFIG)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    return model
+    return scattered_model()
 
 
 @pytest.fixture
@@ -100,11 +84,11 @@ def test_hessians_are_the_mean_products_of_every_matrix(model, tokens):
 
 def test_queries_keys_and_values_share_one_product(model, tokens):
     hessians = collect_hessians(model, tokens, batch_sequences=12)
-    for layer in range(CONFIG.layers):
+    for layer in range(SMALL.layers):
         shared = hessians["query_output_bank", layer]
         assert shared is hessians["key_value_bank", layer]
-        assert shared is hessians["key_value_bank", CONFIG.layers + layer]
-        assert shared is not hessians["query_output_bank", CONFIG.layers + layer]
+        assert shared is hessians["key_value_bank", SMALL.layers + layer]
+        assert shared is not hessians["query_output_bank", SMALL.layers + layer]
 
 
 def test_equal_but_distinct_inputs_are_kept_apart():
@@ -117,59 +101,10 @@ def test_equal_but_distinct_inputs_are_kept_apart():
     assert torch.equal(hessians["b", 0], 5 * torch.ones(3, 3, dtype=torch.float64))
 
 
-def test_the_observer_is_removed_when_the_model_fails(model):
+def test_the_hook_is_removed_when_the_model_fails(model):
     with pytest.raises(IndexError):
         collect_hessians(model, torch.full((1, 4), 10**6), batch_sequences=1)
     assert model.activation_hook is None
-
-
-def generate(model, **changes):
-    arguments = {
-        "sequences": 6,
-        "tokens": 20,
-        "temperature": 0.8,
-        "batch_sequences": 6,
-        "seed": 5,
-        "bos_id": BOS,
-    }
-    return self_generated_tokens(model, **{**arguments, **changes})
-
-
-def test_sampling_with_a_cache_equals_sampling_without(model):
-    uniforms = torch.rand(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    sample = torch.full((6, 1), BOS)
-    with torch.no_grad():
-        for position in range(1, 20):
-            logits = model(sample)[:, -1]
-            drawn = sample_tokens(logits, uniforms[:, position], 0.8)
-            sample = torch.cat((sample, drawn[:, None]), dim=1)
-    assert torch.equal(generate(model), sample)
-
-
-def test_sampling_is_seeded_and_independent_of_the_batch_size(model):
-    sample = generate(model)
-    assert sample.shape == (6, 20) and sample.dtype == torch.int64
-    assert (sample[:, 0] == BOS).all() and len(sample.unique(dim=0)) == 6
-    assert torch.equal(sample, generate(model))
-    assert torch.equal(sample, generate(model, batch_sequences=4))
-    assert not torch.equal(sample, generate(model, seed=6))
-
-
-def test_samples_follow_the_distribution():
-    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).expand(20000, 4)
-    uniforms = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for temperature in (0.5, 1.0, 2.0):
-        drawn = sample_tokens(logits, uniforms, temperature)
-        frequencies = drawn.bincount(minlength=4) / 20000
-        expected = (logits[0] / temperature).softmax(0)
-        assert torch.allclose(frequencies, expected, atol=0.015)
-        assert frequencies[3] == 0
-
-
-def test_extreme_uniform_numbers_draw_the_outermost_possible_tokens():
-    logits = torch.tensor([[-torch.inf, 0.0, 0.0]]).expand(2, 3)
-    uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert sample_tokens(logits, uniforms, 1.0).tolist() == [1, 2]
 
 
 @pytest.fixture
@@ -206,24 +141,33 @@ def test_too_few_training_rows_are_an_error(dataset):
 
 
 def test_calibration_reads_what_the_settings_say(model, dataset):
-    changes = {"calibration_sequences": 6, "calibration_tokens": 20, "batch_sequences": 6}
-    generated = GptqSettings(**{**asdict(SETTINGS), **changes})
-    assert torch.equal(calibration_tokens(model, dataset, generated, 5), generate(model))
-    read = GptqSettings(**{**asdict(SETTINGS), "calibration": "train", "calibration_sequences": 2})
+    generated = SETTINGS.changed(
+        calibration_sequences=6, calibration_tokens=20, batch_sequences=4, temperature=0.7
+    )
+    expected = self_generated_tokens(model, 6, 20, 0.7, 6, 5, BOS)
+    assert torch.equal(calibration_tokens(model, dataset, generated, 5), expected)
+    read = SETTINGS.changed(calibration="train", calibration_sequences=2)
     expected = training_tokens(dataset, 2, SETTINGS.calibration_tokens, 5)
     assert torch.equal(calibration_tokens(model, dataset, read, 5), expected)
 
 
 @pytest.fixture(scope="module")
 def quantized(model):
-    dataset = Dataset(48, BOS, None, {})
-    hessians = collect_hessians(model, calibration_tokens(model, dataset, SETTINGS, 0), 8)
-    return quantize_banks({name: getattr(model, name) for name in BANKS}, hessians, SETTINGS)
+    hessians = collect_hessians(model, calibration_tokens(model, TEXT, SETTINGS, 0), 8)
+    return quantizer_of(SETTINGS).quantize(quantizable(model), hessians)
+
+
+def test_all_in_one_call(model, quantized):
+    tensors, layers = quantize_model(model, quantizer_of(SETTINGS), SETTINGS, TEXT, 0)
+    assert layers.equals(quantized[1])
+    expected = restored(storable(model, quantized[0]))
+    assert all(torch.equal(found, expected[name]) for name, found in restored(tensors).items())
+    assert list(tensors) == list(expected) == list(model.state_dict())
 
 
 def kl_from_full_precision(model, state, tokens):
     """Mean divergence in nats of the model with `state` from the one with full precision."""
-    rounded = GPT(CONFIG)
+    rounded = GPT(SMALL)
     rounded.load_state_dict(state)
     with torch.no_grad():
         exact, approximate = (m(tokens).log_softmax(-1) for m in (model, rounded))
@@ -238,7 +182,7 @@ def test_gptq_beats_round_to_nearest_on_every_bank_and_on_the_output(model, quan
     tokens = self_generated_tokens(model, 64, 24, 1.0, 64, 99, BOS)
     nearest = {name: round_to_nearest(getattr(model, name).detach(), 6) for name in BANKS}
     with_gptq, with_nearest = (
-        kl_from_full_precision(model, restored(storable(model.state_dict(), choice)), tokens)
+        kl_from_full_precision(model, restored(storable(model, choice)), tokens)
         for choice in (banks, nearest)
     )
     assert with_gptq < with_nearest
@@ -247,9 +191,9 @@ def test_gptq_beats_round_to_nearest_on_every_bank_and_on_the_output(model, quan
 def test_model_from_disk_gives_bitwise_the_losses_of_the_one_in_memory(
     model, quantized, tokens, tmp_path
 ):
-    tensors = storable(model.state_dict(), quantized[0])
-    write_artifact(tmp_path / "artifact.bin", asdict(model.config), tensors)
-    in_memory = GPT(CONFIG)
+    tensors = storable(model, quantized[0])
+    write_artifact(tmp_path / "artifact.bin", model.config, tensors)
+    in_memory = GPT(SMALL)
     in_memory.load_state_dict(restored(tensors))
     with torch.no_grad():
         expected = in_memory.loss(tokens[:, :-1], tokens[:, 1:])

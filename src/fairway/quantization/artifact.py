@@ -120,6 +120,13 @@ def restored(tensors: Mapping[str, Stored]) -> dict[str, Tensor]:
     }
 
 
+def kind_of(tensor: Stored) -> str:
+    """How the artifact calls what it stores of a tensor: int2 to int8, float16 or float32."""
+    if isinstance(tensor, QuantizedTensor):
+        return f"int{tensor.bits}"
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def write_artifact(path: str | Path, config: GPTConfig, tensors: Mapping[str, Stored]) -> int:
     """Write the artifact atomically; return its size in bytes."""
     data = encode_artifact(config, tensors)
@@ -174,9 +181,6 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
     True
     """
     config, state = read_artifact(path)
-    unknown = sorted(set(state) - set(parameters(config)))
-    if unknown:
-        raise UserError(f"{path}: parameter {unknown[0]!r} is unknown to the model")
     try:
         return build_model(config, state, device)
     except UserError as error:
@@ -220,8 +224,8 @@ def _given(
 
 def _entry(tensor: Stored) -> Entry:
     if isinstance(tensor, QuantizedTensor):
-        return Entry(f"int{tensor.bits}", tuple(tensor.codes.shape), tensor.group_columns)
-    return Entry(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        return Entry(kind_of(tensor), tuple(tensor.codes.shape), tensor.group_columns)
+    return Entry(kind_of(tensor), tuple(tensor.shape))
 
 
 def _described(entry: Entry) -> list[Any]:

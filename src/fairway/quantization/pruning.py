@@ -31,7 +31,7 @@ def fit_to_limit(
 
     Codes go in the order of their squared scale, least first: that is the squared change of the
     weight. The number is found by interpolation between one that is too small and one that is
-    large enough. Codes of 2 bits are left alone.
+    large enough (the "Illinois" variant of false position). Codes of 2 bits are left alone.
     Returns the tensors and the number zeroed; UserError where even all of them are too few.
     """
     data = encode_artifact(config, tensors)
@@ -42,8 +42,7 @@ def fit_to_limit(
     codecs = {stream: codec for stream, (codec, _) in stream_table(data).items()}
     names = _prunable(config, tensors)
     order = _cheapest_ones(names, tensors)
-    too_few, too_large_size = 0, size
-    enough = len(order)
+    too_few, enough = 0, len(order)
     fitted = _with_zeros(names, tensors, order)
     fitting_size = len(encode_artifact(config, fitted, codecs))
     if fitting_size > limit_bytes:
@@ -56,20 +55,28 @@ def fit_to_limit(
             f"but {limit_bytes} are left of budgets.artifact_bytes beside the code: "
             f"{f'{remedy}, ' if remedy else ''}make the model smaller or raise the budget"
         )
+    # Aimed at the middle of the slack, so that a step is as likely to fit as to be close.
+    target = limit_bytes * (1 - SLACK_FRACTION / 2)
+    excess, room = size - target, target - fitting_size
+    fitted_last = None
     for _ in range(MAXIMUM_SEARCH_STEPS):
         if enough - too_few <= 1 or limit_bytes - fitting_size <= limit_bytes * SLACK_FRACTION:
             break
-        # Aimed at the middle of the slack, so that the step is as likely to fit as to be close.
-        target = limit_bytes * (1 - SLACK_FRACTION / 2)
-        share = (too_large_size - target) / (too_large_size - fitting_size)
-        middle = too_few + round((enough - too_few) * share)
+        middle = too_few + round((enough - too_few) * excess / (excess + room))
         middle = min(max(middle, too_few + 1), enough - 1)
         candidate = _with_zeros(names, tensors, order[:middle])
         size = len(encode_artifact(config, candidate, codecs))
-        if size <= limit_bytes:
-            enough, fitted, fitting_size = middle, candidate, size
+        fits = size <= limit_bytes
+        if fits:
+            enough, fitted, fitting_size, room = middle, candidate, size, target - size
         else:
-            too_few, too_large_size = middle, size
+            too_few, excess = middle, size - target
+        # The bytes saved are no straight line: an end that stays put twice counts half.
+        if fits and fitted_last is True:
+            excess /= 2
+        elif not fits and fitted_last is False:
+            room /= 2
+        fitted_last = fits
     return fitted, enough
 
 

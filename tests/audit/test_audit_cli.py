@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fairway.audit import runner
+from fairway.audit.runner import audit
 from fairway.cli import main
 from fairway.data.shards import write_shard
+from fairway.errors import UserError
 from provenance_chain import make_chain
 
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/leaking_evaluator.py"
@@ -47,8 +50,8 @@ def run(arguments: dict[str, str]) -> int:
 
 
 def verdicts() -> dict[str, str]:
-    record = json.loads(Path("audit.json").read_text())
-    return {check["name"]: check["verdict"] for check in record["checks"]}
+    content = json.loads(Path("audit.json").read_text())
+    return {check["name"]: check["verdict"] for check in content["checks"]}
 
 
 def test_the_honest_example_exits_0(arguments, capsys):
@@ -104,3 +107,9 @@ def test_bad_usage_exits_2_with_one_line(arguments, capsys, change, message):
 def test_the_python_example_does_what_it_says():
     tried = doctest.testmod(runner)
     assert tried.attempted > 5 and tried.failed == 0
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], [[1, 2], [3, 4], [5, 6]], [1, 2, 8], [1, 2, -1]])
+def test_a_text_that_cannot_be_audited_is_a_clear_error(tokens):
+    with pytest.raises(UserError, match="the text"):
+        audit(lambda text: text, torch.tensor(tokens), vocab_size=8)

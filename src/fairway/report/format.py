@@ -1,13 +1,12 @@
 """Numbers as a reader wants them: four decimals of bits per byte, two digits of a p-value."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
-from fairway.report.results import FAIL, PASS
+from fairway.audit.interface import FAIL, PASS
 
 NONE = "–"
-_ADAPTERS = {"lora": "LoRA", "slot": "SLOT", "ngram": "n-gram cache"}
-_TITLES = {"flip": "Flip test", "self_influence": "Self-influence", "null": "Null test"}
+_CHECK_TITLES = {"flip": "Flip test", "self_influence": "Self-influence", "null": "Null test"}
 
 
 def bits(value: float) -> str:
@@ -33,10 +32,12 @@ def interval(low: float, high: float, form: Callable[[float], str] = bits) -> st
     return NONE if math.isnan(low) else f"{form(low)}\u00a0to\u00a0{form(high)}"
 
 
-def probability(p: float) -> str:
-    """A p-value with two significant digits."""
+def probability(p: float, least: float = 0.0) -> str:
+    """A p-value with two significant digits; `≤` where it is the least that the method can give."""
     if math.isnan(p):
         return NONE
+    if p <= least:
+        return f"≤ {probability(least)}"
     p = float(f"{p:.2g}")
     if p < 1e-4:
         mantissa, exponent = f"{p:.1e}".split("e")
@@ -59,6 +60,11 @@ def compact(value: float, kilo: int = 1000) -> str:
     return f"{value:.1f}".removesuffix(".0") + unit if unit and value < 10 else f"{value:.0f}{unit}"
 
 
+def plural(number: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def quantity(value: float, unit: str) -> str:
     """Bytes in full, seconds to a tenth."""
     if unit == "bytes":
@@ -72,22 +78,12 @@ def joined(words: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def adapter_name(adapter: str) -> str:
-    """An adapter's name for people."""
-    return _ADAPTERS.get(adapter, adapter)
-
-
-def adapted_by(adapters: Sequence[str]) -> str:
-    """What adapts, for a label: the only adapter's name; `in all` for several or unknown ones."""
-    return adapter_name(adapters[0]) if len(adapters) == 1 else "in all"
-
-
 def check_title(name: str) -> str:
     """A check's name for people: `claimed_score` becomes `Claimed score`."""
-    return _TITLES.get(name, name.replace("_", " ").capitalize())
+    return _CHECK_TITLES.get(name, name.replace("_", " ").capitalize())
 
 
 def badge(verdict: str) -> dict[str, str]:
-    """A verdict's text, the mark before it, and its style class."""
+    """A verdict's text, the mark before it, and its style class; only PASS and FAIL have a color."""
     mark = {PASS: "✓", FAIL: "✗"}.get(verdict, "○")
     return {"text": verdict, "mark": mark, "style": verdict.lower().replace(" ", "-")}

@@ -1,4 +1,4 @@
-"""report.html: one page that needs nothing but itself; no script, no font, no other file."""
+"""report.html, one page that needs nothing but itself, and the tables and figures beside it."""
 
 import base64
 from collections.abc import Mapping
@@ -7,22 +7,32 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fairway.files import atomic_path
-from fairway.report.captions import figure_captions
 from fairway.report.content import page_content
+from fairway.report.figures import write_figures
 from fairway.report.results import Results
-from fairway.report.tables import ReportSettings, Tables
+from fairway.report.tables import ReportSettings, RunTables, make_tables
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
+
+
+def write_report(folder: Path, results: Results, settings: ReportSettings) -> list[Path]:
+    """Write the tables, figures/*.svg and report.html into `folder`; returns all paths."""
+    tables = make_tables(results, settings)
+    paths = tables.write(folder)
+    figures = write_figures(folder / "figures", results, tables)
+    page = folder / "report.html"
+    write_page(page, results, tables, figures, settings)
+    return [*paths, *figures.values(), page]
 
 
 def write_page(
     path: Path,
     results: Results,
-    tables: Tables,
+    tables: RunTables,
     figures: Mapping[str, Path],
     settings: ReportSettings,
 ) -> None:
-    """Render the report to `path`. figures: the SVG files by name, embedded as they are."""
+    """Render the page to `path`. figures: the SVG files by name, embedded as they are."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -33,7 +43,6 @@ def write_page(
     page = environment.get_template(TEMPLATE.name).render(
         page_content(results, tables, settings),
         figures={name: _data_uri(figure) for name, figure in figures.items()},
-        captions=figure_captions(results),
         report_path=path.as_posix(),
     )
     with atomic_path(path) as temporary:

@@ -1,26 +1,43 @@
-"""stages.parquet, summary.parquet and comparisons.parquet: the run's numbers as tidy tables."""
+"""The tables of a finished run: its numbers, tidy, as the report writes them and Python reads them."""
 
-import math
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
 from fairway.errors import UserError
 from fairway.evaluation.bits_per_byte import bits_per_byte
-from fairway.report.results import SHARED, Results
+from fairway.files import require_file, write_table
+from fairway.report.results import FINAL_STAGE, SLIDING, Results
 from fairway.report.statistics import (
+    Bootstrap,
+    SeedTest,
     bootstrap_bpb_difference,
     describe,
-    welch_gain,
+    paired_test,
+    welch_test,
 )
 from fairway.report.token_sums import TokenSums, gain_nats, saved_nats
+from fairway.settings import Settings
+from fairway.stages import STAGES, Budgets
 
-STAGES = ("train", "ema", "ttt", "gptq", "sliding", "slot")  # in the order they are scored
-FINAL_STAGE = "slot"
+ALL_ADAPTERS = "all"
+SEED_TESTS = (
+    "difference_nats",
+    *(
+        f"{kind}_{name}"
+        for kind in ("welch", "paired")
+        for name in ("t", "degrees_of_freedom", "p")
+    ),
+)
+"""The columns of the comparisons that are of seeds, not of documents."""
+MOST_FOR_ALL_PAIRS = 5
+"""So many variants are compared each with each; of more, each with the first."""
 UNITS = {
     "val_loss": "nats/token",
     "val_bpb": "bits/byte",
@@ -31,7 +48,6 @@ UNITS = {
     "bpb": "bits/byte",
     **{f"change_bpb_{name}": "bits/byte" for name in ("standard_error", "ci_low", "ci_high")},
 }
-# A seed's bootstrap as metrics of its slot stage: these are columns of the comparisons table.
 CHANGE_METRICS = {
     "change_bpb": "estimate",
     "change_bpb_standard_error": "standard_error",
@@ -39,42 +55,34 @@ CHANGE_METRICS = {
     "change_bpb_ci_high": "ci_high",
     "change_bpb_p": "p_not_below",
 }
-# Of these a mean over seeds would say nothing.
-NOT_SUMMARISED = tuple(metric for metric in CHANGE_METRICS if metric != "change_bpb")
-ALL_ADAPTERS = "all"
+"""A seed's bootstrap as metrics of the final stage, and their columns in the comparisons."""
+NOT_SUMMARIZED = tuple(metric for metric in CHANGE_METRICS if metric != "change_bpb")
+"""A mean of these over seeds would say nothing."""
+
+
+class Baseline(Settings):
+    """What a run must beat."""
+
+    name: str = Field(min_length=1)
+    """What the page calls it."""
+    losses: tuple[float, ...] = Field(min_length=1)
+    """Nats per token, one of each seed."""
+
+
+class ReportSettings(Settings):
+    """The test against a published score (section `report`); variants are compared without it."""
+
+    baseline: Baseline | None = None
+    """A published score to beat; null: no such test."""
+    minimum_gain_nats: float = Field(0.005, ge=0)
+    """By how many nats per token it must be beaten."""
+    significance: float = Field(0.01, gt=0, lt=1)
+    """The one-sided p below which the page says that it is."""
 
 
 @dataclass(frozen=True)
-class ReportSettings:
-    """The `report` section of the config.
-
-    baseline: name and per-seed losses (nats per token) of what the run must beat, or None.
-    minimum_gain_nats: by how much it must, in nats per token. significance: the one-sided p below
-    which the report says that it does.
-    """
-
-    baseline: dict[str, Any] | None
-    minimum_gain_nats: float
-    significance: float
-
-    def __post_init__(self) -> None:
-        losses = self.baseline["losses"] if self.baseline else []
-        if not all(math.isfinite(loss) for loss in losses):
-            raise UserError(f"report.baseline.losses holds {losses}, expected finite numbers")
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """The `budgets` section of the config: the challenge's three limits."""
-
-    artifact_bytes: int
-    training_seconds: float
-    evaluation_seconds: float
-
-
-@dataclass(frozen=True)
-class Tables:
-    """The tables of one report; their columns are told at the functions of the same names."""
+class RunTables:
+    """The tables of one run; the functions that make them describe their columns."""
 
     stages: pd.DataFrame
     summary: pd.DataFrame
@@ -82,43 +90,74 @@ class Tables:
     gains: pd.DataFrame
     budgets: pd.DataFrame
 
+    def write(self, folder: Path) -> list[Path]:
+        """Write each as <name>.parquet; returns the paths."""
+        paths = [folder / f"{field.name}.parquet" for field in fields(self)]
+        for path in paths:
+            write_table(path, getattr(self, path.stem))
+        return paths
 
-def make_tables(results: Results, settings: ReportSettings, budgets: Budgets) -> Tables:
+
+def read_run(folder: str | Path) -> RunTables:
+    """The tables of a finished run's report. folder: the run's, such as results/quickstart.
+
+    Raises UserError where a table is missing.
+
+        tables = read_run("results/quickstart")
+        scores = tables.stages.query("stage == 'slot_eval' and metric == 'val_bpb'")
+        scores.pivot(index="seed", columns="variant", values="value")
+    """
+    report = Path(folder) / "report"
+    made_by = "the report stage; run `snakemake --cores 2 report`"
+    return RunTables(
+        **{
+            field.name: pd.read_parquet(require_file(report / f"{field.name}.parquet", made_by))
+            for field in fields(RunTables)
+        }
+    )
+
+
+def make_tables(results: Results, settings: ReportSettings) -> RunTables:
     """All of them, from one run's results."""
     comparisons = comparisons_table(results)
     stages = stages_table(results, comparisons)
-    return Tables(
+    return RunTables(
         stages=stages,
         summary=summary_table(stages, results, settings),
         comparisons=comparisons,
         gains=gains_table(results),
-        budgets=budgets_table(results, budgets),
+        budgets=budgets_table(results),
     )
 
 
 def stages_table(results: Results, comparisons: pd.DataFrame) -> pd.DataFrame:
-    """One row per number: run, variant, seed, stage, metric, value (float64), unit.
+    """One row per number: run, variant, folder, seed, stage, metric, value (float64), unit.
 
-    `train` and `ema` are made once per seed, for every variant: their variant is `shared`. The
-    slot stage gives two: `sliding`, its own windows before adaptation, and `slot`, after it, with
-    what each adapter gained (gain_<adapter>_bpb; the stage itself says gain_<adapter>_nats) and
-    the bootstrap of their difference (change_bpb, …; change_bpb_p is one-sided, that the change is
-    not below zero). comparisons: the table of `comparisons_table`.
+    A stage that several variants share is there once for each, so that one variant's rows are its
+    whole chain; its `folder` is the same, so `drop_duplicates(["folder", "seed", "stage",
+    "metric"])` leaves each run of a stage once. The evaluation gives two stages: `sliding`, its
+    windows before adaptation, and `slot_eval`, after it, with what each adapter gained
+    (gain_<adapter>_bpb and gain_<adapter>_nats) and the bootstrap of their difference (change_bpb,
+    …; change_bpb_p is one-sided, that the change is not below zero).
+    comparisons: the table of `comparisons_table`.
     """
     rows = []
-    for (variant, seed, stage), metrics in results.metrics.items():
+    for key, metrics in results.metrics.items():
         for metric, value in metrics.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and metric != "seed":
-                rows.append((variant, seed, stage, metric, float(value)))
+                rows.append((*key, metric, float(value)))
     for (variant, seed), sums in results.tokens.items():
         for metric, value in sliding_metrics(sums).items():
-            rows.append((variant, seed, "sliding", metric, value))
+            rows.append((variant, seed, SLIDING, metric, value))
         for adapter in sums.adapters:
-            rows.append((variant, seed, "slot", f"gain_{adapter}_bpb", gain_bpb(sums, adapter)))
+            gain = gain_bpb(sums, adapter)
+            rows.append((variant, seed, FINAL_STAGE, f"gain_{adapter}_bpb", gain))
     for change in comparisons[comparisons["seed"].notna()].to_dict("records"):
-        key = (change["variant"], change["seed"], "slot")
+        key = (change["variant"], change["seed"], FINAL_STAGE)
         rows += [(*key, metric, change[name]) for metric, name in CHANGE_METRICS.items()]
     table = pd.DataFrame(rows, columns=["variant", "seed", "stage", "metric", "value"])
+    keys = zip(table["variant"], table["stage"], strict=True)
+    table.insert(1, "folder", [results.folder(*key) for key in keys])
     table.insert(0, "run", results.run)
     table["unit"] = table["metric"].map(unit_of)
     return table
@@ -136,16 +175,16 @@ def sliding_metrics(sums: TokenSums) -> dict[str, float]:
 
 
 def gain_bpb(sums: TokenSums, adapter: str | None = None) -> float:
-    """Bits per byte of the stream that one adapter, or all together, saved; positive is better."""
+    """Bits per byte of the text that one adapter, or all together, saved; positive is better."""
     total = sums.total()
     return bits_per_byte(saved_nats(total, adapter), total["bytes"])
 
 
-def stage_bpb(results: Results, holder: str, seed: int, stage: str) -> float:
-    """val_bpb of one of STAGES; holder: a variant, or `shared`."""
-    if stage == "sliding":
-        return sliding_metrics(results.tokens[holder, seed])["val_bpb"]
-    return results.metrics[holder, seed, stage]["val_bpb"]
+def stage_bpb(results: Results, variant: str, seed: int, stage: str) -> float:
+    """val_bpb of one of the results' score stages."""
+    if stage == SLIDING:
+        return sliding_metrics(results.tokens[variant, seed])["val_bpb"]
+    return results.metrics[variant, seed, stage]["val_bpb"]
 
 
 def unit_of(metric: str) -> str:
@@ -154,61 +193,127 @@ def unit_of(metric: str) -> str:
 
 
 def summary_table(stages: pd.DataFrame, results: Results, settings: ReportSettings) -> pd.DataFrame:
-    """Seed statistics: one row per variant, stage and metric.
+    """Seed statistics: one row per variant, stage and metric, with the stage's folder.
 
-    Columns: n, mean, std (ddof 1), standard_error, ci_low and ci_high (95 % t-interval); the
-    audit's `verdict` on the variant (null for `shared`); and for the final stage's val_loss
-    against the config's baseline, in nats per token: difference_nats (mean minus the baseline's,
-    negative is better), welch_t, welch_degrees_of_freedom and welch_p, one-sided, that the gain
-    exceeds `minimum_gain_nats`. Where a number cannot be had (one seed, no baseline) it is null.
-    The metrics NOT_SUMMARISED are left out.
+    Columns: n, mean, std (ddof 1), standard_error, ci_low and ci_high (95 % t-interval); `verdict`,
+    the audit's on the variant; and for the final stage's val_loss against the config's baseline, in
+    nats per token: difference_nats (mean minus the baseline's, negative is better), welch_t,
+    welch_degrees_of_freedom and welch_p, one-sided, that the gain exceeds `minimum_gain_nats`.
+    Where a number cannot be had (one seed, no baseline) it is null. NOT_SUMMARIZED are left out.
     """
     rows = []
-    stages = stages[~stages["metric"].isin(NOT_SUMMARISED)]
-    keys = ["run", "variant", "stage", "metric", "unit"]
+    stages = stages[~stages["metric"].isin(NOT_SUMMARIZED)]
+    keys = ["run", "variant", "folder", "stage", "metric", "unit"]
     for group, values in stages.groupby(keys, sort=False)["value"]:
         row = dict(zip(keys, group, strict=True)) | asdict(describe(values.to_numpy()))
-        row["verdict"] = None if row["variant"] == SHARED else results.verdict(row["variant"])
+        test = SeedTest(*[np.nan] * 4)
         is_score = row["stage"] == FINAL_STAGE and row["metric"] == "val_loss"
-        rows.append(row | _against_baseline(values.to_numpy() if is_score else None, settings))
+        if is_score and settings.baseline is not None:
+            losses, margin = settings.baseline.losses, settings.minimum_gain_nats
+            test = welch_test(values.to_numpy(), losses, margin, alternative="less")
+        row["verdict"] = results.verdict(row["variant"])
+        rows.append(row | {"difference_nats": test.difference} | _test_columns("welch", test))
     return pd.DataFrame(rows)
 
 
-def _against_baseline(losses: np.ndarray | None, settings: ReportSettings) -> dict[str, float]:
-    names = ("difference_nats", "welch_t", "welch_degrees_of_freedom", "welch_p")
-    if losses is None or settings.baseline is None:
-        return dict.fromkeys(names, math.nan)
-    test = welch_gain(losses, settings.baseline["losses"], settings.minimum_gain_nats)
-    return dict(zip(names, (test.difference, test.t, test.degrees_of_freedom, test.p), strict=True))
+def _test_columns(prefix: str, test: SeedTest) -> dict[str, float]:
+    names = ("t", "degrees_of_freedom", "p")
+    return {f"{prefix}_{name}": getattr(test, name) for name in names}
 
 
 def comparisons_table(results: Results) -> pd.DataFrame:
-    """Paired differences in bits per byte, bootstrapped over the stream's documents.
+    """Differences in bits per byte: of each variant's adaptation, and between variants.
 
-    For each variant, its slot stage against the plain sliding window of the same artifact: one row
-    per seed, and one of all seeds (`seed` null). For each pair of variants, their slot stages: of
-    all seeds. Where it is of all seeds, their losses are averaged per document first, so the
-    interval is about the text, not the seeds. Columns: run, variant (null for a pair), seed, name,
-    reference, and those of `statistics.Bootstrap`.
+    Columns: run, variant, stage, seed, reference_variant, reference_stage; those of
+    `statistics.Bootstrap`, paired by document; and between variants, over seeds: difference_nats
+    per token, welch_t, welch_degrees_of_freedom, welch_p, paired_t, paired_degrees_of_freedom and
+    paired_p, two-sided.
+
+    Each variant's final stage against its own `sliding`: a row of each seed, and one of all
+    (`seed` null). Its final stage against another variant's: one row of all seeds. Where it is of
+    all seeds, losses are averaged per document first, so the interval is about the text. Only
+    variants that scored the same text are compared (`variants_by_text`), up to MOST_FOR_ALL_PAIRS
+    each with each, of more each with the first. Where two vocabularies cut the same text,
+    difference_nats is null: their tokens are not the same.
     """
-    byte_counts = _common_bytes(results).to_numpy()
-    before, after = (_document_nats(results, name) for name in ("nats_before", "nats_after"))
-    cases = []
-    for variant in results.variants:
-        names = (f"{variant} slot", f"{variant} sliding")
-        for seed in (*results.seeds, None):
-            pair = (after[variant, seed], before[variant, seed])
-            cases.append(((variant, seed, *names), pair))
-    for first, second in combinations(results.variants, 2):
-        names = (f"{second} slot", f"{first} slot")
-        cases.append(((None, None, *names), (after[second, None], after[first, None])))
+    cases = [
+        (variant, FINAL_STAGE, seed, variant, SLIDING)
+        for variant in results.variants
+        for seed in (*results.seeds, None)
+    ]
+    cases += [(one, FINAL_STAGE, None, other, FINAL_STAGE) for one, other in _pairs(results)]
+    nats = {SLIDING: _document_nats(results, "nats_before")}
+    nats[FINAL_STAGE] = _document_nats(results, "nats_after")
+    keys = ["variant", "stage", "seed", "reference_variant", "reference_stage"]
     rows = []
-    for (variant, seed, name, reference), (nats, reference_nats) in cases:
-        draws = zlib.crc32(f"{name}|{reference}".encode())  # the same documents for every seed
-        found = bootstrap_bpb_difference(nats, reference_nats, byte_counts, draws)
-        key = {"variant": variant, "seed": seed, "name": name, "reference": reference}
-        rows.append({"run": results.run} | key | asdict(found))
-    return pd.DataFrame(rows).astype({"seed": "Int64"})
+    for variant, stage, seed, other, other_stage in cases:
+        draws = zlib.crc32(f"{variant} {stage}|{other} {other_stage}".encode())  # for every seed
+        found = bootstrap_bpb_difference(
+            nats[stage][variant, seed],
+            nats[other_stage][other, seed],
+            _documents(results, variant)["bytes"].to_numpy(),
+            draws,
+        )
+        row = dict(zip(keys, (variant, stage, seed, other, other_stage), strict=True))
+        tests = _tests_over_seeds(results, variant, other) if variant != other else {}
+        rows.append({"run": results.run} | row | asdict(found) | tests)
+    columns = ["run", *keys, *(field.name for field in fields(Bootstrap)), *SEED_TESTS]
+    return pd.DataFrame(rows, columns=columns).astype({"seed": "Int64"})
+
+
+def _tests_over_seeds(results: Results, variant: str, reference: str) -> dict[str, float]:
+    bpb, losses = (
+        [
+            [results.metrics[name, seed, FINAL_STAGE][metric] for seed in results.seeds]
+            for name in (variant, reference)
+        ]
+        for metric in ("val_bpb", "val_loss")
+    )
+    same_tokens = _documents(results, variant)["tokens"].equals(
+        _documents(results, reference)["tokens"]
+    )
+    difference = np.mean(losses[0]) - np.mean(losses[1]) if same_tokens else np.nan
+    return (
+        {"difference_nats": float(difference)}
+        | _test_columns("welch", welch_test(*bpb))
+        | _test_columns("paired", paired_test(*bpb))
+    )
+
+
+def _pairs(results: Results) -> Iterator[tuple[str, str]]:
+    """(variant, reference) of each comparison between variants."""
+    for variants in variants_by_text(results):
+        if len(variants) <= MOST_FOR_ALL_PAIRS:
+            yield from ((second, first) for first, second in combinations(variants, 2))
+        else:
+            yield from ((variant, variants[0]) for variant in variants[1:])
+
+
+def variants_by_text(results: Results) -> list[list[str]]:
+    """The variants in groups that scored the same documents, told by their numbers of bytes.
+
+    Raises UserError where one variant's seeds scored different texts.
+    """
+    groups: list[list[str]] = []
+    for variant in results.variants:
+        text = _documents(results, variant)["bytes"]
+        for seed in results.seeds:
+            if not results.tokens[variant, seed].by_document["bytes"].equals(text):
+                raise UserError(
+                    f"variant {variant}, seed {seed} scored other text than the run's first seed: "
+                    f"rerun the {FINAL_STAGE} stage for all seeds"
+                )
+        same = (one for one in groups if _documents(results, one[0])["bytes"].equals(text))
+        group = next(same, None)
+        if group is None:
+            groups.append([variant])
+        else:
+            group.append(variant)
+    return groups
+
+
+def _documents(results: Results, variant: str) -> pd.DataFrame:
+    return results.tokens[variant, results.seeds[0]].by_document
 
 
 def _document_nats(results: Results, column: str) -> dict[tuple[str, int | None], np.ndarray]:
@@ -217,18 +322,6 @@ def _document_nats(results: Results, column: str) -> dict[tuple[str, int | None]
     for variant in results.variants:
         nats[variant, None] = np.mean([nats[variant, seed] for seed in results.seeds], axis=0)
     return nats
-
-
-def _common_bytes(results: Results) -> pd.Series:
-    """The documents' bytes, which every seed and variant must have scored alike."""
-    first = next(iter(results.tokens.values())).by_document["bytes"]
-    for (variant, seed), sums in results.tokens.items():
-        if not sums.by_document["bytes"].equals(first):
-            raise UserError(
-                f"variant {variant}, seed {seed} scored other text than the run's first seed: "
-                "rerun the slot_eval stage for all seeds"
-            )
-    return first
 
 
 def gains_table(results: Results) -> pd.DataFrame:
@@ -250,26 +343,27 @@ def gains_table(results: Results) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[order]
 
 
-def budgets_table(results: Results, budgets: Budgets) -> pd.DataFrame:
+def budgets_table(results: Results) -> pd.DataFrame:
     """What each seed used of each budget: variant, seed, budget, used, limit, unit.
 
-    The artifact's bytes are those of its file and of the code that scores it. Training time is that
-    of every stage up to the artifact which reads training data; evaluation time is that of scoring
-    the artifact.
+    The artifact's bytes are those of its file and of the code that scores it. The table of stages
+    says which seconds count: training time is that of every stage which reads training data,
+    evaluation time that of scoring the artifact. The limits are those that the audit tested.
     """
     rows = []
     for variant in results.variants:
         for seed in results.seeds:
-            made_by = [(SHARED, "train"), (SHARED, "ema"), (variant, "ttt"), (variant, "gptq")]
-            made = [results.metrics[holder, seed, stage] for holder, stage in made_by]
-            training = sum(metrics["training_seconds"] for metrics in made)
-            evaluation = results.metrics[variant, seed, "slot"]["evaluation_seconds"]
-            for name, used, unit in (
-                ("artifact_bytes", made[-1]["total_bytes"], "bytes"),
-                ("training_seconds", training, "s"),
-                ("evaluation_seconds", evaluation, "s"),
-            ):
-                rows.append((variant, seed, name, float(used), float(getattr(budgets, name)), unit))
+            limits = Budgets(**results.provenance[variant, seed, "audit"]["settings"]["budgets"])
+            used = {"artifact_bytes": results.metrics[variant, seed, "gptq"]["total_bytes"]}
+            for kind in ("training", "evaluation"):
+                used[f"{kind}_seconds"] = sum(
+                    results.metrics[variant, seed, stage][f"{kind}_seconds"]
+                    for stage in results.stages
+                    if STAGES[stage].charged == kind
+                )
+            for name, amount in used.items():
+                limit, unit = float(getattr(limits, name)), unit_of(name)
+                rows.append((variant, seed, name, float(amount), limit, unit))
     columns = ["variant", "seed", "budget", "used", "limit", "unit"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -277,8 +371,8 @@ def budgets_table(results: Results, budgets: Budgets) -> pd.DataFrame:
 def reach_counts(results: Results, variant: str) -> pd.DataFrame:
     """The flip test's pairs and changes at each distance, one or more tokens back, over all seeds.
 
-    Columns: distance_tokens, pairs, changed. Distance 0, the token's own distribution, is the
-    self-influence check's and left out.
+    Columns: distance_tokens, pairs, changed. Distance 0, the token's own distribution, belongs to
+    the self-influence check and is left out.
     """
     reach = pd.concat([results.reach[variant, seed] for seed in results.seeds])
     counts = reach.groupby("distance_tokens", as_index=False)[["pairs", "changed"]].sum()
@@ -286,14 +380,16 @@ def reach_counts(results: Results, variant: str) -> pd.DataFrame:
 
 
 def batch_reach_tokens(results: Results, variant: str) -> int | None:
-    """How far back a token can be felt where `batch_windows` windows share a delta: over the slices
-    of all of them but the last, whose own slice is in no context. None where none share."""
-    settings = results.provenance[variant, results.seeds[0], "slot"]["settings"]
-    slot = settings.get("slot")
-    if slot is None or slot["scope"] != "batch":  # left out where it is not among the adapters
-        return None
-    windows = settings.get("evaluation", slot)  # older runs: in the section `slot`
-    return (slot["batch_windows"] - 1) * windows["stride_tokens"]
+    """How far back a token can be felt where `batch_windows` windows share a fit, else None.
+
+    That is over the slices of all of them but the last, whose own slice is in no context.
+    """
+    settings = results.provenance[variant, results.seeds[0], FINAL_STAGE]["settings"]["evaluation"]
+    for adapter in settings["adapters"]:
+        for own in adapter.values():
+            if own.get("scope") == "batch":
+                return (own["batch_windows"] - 1) * settings["stride_tokens"]
+    return None
 
 
 def furthest_change(reach: pd.DataFrame) -> int:

@@ -1,7 +1,7 @@
-"""tokens.parquet of the slot stage, summed: by document, by position, by membership in the loss.
+"""tokens.parquet, summed: by document, by position, by membership in the loss.
 
-A published validation stream has 60 million rows, so the table is read in batches and only sums
-are kept. Every total of the report about one stream comes from here.
+The challenge's validation text has 60 million tokens, so the table is read in batches and only sums
+are kept. Every total of the report about one scored text comes from here.
 """
 
 from collections.abc import Iterable
@@ -15,35 +15,40 @@ import pyarrow.parquet as parquet
 from fairway.errors import UserError
 
 COLUMNS = ("position", "document", "nll_before", "nll_after", "bytes", "in_own_loss")
-GAIN_PREFIX = "gain_"  # gain_<adapter>: nats that this adapter took off a target's loss
-# Tokens since the document's BOS: the first 64 together, then doubling.
+GAIN_PREFIX = "gain_"
+"""`gain_<adapter>` holds the nats that the adapter took off each target's loss."""
 DOCUMENT_POSITION_EDGES = np.array([0, *(64 << power for power in range(20))])
-STREAM_PARTS = 20
+"""Bins of the tokens since the document's BOS: the first 64 together, then doubling."""
+TEXT_PARTS = 20
+"""The text is cut into so many parts of equal length."""
 BATCH_ROWS = 1 << 20
+"""Rows in memory at once."""
 
 
 @dataclass(frozen=True)
 class TokenSums:
     """Sums over one seed's and variant's scored targets; `nats_*` are summed losses.
 
-    by_document: index document; by_document_position: index first position of the bin;
-    by_stream_part: index part 0 … STREAM_PARTS − 1 of equal length; by_own_loss: index bool.
-    Columns of each: tokens, bytes, nats_before, nats_after, and gain_<adapter> for each adapter
-    that the table knows, in its order. Groups without a target are absent.
+    Columns of each: tokens, bytes, nats_before, nats_after, and gain_<adapter> for each adapter, in
+    the table's order. Groups without a target are absent.
     """
 
     by_document: pd.DataFrame
+    """Index: the document's number."""
     by_document_position: pd.DataFrame
-    by_stream_part: pd.DataFrame
+    """Index: the first position of the bin, one of DOCUMENT_POSITION_EDGES."""
+    by_text_part: pd.DataFrame
+    """Index: the part of the text, 0 … TEXT_PARTS − 1."""
     by_own_loss: pd.DataFrame
+    """Index: whether the target was in the loss of the delta that scored it."""
 
     def total(self) -> pd.Series:
-        """tokens, bytes, nats_before, nats_after and gain_<adapter> of the whole stream."""
+        """tokens, bytes, nats_before, nats_after and gain_<adapter> of the whole text."""
         return self.by_own_loss.sum()
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters in the order they act; none for a table from before they were."""
+        """Names of the adapters in the order they act."""
         return adapters_of(self.by_own_loss.columns)
 
 
@@ -66,7 +71,7 @@ def gain_nats(sums: pd.DataFrame, adapter: str | None = None) -> pd.Series:
     return saved_nats(sums, adapter) / sums["tokens"]
 
 
-def read_token_sums(path: Path) -> TokenSums:
+def read_token_sums(path: Path, batch_rows: int = BATCH_ROWS) -> TokenSums:
     """Sum a tokens.parquet, whose rows are sorted by position; UserError if it is another table."""
     file = parquet.ParquetFile(path)
     missing = sorted(set(COLUMNS) - set(file.schema_arrow.names))
@@ -76,7 +81,7 @@ def read_token_sums(path: Path) -> TokenSums:
     gains = [GAIN_PREFIX + name for name in adapters_of(file.schema_arrow.names)]
     partial: dict[str, list[pd.DataFrame]] = {}
     document, begin = -1, 0
-    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[*COLUMNS, *gains]):
+    for batch in file.iter_batches(batch_size=batch_rows, columns=[*COLUMNS, *gains]):
         table = batch.to_pandas()
         begins = _document_begins(table, document, begin)
         document, begin = int(table["document"].iloc[-1]), int(begins[-1])
@@ -86,10 +91,10 @@ def read_token_sums(path: Path) -> TokenSums:
 
 
 def _document_begins(table: pd.DataFrame, document: int, begin: int) -> np.ndarray:
-    """int64 [rows]: the stream position of each row's document's BOS.
+    """int64 [rows]: the position of the BOS of each row's document.
 
-    document, begin: those of the row before the batch, −1 and 0 at the start of the stream, whose
-    own BOS at position 0 is no target.
+    document, begin: those of the row before the batch; −1 and 0 at the start of the text, whose own
+    BOS at position 0 is no target.
     """
     position, documents = table["position"].to_numpy(), table["document"].to_numpy()
     is_begin = np.diff(documents, prepend=document) != 0
@@ -104,7 +109,7 @@ def _group_keys(table: pd.DataFrame, begins: np.ndarray, rows: int) -> dict[str,
     return {
         "by_document": table["document"].to_numpy(),
         "by_document_position": DOCUMENT_POSITION_EDGES[bins],
-        "by_stream_part": (position - 1) * STREAM_PARTS // rows,
+        "by_text_part": (position - 1) * TEXT_PARTS // rows,
         "by_own_loss": table["in_own_loss"].to_numpy(),
     }
 

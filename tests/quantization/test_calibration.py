@@ -25,8 +25,8 @@ from fairway.quantization.calibration import (
     training_tokens,
 )
 from fairway.quantization.integers import round_to_nearest
-from fairway.quantization.pipeline import quantize_model
 from fairway.quantization.pruning import count_zeros
+from fairway.quantization.quantize import quantize_model
 from fairway.quantization.settings import QuantizationSettings, quantizer_of
 from scattered import SMALL, scattered_model
 

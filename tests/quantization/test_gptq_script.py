@@ -1,37 +1,35 @@
 """The gptq stage as a user runs it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from fairway.code_hash import import_closure
-from fairway.config import load_config
 from fairway.data.dataset import load_dataset
 from fairway.evaluation.plain import evaluate_split
 from fairway.files import sha256_of, write_json
-from fairway.model.gpt import BANKS, GPT, config_from_settings
+from fairway.model.spec import BANKS, GPTConfig
 from fairway.model.weights import save_model
 from fairway.quantization.artifact import load_artifact, stream_table
 from fairway.quantization.pruning import code_bytes
+from fairway.recipe import load_config
+from scattered import scattered_model
 from tiny import SCRIPTS, run_script
+
+EXAMPLES = Path(__file__).parents[2] / "docs/examples"
 
 
 @pytest.fixture(scope="module")
 def weights(tiny_config_file, tiny_dataset, tmp_path_factory):
     """A folder as ttt leaves it, with a model that was never trained."""
-    config = load_config([tiny_config_file])
-    dataset = load_dataset(tiny_dataset)
-    length = config["train"]["sequence_tokens"]
-    model = GPT(config_from_settings(config["model"], dataset.vocab_size, length))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    sections = load_config([tiny_config_file]).sections("causal")
+    vocab_size = load_dataset(tiny_dataset).vocab_size
+    config = GPTConfig.of(sections["model"], vocab_size, sections["train"].sequence_tokens)
     folder = tmp_path_factory.mktemp("ttt")
-    save_model(folder / "weights.safetensors", model)
+    save_model(folder / "weights.safetensors", scattered_model(config, deviation=0.1))
     write_json(folder / "provenance.json", {"splits": ["train"]})
     return folder
 
@@ -40,12 +38,12 @@ def weights(tiny_config_file, tiny_dataset, tmp_path_factory):
 def stage(tiny_config_file, tiny_dataset, weights, tmp_path_factory):
     """Run the stage with changes to the config; return the process and the output folder."""
 
-    def run(check=True, **changes):
+    def run(check=True, beside=None, **changes):
         folder = tmp_path_factory.mktemp("gptq")
-        overlay = folder / "overlay.yaml"
+        overlay = (beside or folder) / "overlay.yaml"
         overlay.write_text(json.dumps(changes))
         arguments = ["--config", tiny_config_file, overlay, "--variant", "causal", "--seed", 7]
-        arguments += ["--dataset", tiny_dataset, "--weights", weights, "--output", folder]
+        arguments += ["--tokenize", tiny_dataset.parent, "--ttt", weights, "--output", folder]
         return run_script("gptq.py", *arguments, check=check), folder
 
     return run
@@ -72,7 +70,7 @@ def test_metrics_are_those_of_the_artifact_on_disk(finished, tiny_dataset):
     assert metrics["total_bytes"] == metrics["artifact_bytes"] + metrics["code_bytes"]
     table = stream_table((finished / "artifact.bin").read_bytes())
     assert metrics["codecs"] == {name: codec for name, (codec, _) in table.items()}
-    assert all(metrics[f"{name}_bytes"] == length for name, (_, length) in table.items())
+    assert metrics["streams"] == {name: length for name, (_, length) in table.items()}
     assert metrics["limit_bytes"] == 16_000_000 and metrics["zeros"] == 0
     assert metrics["mean_error"] < metrics["mean_error_round_to_nearest"]
     assert metrics["training_seconds"] == 0
@@ -96,6 +94,17 @@ def test_calibration_decides_what_the_ancestry_gains(finished, stage):
     assert metrics["calibration"] == "train" and metrics["training_seconds"] > 0
 
 
+def test_a_quantizer_beside_the_config_is_used(finished, stage, tmp_path):
+    name = "group_int4:GroupInt4"
+    (tmp_path / "group_int4.py").write_text((EXAMPLES / "group_int4.py").read_text())
+    _, folder = stage(gptq={"quantizer": {name: {"group_columns": 8}}}, beside=tmp_path)
+    metrics = read(folder, "metrics.json")
+    assert metrics["quantizer"] == name and metrics["calibration"] is None
+    assert list(metrics["streams"]) == ["float16", "float32", "int4", "int8", "scales"]
+    assert metrics["artifact_bytes"] < read(finished, "metrics.json")["artifact_bytes"]
+    assert np.isfinite(metrics["val_loss"])
+
+
 def test_a_second_run_writes_the_same_artifact(finished, stage):
     _, again = stage()
     assert sha256_of(again / "artifact.bin") == sha256_of(finished / "artifact.bin")
@@ -117,7 +126,8 @@ def test_a_budget_out_of_reach_is_one_clear_line(stage):
 
 def test_missing_weights_are_one_clear_line(tiny_config_file, tiny_dataset, tmp_path):
     arguments = ["--config", tiny_config_file, "--variant", "causal", "--seed", 7]
-    arguments += ["--dataset", tiny_dataset, "--weights", tmp_path, "--output", tmp_path / "out"]
+    arguments += ["--tokenize", tiny_dataset.parent, "--ttt", tmp_path]
+    arguments += ["--output", tmp_path / "out"]
     done = run_script("gptq.py", *arguments, check=False)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")

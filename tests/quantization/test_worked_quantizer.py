@@ -19,8 +19,8 @@ from fairway.quantization.artifact import (
     stream_table,
     write_artifact,
 )
-from fairway.quantization.pipeline import quantize_model
 from fairway.quantization.pruning import count_zeros, fit_to_limit
+from fairway.quantization.quantize import quantize_model, quantize_to_file
 from fairway.quantization.settings import QuantizationSettings, quantizer_of
 from fairway.settings import validated
 from scattered import SMALL, scattered_model
@@ -78,6 +78,20 @@ def test_the_artifact_is_read_back_bit_for_bit(stored, tmp_path):
     counts = {name: len(tensors[name].codes) for name in BANKS}
     assert layers.groupby("bank", sort=False).size().to_dict() == counts
     assert (layers.error > 0).all() and (count_zeros(layers, tensors).zeros > 0).all()
+
+
+def test_the_stage_says_what_it_wrote(model, stored, settings, tmp_path):
+    path, limit = tmp_path / "artifact.bin", 10**6
+    layers, metrics = quantize_to_file(path, model, settings, TEXT, seed=0, limit_bytes=limit)
+    assert path.read_bytes() == encode_artifact(SMALL, stored[0])
+    assert layers.drop(columns="zeros").equals(stored[1])
+    assert metrics["quantizer"] == NAME and metrics["calibration"] is None
+    assert metrics["artifact_bytes"] == path.stat().st_size and metrics["zeros"] == 0
+    assert metrics["mean_error"] == layers.error.mean()
+    assert "mean_error_round_to_nearest" not in metrics
+    limit = metrics["artifact_bytes"] - 200
+    layers, metrics = quantize_to_file(path, model, settings, TEXT, seed=0, limit_bytes=limit)
+    assert metrics["artifact_bytes"] == path.stat().st_size <= limit and metrics["zeros"] > 0
 
 
 def test_the_artifact_fits_a_budget(stored, settings, tmp_path):

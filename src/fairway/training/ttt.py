@@ -22,9 +22,6 @@ from fairway.progress import progress
 from fairway.settings import Settings
 from fairway.training.gradients import fill_missing_gradients
 
-SPLITS = {"train": "adaptation", "val": "val"}
-"""The dataset's split that each `data` reads; train itself never draws from `adaptation`."""
-
 
 class TTTSettings(Settings):
     """Test-time training: more epochs on the averaged weights, before quantization."""

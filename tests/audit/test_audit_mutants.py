@@ -41,7 +41,8 @@ def failures(result: AuditResult) -> set[str]:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_right_checks_catch_the_planted_fault(name):
     mutant = MUTANTS[name]
-    result = audit(Toy(), mutant.make(Toy()))
+    settings = SETTINGS if "null" in mutant.caught_by else SETTINGS.changed(null_tokens=0)
+    result = audit(Toy(), mutant.make(Toy()), audit_settings=settings)
     assert failures(result) >= set(mutant.caught_by)
     assert result.verdict == FAIL
 

@@ -7,6 +7,7 @@ training after scoring, counts of past tokens. Each mutant differs from an hones
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ def context_start(geometry: Geometry, target: int) -> int:
     """First token that the window which scores `target` reads."""
     beyond = max(0, target - geometry.window_tokens)
     return -(-beyond // geometry.stride_tokens) * geometry.stride_tokens
+
+
+@cache
+def weights(seed: int, vocab_size: int) -> Tensor:
+    """Random float32 [3, V, V]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, vocab_size, vocab_size, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,7 @@ class Toy:
     def logits(self, inputs: Tensor, first_position: int = 0) -> Tensor:
         """int64 [rows, T] → float32 [rows, T − first_position, V], from the last token and the mean
         of all so far."""
-        generator = torch.Generator().manual_seed(self.seed)
-        bigram, embedding, output = torch.randn(
-            3, self.vocab_size, self.vocab_size, generator=generator
-        )
+        bigram, embedding, output = weights(self.seed, self.vocab_size)
         counts = torch.arange(1, inputs.shape[1] + 1)[None, :, None]
         logits = 0.5 * (bigram[inputs] + (embedding[inputs].cumsum(1) / counts) @ output)
         return logits[:, first_position:]
@@ -115,30 +120,34 @@ def fit_deltas(
 ) -> Tensor:
     """Fit a delta [rows, V] to each row by gradient steps of Barzilai-Borwein length with a line
     search. The faults: one step length, or one history, for all rows."""
-    weights = mask.float()[..., None]
+    counted = mask.float()[..., None]
     counts = torch.zeros_like(start).scatter_add_(1, targets, mask.float())
 
-    def loss(delta: Tensor) -> Tensor:
-        normalizer = torch.logsumexp(logits + delta[:, None], -1)
+    def loss_of(delta: Tensor, normalizer: Tensor) -> Tensor:
         fit = (normalizer * mask).sum(1) - (counts * delta).sum(1)
         return fit + toy.l2 / 2 * (delta * delta).sum(1)
 
-    def gradient(delta: Tensor) -> Tensor:
-        expected = (torch.softmax(logits + delta[:, None], -1) * weights).sum(1)
-        return expected - counts + toy.l2 * delta
+    def loss(delta: Tensor) -> Tensor:
+        return loss_of(delta, torch.logsumexp(logits + delta[:, None], -1))
 
-    delta, slope = start, gradient(start)
+    def loss_and_gradient(delta: Tensor) -> tuple[Tensor, Tensor]:
+        shifted = logits + delta[:, None]
+        normalizer = torch.logsumexp(shifted, -1)
+        expected = (torch.exp(shifted - normalizer[..., None]) * counted).sum(1)
+        return loss_of(delta, normalizer), expected - counts + toy.l2 * delta
+
+    delta, (height, slope) = start, loss_and_gradient(start)
     length = 1.0 / (mask.sum(1, keepdim=True) + toy.l2)
     for _ in range(FIT_STEPS):
         trial = -length * slope
         descent = (slope * trial).sum(1)
-        rise = loss(delta + trial) - loss(delta) - descent
+        rise = loss(delta + trial) - height - descent
         if shared_step:
             descent, rise = descent.sum().expand_as(descent), rise.sum().expand_as(rise)
         # The minimum of the parabola through both losses and the first slope.
         fraction = torch.where(rise > 0, -descent / (2 * rise).clamp(min=1e-12), 1.0)
         step = fraction.clamp(0.1, 1.0)[:, None] * trial
-        new_slope = gradient(delta + step)
+        height, new_slope = loss_and_gradient(delta + step)
         squares = (step * step).sum(1, keepdim=True)
         curvature = (step * (new_slope - slope)).sum(1, keepdim=True)
         if shared_history:

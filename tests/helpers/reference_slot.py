@@ -3,17 +3,17 @@
 import torch
 from torch.nn.functional import cross_entropy
 
-from evaluators import focal_places
+from evaluators import adapter_settings, focal_tokens
 
 
-def reference_scores(model_logits, tokens, settings, bos_id, first_window=0, last_window=None):
+def reference_scores(model, tokens, settings, bos_id, first_window=0, last_window=None):
     """{position: (log-probabilities before, after)} of one lane's windows, each float64 [V]."""
-    cut, slot, focal = settings.evaluation, settings.slot, focal_places(settings)
+    slot, focal = adapter_settings(settings, "slot"), focal_tokens(settings)
     tokens = tokens.tolist()
     scores, delta, seen_logits = {}, None, {}
-    windows = reference_windows(len(tokens) - 1, cut.window_tokens, cut.stride_tokens)
+    windows = reference_windows(len(tokens) - 1, settings.window_tokens, settings.stride_tokens)
     for start, length, scored in windows[first_window:last_window]:
-        logits = model_logits(torch.tensor([tokens[start : start + length]]))[0].double()
+        logits = model(torch.tensor([tokens[start : start + length]]))[0].double()
         targets = range(start + 1, start + length + 1)
         current = {target: logits[target - start - 1] for target in targets}
         slice_targets, past = targets[-scored:], targets[:-scored]

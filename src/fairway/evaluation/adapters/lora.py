@@ -202,7 +202,7 @@ class BatchedLora:
             self.update(torch.cat(gradients), learns)
 
     def gradient(self, values: Tensor, tokens: Tensor, targets: Tensor, share: Tensor) -> Tensor:
-        """Of each row's loss, with targets weighted by `share`, with respect to values [rows, P]."""
+        """Of each row's loss, its targets weighted by `share`, in the row's values [rows, P]."""
         values = values.detach().requires_grad_()
         with torch.enable_grad(), deterministic_attention(self.model):
             logits = self._run(tokens, tokens.shape[1] - targets.shape[1], values)

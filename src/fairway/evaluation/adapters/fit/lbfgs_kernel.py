@@ -124,7 +124,7 @@ def descent_direction(
 ):  # fmt: skip
     """-H g [BLOCK_V], as lbfgs.History.descent_direction has it, with the inverse of R at hand.
 
-    steps, changes: the ring, of which the first `pairs` entries are taken. inverse: [BLOCK_H, BLOCK_H],
+    steps, changes: the ring, with `pairs` entries taken. inverse: [BLOCK_H, BLOCK_H],
     as `extend_inverse` keeps it. curvatures: [BLOCK_H], s . y of each pair.
     """
     products = history_times(steps, gradient, pairs, V, BLOCK_V, BLOCK_H)

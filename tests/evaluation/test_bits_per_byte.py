@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from fairway.data.build import encode_documents
+from fairway.data.token_bytes import byte_counts, token_bytes
 from fairway.data.tokenizer import BOS, TRAINER
 from fairway.errors import UserError
-from fairway.evaluation.bits_per_byte import bits_per_byte, byte_counts, token_bytes
+from fairway.evaluation.bits_per_byte import bits_per_byte
 
 TRAINING_TEXT = [
     f"the {word} of {number} words, and a café's naïve menu — 12 × 34 = {number}"

@@ -30,7 +30,7 @@ def test_every_target_is_scored_exactly_once_and_in_order(sizes):
 
 
 @given(geometry)
-def test_windows_lie_in_the_stream_and_only_the_first_scores_more_than_a_stride(sizes):
+def test_windows_lie_in_the_text_and_only_the_first_scores_more_than_a_stride(sizes):
     num_targets, window_tokens, stride_tokens = sizes
     windows = sliding_windows(num_targets, window_tokens, stride_tokens)
     assert windows.length == min(window_tokens, num_targets)
@@ -41,13 +41,13 @@ def test_windows_lie_in_the_stream_and_only_the_first_scores_more_than_a_stride(
     assert np.all(windows.scored[1:] >= 1) and np.all(windows.scored[1:] <= stride_tokens)
 
 
-def test_the_record_geometry():
+def test_the_reference_submissions_geometry():
     windows = sliding_windows(num_targets=2048 + 3 * 64 + 10, window_tokens=2048, stride_tokens=64)
     assert windows.starts.tolist() == [0, 64, 128, 192, 202]
     assert windows.scored.tolist() == [2048, 64, 64, 64, 10]
 
 
-def test_a_stream_shorter_than_a_window_is_one_short_window():
+def test_a_text_shorter_than_a_window_is_one_short_window():
     windows = sliding_windows(num_targets=5, window_tokens=16, stride_tokens=4)
     assert (windows.length, windows.starts.tolist(), windows.scored.tolist()) == (5, [0], [5])
 
@@ -58,7 +58,7 @@ def test_a_stride_outside_the_window_is_refused(stride):
         sliding_windows(num_targets=100, window_tokens=8, stride_tokens=stride)
 
 
-def test_an_empty_stream_is_refused():
+def test_an_empty_text_is_refused():
     with pytest.raises(UserError, match="0 targets"):
         sliding_windows(num_targets=0, window_tokens=8, stride_tokens=4)
 

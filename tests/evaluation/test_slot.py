@@ -6,69 +6,31 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from evaluators import SMALL, changed, reaches_of_flips
+from evaluators import (
+    BOS,
+    SMALL,
+    VOCABULARY,
+    ToyModel,
+    adapter_settings,
+    audited,
+    changed,
+    collect,
+    evaluator,
+    reaches_of_flips,
+    toy_text,
+    windows_of,
+)
 from fairway.errors import UserError
 from fairway.evaluation.adapters.fit.logit_delta import fit_delta
-from fairway.evaluation.evaluator import score_stream, target_nll
-from fairway.evaluation.slot_evaluator import make_evaluator
-from fairway.evaluation.windows import lane_runs, sliding_windows
+from fairway.evaluation.text import target_nats
+from fairway.evaluation.windows import lane_runs
 from reference_slot import reference_scores
 
-BOS = 1
-VOCABULARY = 24
 SETTINGS = SMALL
 CONTEXTS = pytest.mark.parametrize(
     ("same_document", "context_logits"),
     [(True, "current"), (False, "current"), (True, "scored"), (False, "scored")],
 )
-
-
-def toy_model(memory: float = 2.0, device: str = "cpu"):
-    """A causal model: the last token's logits plus `memory` times the window's average so far."""
-    generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(VOCABULARY, 16, generator=generator).to(device)
-    head = (torch.randn(16, VOCABULARY, generator=generator) / 2).to(device)
-
-    def model_logits(tokens: torch.Tensor, first_place: int = 0) -> torch.Tensor:
-        states = embedding[tokens]
-        counts = torch.arange(1, tokens.shape[1] + 1, device=device).reshape(1, -1, 1)
-        average = states.cumsum(1) / counts
-        return ((states + memory * average) @ head)[:, first_place:]
-
-    return model_logits
-
-
-def toy_stream(length: int, seed: int = 0, document_tokens: int = 40) -> torch.Tensor:
-    """Documents of random length, each with its own favourite tokens; BOS first."""
-    generator = torch.Generator().manual_seed(seed)
-    pieces, total = [], 0
-    while total < length:
-        size = int(torch.randint(2, 2 * document_tokens, (1,), generator=generator))
-        weights = torch.rand(VOCABULARY, generator=generator) ** 4
-        weights[BOS] = 0
-        piece = torch.multinomial(weights, size, replacement=True, generator=generator)
-        piece[0] = BOS
-        pieces.append(piece)
-        total += size
-    return torch.cat(pieces)[:length]
-
-
-def collect(tokens, settings, model=None, rank=0, world_size=1, kernels="plain"):
-    """Records of a whole stream as one dict of tensors, sorted by position."""
-    model = model or toy_model()
-    records = list(
-        score_stream(model, tokens, settings, BOS, rank, world_size, kernels=kernels, model=model)
-    )
-    names = ("positions", "windows", "lanes", "targets", "logits_after", "in_own_loss")
-    columns = {name: torch.cat([getattr(record, name) for record in records]) for name in names}
-    columns["logits_before"] = torch.cat([record.logits[0] for record in records])
-    order = columns["positions"].argsort(stable=True)
-    return {name: column[order] for name, column in columns.items()}
-
-
-def windows_of(tokens, settings):
-    cut = settings.evaluation
-    return sliding_windows(len(tokens) - 1, cut.window_tokens, cut.stride_tokens)
 
 
 # --- agreement with the description -------------------------------------------------------------
@@ -86,23 +48,23 @@ def test_one_lane_agrees_with_the_slow_float64_reference(
         same_document=same_document,
         context_logits=context_logits,
     )
-    tokens = toy_stream(120)
+    tokens = toy_text(120)
     check_against_reference(tokens, settings, collect(tokens, settings), windows=(0, None))
 
 
 @CONTEXTS
 def test_every_lane_is_the_reference_run_on_its_own_windows(same_document, context_logits):
     settings = changed(SETTINGS, same_document=same_document, context_logits=context_logits)
-    tokens = toy_stream(201, seed=3)
+    tokens = toy_text(201, seed=3)
     columns = collect(tokens, settings)
     num_windows = len(windows_of(tokens, settings))
-    for lane, run in enumerate(lane_runs(num_windows, settings.evaluation.lanes)):
+    for lane, run in enumerate(lane_runs(num_windows, settings.lanes)):
         own = {name: column[columns["lanes"] == lane] for name, column in columns.items()}
         check_against_reference(tokens, settings, own, windows=(run.start, run.stop))
 
 
 def check_against_reference(tokens, settings, columns, windows):
-    reference = reference_scores(toy_model(), tokens, settings, BOS, *windows)
+    reference = reference_scores(ToyModel(), tokens, settings, BOS, *windows)
     positions = columns["positions"].tolist()
     assert positions == sorted(reference)
     for index, name in enumerate(("logits_before", "logits_after")):
@@ -149,13 +111,13 @@ def test_without_context_the_delta_is_zero():
 
 def test_the_delta_is_clamped():
     settings = changed(SETTINGS, l2=0.0, clamp=0.25, same_document=False)
-    columns = collect(toy_stream(150), settings)
+    columns = collect(toy_text(150), settings)
     delta = columns["logits_after"] - columns["logits_before"]
     assert 0.24 < delta.abs().max() < 0.25 + 1e-5
 
 
 def test_the_delta_is_dropped_from_the_first_bos_of_the_slice_on():
-    tokens = toy_stream(400, document_tokens=25)
+    tokens = toy_text(400, document_tokens=25)
     columns = collect(tokens, SETTINGS)
     changed = (columns["logits_after"] != columns["logits_before"]).any(1)
     documents = (tokens == BOS).cumsum(0)
@@ -176,7 +138,7 @@ def test_the_delta_is_dropped_from_the_first_bos_of_the_slice_on():
 @pytest.mark.parametrize("length", [2, 3, 20, 32, 33, 34, 39, 63, 100])
 @pytest.mark.parametrize("lanes", [1, 3, 40])
 def test_every_target_is_scored_once_whatever_the_length(changes, length, lanes):
-    tokens = toy_stream(length)
+    tokens = toy_text(length)
     columns = collect(tokens, changed(SETTINGS, lanes=lanes, **changes))
     assert columns["positions"].tolist() == list(range(1, length))
     assert torch.equal(columns["targets"], tokens[1:])
@@ -186,12 +148,12 @@ def test_every_target_is_scored_once_whatever_the_length(changes, length, lanes)
 
 def test_the_scored_buffer_covers_short_streams_too():
     for length in (2, 20, 33, 70):
-        columns = collect(toy_stream(length), changed(SETTINGS, context_logits="scored"))
+        columns = collect(toy_text(length), changed(SETTINGS, context_logits="scored"))
         assert columns["positions"].tolist() == list(range(1, length))
 
 
 def test_without_a_delta_the_scores_are_those_of_plain_sliding_windows():
-    tokens = toy_stream(150)
+    tokens = toy_text(150)
     plain = collect(tokens, changed(SETTINGS, adapters=()))
     fitted = collect(tokens, SETTINGS)
     assert torch.equal(plain["logits_before"], plain["logits_after"])
@@ -200,12 +162,12 @@ def test_without_a_delta_the_scores_are_those_of_plain_sliding_windows():
 
 
 def test_windows_and_lanes_are_recorded():
-    tokens = toy_stream(200)
+    tokens = toy_text(200)
     columns = collect(tokens, SETTINGS)
     windows = windows_of(tokens, SETTINGS)
     counts = Counter(columns["windows"].tolist())
     assert [counts[window] for window in range(len(windows))] == windows.scored.tolist()
-    for lane, run in enumerate(lane_runs(len(windows), SETTINGS.evaluation.lanes)):
+    for lane, run in enumerate(lane_runs(len(windows), SETTINGS.lanes)):
         assert set(columns["windows"][columns["lanes"] == lane].tolist()) == set(run)
 
 
@@ -214,7 +176,7 @@ def test_windows_and_lanes_are_recorded():
 
 @pytest.mark.parametrize("scope", ["window", "batch"])
 def test_the_scores_are_bitwise_the_same_for_any_number_of_ranks(scope):
-    tokens, settings = toy_stream(260), changed(SETTINGS, scope=scope)
+    tokens, settings = toy_text(260), changed(SETTINGS, scope=scope)
     alone = collect(tokens, settings)
     for world_size in (2, 3):
         shares = [
@@ -231,27 +193,27 @@ def test_the_scores_are_bitwise_the_same_for_any_number_of_ranks(scope):
 
 def leaks(settings, tokens, flips, world_size=1) -> list[int]:
     """How far before a flipped token its effect is felt, for each target that feels it."""
-    evaluate = make_evaluator(toy_model(), settings, BOS, world_size)
+    evaluate = audited(ToyModel(), settings, world_size)
     return reaches_of_flips(evaluate, tokens, flips, BOS, VOCABULARY)
 
 
 @CONTEXTS
 def test_no_distribution_depends_on_its_target_or_on_what_follows(same_document, context_logits):
     settings = changed(SETTINGS, same_document=same_document, context_logits=context_logits, l2=1.0)
-    assert leaks(settings, toy_stream(150, seed=5), flips=9) == []
+    assert leaks(settings, toy_text(150, seed=5), flips=9) == []
 
 
 def test_it_stays_causal_without_a_prior_and_over_ranks():
     settings = changed(SETTINGS, l2=0.0, focal_tokens=16, same_document=False, iterations=12)
-    assert leaks(settings, toy_stream(110, seed=6), flips=4, world_size=2) == []
+    assert leaks(settings, toy_text(110, seed=6), flips=4, world_size=2) == []
 
 
 def test_scope_batch_leaks_over_its_batch_and_no_further():
     settings = changed(SETTINGS, scope="batch", lanes=1, l2=1.0, same_document=False)
-    reaches = leaks(settings, toy_stream(150, seed=7), flips=9)
-    cut, batch_windows = settings.evaluation, settings.slot.batch_windows
-    assert max(reaches) > cut.stride_tokens
-    assert max(reaches) < cut.window_tokens + batch_windows * cut.stride_tokens
+    reaches = leaks(settings, toy_text(150, seed=7), flips=9)
+    batch_windows = adapter_settings(settings, "slot").batch_windows
+    assert max(reaches) > settings.stride_tokens
+    assert max(reaches) < settings.window_tokens + batch_windows * settings.stride_tokens
 
 
 # --- the leak, measured -------------------------------------------------------------------------
@@ -268,13 +230,13 @@ def null_stream(model, length):
 
 
 def gain(columns) -> float:
-    before = target_nll(columns["logits_before"], columns["targets"])
-    after = target_nll(columns["logits_after"], columns["targets"])
+    before = target_nats(columns["logits_before"], columns["targets"])
+    after = target_nats(columns["logits_after"], columns["targets"])
     return (before - after).mean().item()
 
 
 def test_only_the_leaking_scope_gains_on_draws_from_the_model_itself():
-    model = toy_model(memory=0.0)
+    model = ToyModel(memory=0.0)
     tokens = null_stream(model, 1200)
     honest = gain(collect(tokens, changed(SETTINGS, l2=14.0), model))
     leaking = gain(
@@ -287,7 +249,7 @@ def test_only_the_leaking_scope_gains_on_draws_from_the_model_itself():
 @pytest.mark.parametrize("forward_windows", [1, 3, 9, 64])
 def test_batches_are_the_same_however_many_windows_share_a_forward_pass(forward_windows):
     settings = changed(SETTINGS, scope="batch", batch_windows=4, lanes=2, focal_tokens=14)
-    tokens = toy_stream(260, document_tokens=60)
+    tokens = toy_text(260, document_tokens=60)
     one_batch_a_pass = collect(tokens, changed(settings, forward_windows=4))
     found = collect(tokens, changed(settings, forward_windows=forward_windows))
     assert found.keys() == one_batch_a_pass.keys()
@@ -301,14 +263,15 @@ def test_in_own_loss_is_exact(forward_windows):
         SETTINGS, scope="batch", same_document=True, focal_tokens=14,
         forward_windows=forward_windows,
     )  # fmt: skip
-    tokens = toy_stream(260, document_tokens=60)
+    tokens = toy_text(260, document_tokens=60)
     columns = collect(tokens, settings)
     windows = windows_of(tokens, settings)
+    batch_windows = adapter_settings(settings, "slot").batch_windows
     documents = (tokens == BOS).cumsum(0).tolist()
     expected = {}
-    for run in lane_runs(len(windows), settings.evaluation.lanes):
-        for first in range(0, len(run), settings.slot.batch_windows):
-            batch = run[first : first + settings.slot.batch_windows]
+    for run in lane_runs(len(windows), settings.lanes):
+        for first in range(0, len(run), batch_windows):
+            batch = run[first : first + batch_windows]
             fitted = set()
             for window in batch:
                 begin = windows.first_scored[window]
@@ -333,17 +296,17 @@ def test_in_own_loss_is_exact(forward_windows):
 
 
 def test_the_evaluator_gives_the_distributions_of_the_very_scores():
-    tokens = toy_stream(100)
-    scores = make_evaluator(toy_model(), SETTINGS, BOS)(tokens)
+    tokens = toy_text(100)
+    scores = audited(ToyModel(), SETTINGS)(tokens)
     log_probs = scores.log_probs
     columns = collect(tokens, SETTINGS)
     assert log_probs.shape == (99, VOCABULARY) and log_probs.dtype == torch.float32
     nll = -log_probs.gather(1, tokens[1:].unsqueeze(1)).squeeze(1).double()
-    assert torch.equal(nll, target_nll(columns["logits_after"], columns["targets"]))
+    assert torch.equal(nll, target_nats(columns["logits_after"], columns["targets"]))
     torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(99))
     order = scores.positions.argsort()
-    assert torch.equal(scores.claimed_nll[order], nll)
-    assert torch.equal(scores.streams[order], columns["lanes"])
+    assert torch.equal(scores.reported_nll[order], nll)
+    assert torch.equal(scores.lanes[order], columns["lanes"])
 
 
 @pytest.mark.parametrize(
@@ -354,17 +317,17 @@ def test_the_evaluator_gives_the_distributions_of_the_very_scores():
         ({"lanes": 0}, "evaluation.lanes"),
         ({"lanes": 40_000}, "evaluation.lanes"),
         ({"forward_windows": 0}, "evaluation.forward_windows"),
-        ({"batch_windows": 0}, "slot.batch_windows"),
-        ({"focal_tokens": 6}, "slot.focal_tokens"),
-        ({"focal_tokens": 33}, "slot.focal_tokens"),
-        ({"focal_tokens": "most"}, "slot.focal_tokens"),
-        ({"scope": "lane"}, "slot.scope"),
-        ({"context_logits": "old"}, "slot.context_logits"),
-        ({"scope": "batch", "context_logits": "scored"}, "slot.context_logits"),
-        ({"clamp": 0.0}, "slot.clamp"),
-        ({"l2": -1.0}, "slot.l2"),
-        ({"iterations": 0}, "slot.iterations"),
-        ({"history": 0}, "slot.history"),
+        ({"batch_windows": 0}, "evaluation.adapters.slot.batch_windows"),
+        ({"focal_tokens": 6}, "evaluation.adapters.slot.focal_tokens"),
+        ({"focal_tokens": 33}, "evaluation.adapters.slot.focal_tokens"),
+        ({"focal_tokens": "most"}, "evaluation.adapters.slot.focal_tokens"),
+        ({"scope": "lane"}, "evaluation.adapters.slot.scope"),
+        ({"context_logits": "old"}, "evaluation.adapters.slot.context_logits"),
+        ({"scope": "batch", "context_logits": "scored"}, "evaluation.adapters.slot.context_logits"),
+        ({"clamp": 0.0}, "evaluation.adapters.slot.clamp"),
+        ({"l2": -1.0}, "evaluation.adapters.slot.l2"),
+        ({"iterations": 0}, "evaluation.adapters.slot.iterations"),
+        ({"history": 0}, "evaluation.adapters.slot.history"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(change, key):
@@ -374,20 +337,14 @@ def test_settings_that_make_no_sense_are_refused_by_name(change, key):
 
 def test_a_stream_without_targets_is_refused():
     with pytest.raises(UserError, match="0 targets"):
-        list(score_stream(toy_model(), torch.tensor([BOS]), SETTINGS, BOS))
+        list(evaluator(ToyModel(), SETTINGS).score(torch.tensor([BOS])))
 
 
 def test_padding_rows_never_reach_the_scores():
     """Seven lanes in groups of four: the last group has an empty row, and runs end unevenly."""
-    calls = []
-
-    def model(tokens, first_place):
-        calls.append(tuple(tokens.shape))
-        return toy_model()(tokens, first_place)
-
-    settings = changed(SETTINGS, lanes=7, forward_windows=4)
-    list(score_stream(model, toy_stream(300), settings, BOS))
-    assert set(calls) == {(4, 32)}
+    model, settings = ToyModel(), changed(SETTINGS, lanes=7, forward_windows=4)
+    list(evaluator(model, settings).score(toy_text(300)))
+    assert {shape for shape, _ in model.calls} == {(4, 32)}
 
 
 @pytest.mark.parametrize(
@@ -404,17 +361,12 @@ def test_padding_rows_never_reach_the_scores():
 def test_logits_are_asked_for_only_where_they_are_needed(changes, first, later):
     """And where that is follows from the geometry, whatever the tokens are and the last windows."""
     settings = changed(SETTINGS, **changes)
-    starts = []
-
-    def model(tokens, first_place):
-        starts.append(first_place)
-        return toy_model()(tokens, first_place)
-
     # 260 targets end in a window that scores two, and 39 windows in lanes of unequal lengths.
     for seed in (0, 1):
-        starts.clear()
+        model = ToyModel()
         for rank in range(2):
-            list(score_stream(model, toy_stream(261, seed), settings, BOS, rank, 2))
+            list(evaluator(model, settings).score(toy_text(261, seed), rank, 2))
+        starts = [start for _, start in model.calls]
         expected = {first, later} | {0}  # the stream's first window scores all its targets
         assert set(starts) == expected
         assert starts[0] == 0 and starts.count(later) > starts.count(0) * (later > 0)

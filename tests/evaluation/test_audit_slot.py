@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from fairway.evaluation.slot_evaluator import document_source, make_evaluator
 from test_score_first import LearnsFirst
 
 from evaluators import SMALL, changed, random_model
@@ -16,7 +17,6 @@ from fairway.audit.runner import AuditSettings, Subject, audit_evaluator
 from fairway.evaluation import evaluator as scoring
 from fairway.evaluation.adapters import ngram
 from fairway.evaluation.evaluator import EvaluatorSettings
-from fairway.evaluation.slot_evaluator import document_source, make_evaluator
 from fairway.model.gpt import GPT, PROJECTIONS, GPTConfig
 from mutants import Toy
 

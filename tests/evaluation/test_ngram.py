@@ -8,17 +8,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_slot import BOS, VOCABULARY, collect, toy_stream
 
-from evaluators import SMALL, changed, random_model, reaches_of_flips
+from evaluators import (
+    BOS,
+    SMALL,
+    VOCABULARY,
+    adapter_settings,
+    audited,
+    changed,
+    collect,
+    random_model,
+    reaches_of_flips,
+    score_columns,
+    toy_text,
+)
 from fairway.errors import UserError
-from fairway.evaluation.adapters.ngram import CacheSettings
-from fairway.evaluation.slot_evaluator import make_evaluator
-from fairway.evaluation.token_table import score_rank
 
 ALONE = changed(SMALL, adapters=("ngram",))
-CACHES = [CacheSettings(**cache) for cache in SMALL.ngram.caches]
-OF_DOCUMENTS = changed(ALONE, caches=SMALL.ngram.caches[1:])
+CACHES = adapter_settings(ALONE, "ngram").caches
+OF_DOCUMENTS = changed(ALONE, caches=CACHES[1:])
 ALL = changed(SMALL, adapters=("lora", "slot", "ngram"), iterations=3)
 
 
@@ -27,7 +35,7 @@ def model():
     return random_model(VOCABULARY)
 
 
-def mixture(p: np.ndarray, past: list[int], ngram: CacheSettings) -> np.ndarray:
+def mixture(p: np.ndarray, past: list[int], ngram) -> np.ndarray:
     """What a cache makes of p float64 [V], with `past` the tokens that it may know."""
     for order in ngram.orders:
         context = past[len(past) - order :]
@@ -42,10 +50,10 @@ def mixture(p: np.ndarray, past: list[int], ngram: CacheSettings) -> np.ndarray:
             ngram.bias + ngram.order_weight * order + ngram.count_weight * math.log(number)
             - ngram.variety_weight * math.log(len(counts))
         )  # fmt: skip
-        trust = 1 / (1 + math.exp(-odds))
-        p = (1 - trust) * p
+        weight = 1 / (1 + math.exp(-odds))
+        p = (1 - weight) * p
         for token, count in counts.items():
-            p[token] += trust * count / number
+            p[token] += weight * count / number
     return p
 
 
@@ -53,7 +61,7 @@ def mixture(p: np.ndarray, past: list[int], ngram: CacheSettings) -> np.ndarray:
 @settings(max_examples=25, deadline=None)
 def test_the_scores_are_those_of_the_mixture(seed, words, document_tokens):
     generator = torch.Generator().manual_seed(seed)
-    tokens = toy_stream(150, seed, document_tokens=document_tokens)
+    tokens = toy_text(150, seed, document_tokens=document_tokens)
     tokens = torch.where(
         tokens == BOS, BOS, torch.randint(1, 1 + words, (150,), generator=generator)
     )
@@ -61,25 +69,25 @@ def test_the_scores_are_those_of_the_mixture(seed, words, document_tokens):
     before = columns["logits_before"].double().softmax(1).numpy()
     after = columns["logits_after"].double().exp().numpy()
     text, begin = tokens.tolist(), 0
-    for place, token in enumerate(text[:-1]):
-        begin = place if token == BOS else begin
-        expected = before[place].copy()
+    for position, token in enumerate(text[:-1]):
+        begin = position if token == BOS else begin
+        expected = before[position].copy()
         for cache in CACHES:
             first = begin if cache.reach == "document" else 0
-            expected = mixture(expected, text[first : place + 1], cache)
-        np.testing.assert_allclose(after[place], expected, rtol=1e-4, atol=1e-7)
+            expected = mixture(expected, text[first : position + 1], cache)
+        np.testing.assert_allclose(after[position], expected, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(after.sum(1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings_", [ALONE, ALL], ids=["alone", "after lora and slot"])
 def test_no_distribution_depends_on_its_target_or_on_what_follows(model, settings_):
-    evaluate = make_evaluator(model, settings_, BOS, model=model)
-    tokens = toy_stream(150, document_tokens=25)
+    evaluate = audited(model, settings_)
+    tokens = toy_text(150, document_tokens=25)
     assert not reaches_of_flips(evaluate, tokens, 6, BOS, VOCABULARY)
 
 
 def test_lanes_and_ranks_do_not_matter(model):
-    tokens = toy_stream(200)
+    tokens = toy_text(200)
     alone = collect(tokens, ALONE, model)
     parts = [collect(tokens, ALONE, model, rank=rank, world_size=2) for rank in range(2)]
     for name, column in alone.items():
@@ -99,8 +107,7 @@ def test_what_repeats_in_a_document_is_expected_and_in_another_is_not(model):
         ("apart", apart, OF_DOCUMENTS),
         ("apart, all searched", apart, ALONE),
     ):
-        columns = score_rank(model, tokens, settings_, BOS, 0, 1, lambda windows: None).columns
-        gain[name] = columns["gain_ngram"][columns["position"].argsort()]
+        gain[name] = score_columns(model, tokens, settings_)["gain_ngram"]
     assert gain["repeated"][25:].min() > 0.5
     assert np.abs(gain["apart"]).max() < 1e-5
     assert gain["apart, all searched"][25:].min() > 0.2
@@ -114,5 +121,6 @@ def test_what_repeats_in_a_document_is_expected_and_in_another_is_not(model):
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(change):
-    with pytest.raises(UserError, match=f"ngram.caches: {next(iter(change))}"):
-        changed(ALONE, caches=[{**SMALL.ngram.caches[0], **change}])
+    key = next(iter(change))
+    with pytest.raises(UserError, match=rf"evaluation\.adapters\.ngram\.caches.*{key}"):
+        changed(ALONE, caches=[{**dict(CACHES[0]), **change}])

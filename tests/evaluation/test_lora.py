@@ -5,18 +5,20 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_slot import VOCABULARY
 
-from evaluators import SMALL, changed, random_model
+from evaluators import SMALL, VOCABULARY, adapter_settings, changed, random_model
 from fairway.errors import UserError
-from fairway.evaluation.adapters import lora
-from fairway.evaluation.adapters.lora import SCALES, RowLora
-from fairway.model.gpt import PROJECTIONS
+from fairway.evaluation.adapters.lora import SCALES, BatchedLora
+from fairway.model.spec import PROJECTIONS
+from faulty_adapters import STATE
 
 SETTINGS = changed(SMALL, adapters=("lora",))
 EVERY_MATRIX = changed(SETTINGS, projections=tuple(PROJECTIONS), scales=True)
-EVERYTHING = EVERY_MATRIX.lora
-STATE = ("values", "mean", "square", "steps")
+EVERYTHING = adapter_settings(EVERY_MATRIX, "lora")
+
+
+def lora_settings(**changes):
+    return adapter_settings(changed(SETTINGS, **changes), "lora")
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,9 @@ def random_tokens(rows, length, seed=0):
     return torch.randint(2, VOCABULARY, (rows, length), generator=generator)
 
 
-def scattered(model, rows=3, settings=EVERYTHING):
+def scattered(model, rows=3, **options):
     """Additions that are random in every row and in both factors."""
-    additions = RowLora(model, rows, settings, seed=1)
+    additions = BatchedLora(model, rows, EVERYTHING, seed=1, **options)
     noise = torch.randn(additions.values.shape, generator=torch.Generator().manual_seed(2))
     additions.values.data += 0.3 * noise
     return additions
@@ -50,7 +52,7 @@ def dense_changes(additions, row):
 
 
 def test_the_layout_holds_every_adapted_tensor_once(model):
-    additions = RowLora(model, 1, EVERYTHING, seed=0)
+    additions = BatchedLora(model, 1, EVERYTHING, seed=0)
     layers = model.config.layers
     assert len(additions.shapes) == layers * (len(PROJECTIONS) + len(SCALES))
     numbers = torch.arange(additions.values.shape[1]).unsqueeze(0)
@@ -77,8 +79,8 @@ def test_a_product_is_that_of_the_matrix_plus_both_factors(model, projection):
             torch.testing.assert_close(found[row], F.linear(x[row], dense), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("first_place", [0, 9])
-def test_each_row_is_the_dense_model_with_its_own_matrices(model, first_place):
+@pytest.mark.parametrize("first_position", [0, 9])
+def test_each_row_is_the_dense_model_with_its_own_matrices(model, first_position):
     exact = copy.deepcopy(model).double()
     exact.compute_dtype = torch.float64
     additions = scattered(exact)
@@ -86,35 +88,37 @@ def test_each_row_is_the_dense_model_with_its_own_matrices(model, first_place):
     exact.adapter = additions
     additions.parts = additions.split(additions.values.detach().double())
     with torch.no_grad():
-        found = exact.hidden(tokens, first_place)
+        found = exact.hidden(tokens, first_position)
         for row in range(3):
             dense = copy.deepcopy(model).double()
             dense.compute_dtype = torch.float64
             for (name, index), change in dense_changes(additions, row).items():
                 getattr(dense, name)[index] += change
-            expected = dense.hidden(tokens[row : row + 1], first_place)
+            expected = dense.hidden(tokens[row : row + 1], first_position)
             torch.testing.assert_close(found[row : row + 1], expected, rtol=0, atol=1e-10)
 
 
 def test_what_is_not_adapted_is_handed_through(model):
-    additions = RowLora(model, 2, changed(SETTINGS, projections=("up",)).lora, seed=0)
+    additions = BatchedLora(model, 2, lora_settings(projections=("up",)), seed=0)
     y, value = torch.randn(2, 3, 16), torch.randn(16)
     assert additions.product("key_value_bank", 0, y, y) is y
     assert additions.scale("mlp_scale", 0, value) is value
 
 
-@pytest.mark.parametrize("first_place", [0, 5])
-def test_at_the_start_the_function_is_the_plain_model_to_the_bit(model, first_place):
+@pytest.mark.parametrize("first_position", [0, 5])
+def test_at_the_start_the_function_is_the_plain_model_to_the_bit(model, first_position):
     tokens = random_tokens(3, 20)
     with torch.no_grad():
-        plain = model(tokens, first_place)
-    assert torch.equal(RowLora(model, 3, EVERYTHING, seed=0).logits(tokens, first_place), plain)
-    assert not torch.equal(scattered(model).logits(tokens, first_place), plain)
+        plain = model(tokens, first_position)
+    assert torch.equal(
+        BatchedLora(model, 3, EVERYTHING, seed=0).logits(tokens, first_position), plain
+    )
+    assert not torch.equal(scattered(model).logits(tokens, first_position), plain)
     assert model.adapter is None
 
 
 def test_every_row_begins_the_same_and_the_seed_decides_how(model):
-    values = [RowLora(model, 2, EVERYTHING, seed).values for seed in (0, 0, 1)]
+    values = [BatchedLora(model, 2, EVERYTHING, seed).values for seed in (0, 0, 1)]
     assert torch.equal(values[0][0], values[0][1])
     assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
 
@@ -129,7 +133,7 @@ def lesson(seed=0, rows=3, length=20, count=6):
 
 
 def test_learning_lowers_each_rows_loss(model):
-    additions = RowLora(model, 3, EVERYTHING, seed=0)
+    additions = BatchedLora(model, 3, EVERYTHING, seed=0)
     tokens, targets, counted = lesson()
 
     def losses():
@@ -161,13 +165,12 @@ def test_what_one_row_learns_changes_no_other_to_the_bit(model):
     assert not torch.equal(logits[0][1], logits[1][1])
 
 
-def test_rows_learn_the_same_in_slices_as_all_at_once(model, monkeypatch):
+def test_rows_learn_the_same_in_slices_as_all_at_once(model):
     tokens, targets = random_tokens(5, 20), random_tokens(5, 6, seed=1)
     counted = torch.rand(5, 6, generator=torch.Generator().manual_seed(4)) < 0.7
     learned = []
     for tokens_at_once in (1000, 45):
-        monkeypatch.setattr(lora, "LEARNING_TOKENS", tokens_at_once)
-        additions = scattered(model, rows=5)
+        additions = scattered(model, rows=5, learning_tokens=tokens_at_once)
         additions.learn(tokens, targets, counted)
         learned.append(additions.values)
     torch.testing.assert_close(*learned, rtol=0, atol=1e-5)
@@ -200,10 +203,10 @@ def test_only_counted_targets_are_learned_from(model):
 @pytest.mark.parametrize("gradient_clip", [0.02, 100.0])
 def test_each_row_takes_the_steps_of_torchs_adamw_alone(model, weight_decay, gradient_clip):
     """Decay pulls towards the initial values: AdamW on the difference from them."""
-    settings = changed(
-        SETTINGS, weight_decay=weight_decay, gradient_clip=gradient_clip, steps=2, rank=1
-    ).lora
-    additions = RowLora(model, 3, settings, seed=0)
+    settings = lora_settings(
+        weight_decay=weight_decay, gradient_clip=gradient_clip, steps=2, rank=1
+    )
+    additions = BatchedLora(model, 3, settings, seed=0)
     alone = [single_row_reference(model, settings, row) for row in range(3)]
     for turn in range(4):
         tokens, targets, counted = lesson(seed=turn)
@@ -220,7 +223,7 @@ def test_each_row_takes_the_steps_of_torchs_adamw_alone(model, weight_decay, gra
 
 def single_row_reference(model, settings, row):
     """A function that learns one row's lesson with PyTorch's parts and returns its values."""
-    additions = RowLora(model, 1, settings, seed=0)
+    additions = BatchedLora(model, 1, settings, seed=0)
     shift = torch.zeros_like(additions.initial, requires_grad=True)
     optimizer = torch.optim.AdamW(
         [shift],
@@ -246,8 +249,8 @@ def single_row_reference(model, settings, row):
 
 def test_the_clip_is_each_rows_own(model):
     """Squares of the moments after a step are those of a gradient of the clip's norm."""
-    settings = changed(SETTINGS, gradient_clip=0.01, betas=(0.0, 0.0)).lora
-    additions = RowLora(model, 3, settings, seed=0)
+    settings = lora_settings(gradient_clip=0.01, betas=(0.0, 0.0))
+    additions = BatchedLora(model, 3, settings, seed=0)
     additions.learn(*lesson())
     torch.testing.assert_close(
         additions.mean.norm(dim=1), torch.full((3,), 0.01), rtol=1e-3, atol=0
@@ -273,36 +276,31 @@ def test_a_reset_row_is_new_and_the_others_are_not(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"adapters": ("slot", "lora")}, "each once and in this order"),
+        ({"adapters": ("slot", "lora")}, "evaluation.adapters.lora computes logits anew"),
+        ({"adapters": ("lora", "lora")}, "evaluation.adapters names lora twice"),
         (
-            {"adapters": ("lora", "lora")},
-            "evaluation.adapters is ['lora', 'lora']: expected some of",
+            {"projections": ("query", "gate")},
+            "lora.projections.1: found 'gate', expected one of",
         ),
-        ({"adapters": ("ema",)}, "evaluation.adapters is ['ema']: expected some of lora"),
-        ({"projections": ("query", "gate")}, "lora.projections has gate: expected some of query"),
-        ({"projections": ()}, "lora adapts nothing: name lora.projections or set lora.scales"),
+        ({"projections": ("query", "query")}, "lora.projections is ['query', 'query']"),
+        ({"projections": ()}, "lora adapts nothing: name projections or set scales"),
         (
             {"chunk_tokens": 8},
             "lora.chunk_tokens 8 is not a multiple of evaluation.stride_tokens 6",
         ),
-        ({"chunk_tokens": 30}, "lora.context_tokens is 24: expected lora.chunk_tokens (30) to"),
-        ({"context_tokens": 5}, "lora.context_tokens is 5: expected lora.chunk_tokens (6) to"),
+        ({"chunk_tokens": 30}, "lora.context_tokens is 24: expected chunk_tokens (30) to"),
+        ({"context_tokens": 5}, "lora.context_tokens is 5: expected chunk_tokens (6) to"),
         ({"context_tokens": 33}, "to evaluation.window_tokens (32)"),
-        ({"adapters": ("lora", "slot"), "scope": "batch"}, "slot.scope 'batch'"),
-        ({"rank": 0}, "lora.rank is 0"),
-        ({"steps": 0}, "lora.steps is 0"),
-        ({"chunk_tokens": 0}, "lora.chunk_tokens is 0"),
-        ({"learning_rate": 0.0}, "lora.learning_rate is 0.0"),
-        ({"gradient_clip": 0.0}, "lora.gradient_clip is 0.0"),
-        ({"weight_decay": -1.0}, "lora.weight_decay is -1.0"),
+        ({"adapters": ("lora", "slot"), "scope": "batch"}, "scores several windows together"),
+        ({"rank": 0}, "evaluation.adapters.lora.rank: found 0"),
+        ({"steps": 0}, "evaluation.adapters.lora.steps: found 0"),
+        ({"chunk_tokens": 0}, "evaluation.adapters.lora.chunk_tokens: found 0"),
+        ({"learning_rate": 0.0}, "evaluation.adapters.lora.learning_rate: found 0.0"),
+        ({"gradient_clip": 0.0}, "evaluation.adapters.lora.gradient_clip: found 0.0"),
+        ({"weight_decay": -1.0}, "evaluation.adapters.lora.weight_decay: found -1.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(change, message):
     with pytest.raises(UserError) as error:
         changed(SETTINGS, **change)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_settings_of_an_adapter_that_is_not_listed_need_not_fit():
-    changed(SETTINGS, adapters=("slot",), chunk_tokens=8)
-    changed(SETTINGS, adapters=(), chunk_tokens=8, scope="batch", context_logits="scored")

@@ -5,22 +5,33 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_slot import BOS, VOCABULARY, collect, toy_stream, windows_of
 
-from evaluators import SMALL, changed, random_model, reaches_of_flips
-from fairway.evaluation import evaluator as scoring
-from fairway.evaluation.adapters import lora
-from fairway.evaluation.adapters.lora import LoraAdapter, RowLora
-from fairway.evaluation.evaluator import score_stream
-from fairway.evaluation.slot_evaluator import document_source, make_evaluator
-from fairway.evaluation.token_table import score_rank
+from evaluators import (
+    BOS,
+    SMALL,
+    VOCABULARY,
+    adapter_settings,
+    audited,
+    changed,
+    collect,
+    evaluator,
+    random_model,
+    reaches_of_flips,
+    score_columns,
+    toy_text,
+    windows_of,
+)
+from fairway.evaluation.adapters.lora import BatchedLora
 from fairway.evaluation.windows import lane_runs
-from fairway.model.gpt import PROJECTIONS
+from fairway.model.sampling import sample
+from fairway.model.spec import PROJECTIONS
+from faulty_adapters import STATE, Watched, state_of
 
 SETTINGS = changed(SMALL, adapters=("lora",))
+WATCHED = changed(SMALL, adapters=("faulty_adapters:Watched",))
 EVERY_MATRIX = changed(SETTINGS, projections=tuple(PROJECTIONS), scales=True)
 BOTH = ("lora", "slot")
-STATE = ("values", "mean", "square", "steps")
+LEARNS_FIRST = "faulty_adapters:LearnsFirst"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +43,7 @@ def model():
 @pytest.mark.parametrize("length", [2, 3, 20, 33, 39, 70])
 @pytest.mark.parametrize("lanes", [1, 3, 40])
 def test_every_target_is_scored_once_whatever_the_length(model, adapters, length, lanes):
-    tokens = toy_stream(length)
+    tokens = toy_text(length)
     settings = changed(SETTINGS, adapters=adapters, lanes=lanes, chunk_tokens=12, iterations=3)
     columns = collect(tokens, settings, model)
     assert columns["positions"].tolist() == list(range(1, length))
@@ -41,7 +52,7 @@ def test_every_target_is_scored_once_whatever_the_length(model, adapters, length
 
 def test_the_model_is_left_as_it_was(model):
     before = copy.deepcopy(model.state_dict())
-    collect(toy_stream(80), changed(SETTINGS, projections=("up",), scales=True), model)
+    collect(toy_text(80), changed(SETTINGS, projections=("up",), scales=True), model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert model.adapter is None
@@ -49,16 +60,16 @@ def test_the_model_is_left_as_it_was(model):
 
 
 def test_each_stage_takes_up_the_logits_of_the_one_before(model):
-    tokens, both = toy_stream(120), changed(SETTINGS, adapters=BOTH, iterations=4)
+    tokens, both = toy_text(120), changed(SETTINGS, adapters=BOTH, iterations=4)
     plain = collect(tokens, changed(SETTINGS, adapters=()), model)
     learned = collect(tokens, SETTINGS, model)
     assert torch.equal(plain["logits_before"], plain["logits_after"])
     assert torch.equal(plain["logits_before"], learned["logits_before"])
-    records = list(score_stream(model, tokens, both, BOS, model=model))
-    assert {len(record.logits) for record in records} == {3}
-    order = torch.cat([record.positions for record in records]).argsort()
-    stages = [torch.cat(parts)[order] for parts in zip(*(r.logits for r in records), strict=True)]
-    # SLOT wants the logits of more places, which is another shape.
+    batches = list(evaluator(model, both).score(tokens))
+    assert {len(batch.logits) for batch in batches} == {3}
+    order = torch.cat([batch.positions for batch in batches]).argsort()
+    stages = [torch.cat(parts)[order] for parts in zip(*(b.logits for b in batches), strict=True)]
+    # SLOT wants the logits of more positions, which is another shape.
     torch.testing.assert_close(stages[0], plain["logits_before"], rtol=0, atol=1e-5)
     torch.testing.assert_close(stages[1], learned["logits_after"], rtol=0, atol=1e-3)
     assert (stages[2] - stages[1]).abs().max() > 0.1
@@ -66,7 +77,7 @@ def test_each_stage_takes_up_the_logits_of_the_one_before(model):
 
 def test_a_document_is_scored_plainly_until_it_has_been_learned_from(model):
     """Its first slice, and what follows a BOS within a slice, to the bit."""
-    tokens = toy_stream(400, document_tokens=25)
+    tokens = toy_text(400, document_tokens=25)
     columns = collect(tokens, SETTINGS, model)
     adapted = (columns["logits_after"] != columns["logits_before"]).any(1)
     documents = (tokens == BOS).cumsum(0)
@@ -85,7 +96,7 @@ def test_a_document_is_scored_plainly_until_it_has_been_learned_from(model):
 
 @pytest.mark.parametrize("adapters", [("lora",), BOTH])
 def test_the_scores_are_bitwise_the_same_for_any_number_of_ranks(model, adapters):
-    tokens, settings = toy_stream(200), changed(SETTINGS, adapters=adapters, iterations=4)
+    tokens, settings = toy_text(200), changed(SETTINGS, adapters=adapters, iterations=4)
     alone = collect(tokens, settings, model)
     for world_size in (2, 3):
         shares = [
@@ -111,9 +122,9 @@ CAUSAL = {
 
 
 def leaks(model, settings, flips=5, world_size=1, seed=5):
-    evaluate = make_evaluator(model, settings, BOS, world_size, model=model)
+    evaluate = audited(model, settings, world_size)
     # Documents shorter than a slice and longer than a window.
-    tokens = toy_stream(150, seed, document_tokens=25)
+    tokens = toy_text(150, seed, document_tokens=25)
     return reaches_of_flips(evaluate, tokens, flips, BOS, VOCABULARY)
 
 
@@ -124,41 +135,10 @@ def test_no_distribution_depends_on_its_target_or_on_what_follows(model, name, w
     assert leaks(model, settings, world_size=world_size, seed=5 + world_size) == []
 
 
-class LearnsFirst(LoraAdapter):
-    """The fault: a slice is learned from before it is scored."""
-
-    def adapt(self, rows, logits, scored):
-        if rows.step == 0:
-            self.lane_starts = rows.first_scored
-        super().learn(rows)
-        return super().adapt(rows, logits, scored)
-
-    def learn(self, rows):
-        pass
-
-
-class OneClip(RowLora):
-    """The fault: the norm is that of all rows together."""
-
-    def _update(self, gradient, learns):
-        shrunk = (self.settings.gradient_clip / gradient.norm()).clamp(max=1.0)
-        super()._update(gradient * shrunk, learns)
-
-
-class OneGradient(RowLora):
-    """The fault: rows learn what all of them learn on average, as a shared adapter would."""
-
-    def _update(self, gradient, learns):
-        super()._update(gradient.mean(0).expand_as(gradient), learns)
-
-
-@pytest.mark.parametrize("mutant", [LearnsFirst, OneClip, OneGradient])
-@pytest.mark.parametrize("adapters", [("lora",), BOTH])
-def test_the_flips_feel_a_planted_fault(model, monkeypatch, adapters, mutant):
-    if mutant is LearnsFirst:
-        monkeypatch.setattr(scoring, "LoraAdapter", mutant)
-    else:
-        monkeypatch.setattr(lora, "RowLora", mutant)
+@pytest.mark.parametrize("mutant", ["LearnsFirst", "OneClip", "OneGradient"])
+@pytest.mark.parametrize("others", [(), ("slot",)])
+def test_the_flips_feel_a_planted_fault(model, others, mutant):
+    adapters = (f"faulty_adapters:{mutant}", *others)
     settings = changed(SETTINGS, adapters=adapters, iterations=4)
     assert leaks(model, settings)
 
@@ -166,48 +146,24 @@ def test_the_flips_feel_a_planted_fault(model, monkeypatch, adapters, mutant):
 # --- one document, one lane ---------------------------------------------------------------------
 
 
-def watched_lessons(model, tokens, settings, monkeypatch):
-    """(rows, arguments of RowLora.learn, the state before, the state after) of every lesson."""
-    lessons = []
-
-    class Watched(LoraAdapter):
-        def learn(self, rows):
-            self.rows = rows
-            super().learn(rows)
-
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            learn = self.lora.learn
-
-            def watched(*lesson):
-                before = state_of(self.lora)
-                learn(*lesson)
-                lessons.append((self.rows, lesson, before, state_of(self.lora)))
-
-            self.lora.learn = watched
-
-    monkeypatch.setattr(scoring, "LoraAdapter", Watched)
+def watched_lessons(model, tokens, settings):
+    """(batch, arguments of `learn`, the state before, the state after) of every lesson."""
+    Watched.lessons.clear()
     collect(tokens, settings, model)
-    return lessons
-
-
-def state_of(additions):
-    return {name: getattr(additions, name).detach().clone() for name in STATE}
+    return list(Watched.lessons)
 
 
 @pytest.mark.parametrize(("chunk", "context"), [(6, 24), (18, 18), (12, 32)])
 def test_a_chunk_counts_the_current_documents_targets_that_its_own_lane_has_scored(
-    model, monkeypatch, chunk, context
+    model, chunk, context
 ):
-    settings = changed(SETTINGS, lanes=4, chunk_tokens=chunk, context_tokens=context)
-    tokens = toy_stream(1 + 32 + 6 * 29, document_tokens=30)  # the last window is not moved back
+    settings = changed(WATCHED, lanes=4, chunk_tokens=chunk, context_tokens=context)
+    tokens = toy_text(1 + 32 + 6 * 29, document_tokens=30)  # the last window is not moved back
     windows, documents = windows_of(tokens, settings), (tokens == BOS).cumsum(0)
     runs = lane_runs(len(windows), 4)
     times = torch.zeros(len(tokens), dtype=torch.int64)
-    for rows, (inputs, targets, counted), _, _ in watched_lessons(
-        model, tokens, settings, monkeypatch
-    ):
-        for row, window in enumerate(rows.index.tolist()):
+    for batch, (inputs, targets, counted), _, _ in watched_lessons(model, tokens, settings):
+        for row, window in enumerate(batch.index.tolist()):
             if window < 0:  # a lane that has ended
                 assert not counted[row].any()
                 continue
@@ -225,15 +181,15 @@ def test_a_chunk_counts_the_current_documents_targets_that_its_own_lane_has_scor
 
 
 def test_what_was_learned_is_dropped_where_a_document_begins_and_carried_on_within_one(
-    model, monkeypatch
+    model,
 ):
-    settings = changed(SETTINGS, lanes=4, forward_windows=4, steps=2)
-    tokens = toy_stream(300, document_tokens=20)
-    initial = RowLora(model, 4, settings.lora, seed=0)
+    settings = changed(WATCHED, lanes=4, forward_windows=4, steps=2)
+    tokens = toy_text(300, document_tokens=20)
+    initial = BatchedLora(model, 4, adapter_settings(settings, "faulty_adapters:Watched"), seed=0)
     last, seen = state_of(initial), [0, 0]
-    for rows, _, before, after in watched_lessons(model, tokens, settings, monkeypatch):
+    for batch, _, before, after in watched_lessons(model, tokens, settings):
         for row in range(4):
-            scored = rows.positions[rows.row == row]
+            scored = batch.positions[batch.row == row]
             begins = bool((tokens[scored] == BOS).any())
             for name in STATE:
                 expected = getattr(initial, name) if begins else last[name]
@@ -250,8 +206,8 @@ def lanes_of_documents(documents, settings):
     filler is as long as a window, so that none shows two documents.
     """
     filler = toy_document(31, seed=99)
-    period = 12 * settings.evaluation.stride_tokens
-    assert len(filler) == settings.evaluation.window_tokens
+    period = 12 * settings.stride_tokens
+    assert len(filler) == settings.window_tokens
     pieces = [torch.cat([filler, document]) for document in documents]
     assert {len(piece) for piece in pieces} == {period}
     tokens = torch.cat([*pieces, filler[:27]])
@@ -281,12 +237,12 @@ def test_a_documents_score_is_bitwise_the_same_whichever_others_share_its_batch(
         SETTINGS, adapters=adapters, lanes=6, forward_windows=forward_windows, chunk_tokens=12
     )
     documents = [toy_document(39, seed) for seed in range(6)]
-    tokens, places = lanes_of_documents(documents, settings)
+    tokens, positions = lanes_of_documents(documents, settings)
     one = collect(tokens, settings, model)
     tokens, _ = lanes_of_documents([documents[index] for index in order], settings)
     two = collect(tokens, settings, model)
     for lane, index in enumerate(order):
-        before, now = (torch.tensor(places[at]) - 1 for at in (index, lane))
+        before, now = (torch.tensor(positions[at]) - 1 for at in (index, lane))
         assert torch.equal(two["targets"][now], one["targets"][before])
         assert set(two["lanes"][now].tolist()) == {lane}
         assert torch.equal(two["logits_after"][now], one["logits_after"][before])
@@ -307,21 +263,16 @@ def habits(count, seed=0):
     return torch.cat(pieces)
 
 
-def score_table(model, tokens, settings):
-    scores = score_rank(model, tokens, settings, BOS, 0, 1, lambda _: None, model=model)
-    return scores.columns
-
-
 def test_it_learns_a_documents_habits_and_the_gains_add_up(model):
     tokens, settings = habits(4), changed(EVERY_MATRIX, lanes=2)  # no lane begins in a document
-    alone = score_table(model, tokens, settings)
+    alone = score_columns(model, tokens, settings)
     assert "gain_slot" not in alone
     gain = alone["gain_lora"]
     assert gain.mean() > 0.5
     # Later in a document more has been learned of it.
-    place = alone["position"] % (len(tokens) // 4)
-    assert gain[place > 90].mean() > gain[(place > 0) & (place < 30)].mean() + 0.5
-    both = score_table(model, tokens, changed(settings, adapters=BOTH, iterations=4))
+    within = alone["position"] % (len(tokens) // 4)
+    assert gain[within > 90].mean() > gain[(within > 0) & (within < 30)].mean() + 0.5
+    both = score_columns(model, tokens, changed(settings, adapters=BOTH, iterations=4))
     assert both["gain_lora"].mean() > 0.5 and (both["gain_slot"] != 0).any()
     np.testing.assert_allclose(
         both["gain_lora"] + both["gain_slot"],
@@ -331,9 +282,14 @@ def test_it_learns_a_documents_habits_and_the_gains_add_up(model):
     )
 
 
-def test_only_learning_before_scoring_gains_on_draws_from_the_model_itself(model, monkeypatch):
-    tokens, _ = document_source(model, 60, BOS)(700, 3)
+def test_only_learning_before_scoring_gains_on_draws_from_the_model_itself(model):
+    uniforms = torch.rand(12, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    documents, _ = sample(model, uniforms, 1.0, BOS)
+    tokens = documents.flatten()[:701]
     settings = changed(EVERY_MATRIX, learning_rate=0.02, steps=3)
-    assert score_table(model, tokens, settings)["gain_lora"].mean() < 0.0
-    monkeypatch.setattr(scoring, "LoraAdapter", LearnsFirst)
-    assert score_table(model, tokens, settings)["gain_lora"].mean() > 0.1
+    assert score_columns(model, tokens, settings)["gain_lora"].mean() < 0.0
+    faulty = changed(
+        settings, adapters=(LEARNS_FIRST,), learning_rate=0.02, steps=3,
+        projections=tuple(PROJECTIONS), scales=True,
+    )  # fmt: skip
+    assert score_columns(model, tokens, faulty)["gain_learnsfirst"].mean() > 0.1

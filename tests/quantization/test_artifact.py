@@ -276,6 +276,7 @@ def test_a_strangers_header_is_checked(written, key, value, message):
     "changed",
     [
         {"token_embedding": ["int8", [1 << 40, 1 << 40]]},
+        {"token_embedding": ["int8", [1 << 40, 0, 1 << 40]]},
         # So few codes that their scales alone are too many.
         {"token_embedding": ["int8", [1 << 29, 1, 1]], "mlp_up_bank": ["int6", [0, 1]]},
     ],
@@ -285,6 +286,22 @@ def test_a_file_that_would_unpack_to_too_much_is_refused(written, changed):
     with_header(path, lambda header: header["tensors"].update(changed))
     with pytest.raises(UserError, match="the sum of the shapes"):
         read_artifact(path)
+
+
+def test_groups_wider_than_any_matrix_take_no_memory(tmp_path):
+    path, tensors = tmp_path / "artifact.bin", stored_tensors(random_model(), 4, group_columns=100)
+    write_artifact(path, CONFIG, tensors)
+    kinds = {name: [kind, shape, 1 << 70] for name, (kind, shape, _) in grouped(path).items()}
+    with_header(path, lambda header: header["tensors"].update(kinds))
+    _, state = read_artifact(path)
+    assert all(torch.equal(state[name], value) for name, value in restored(tensors).items())
+
+
+def grouped(path):
+    """The header's entries of tensors in groups of columns."""
+    found = {}
+    with_header(path, lambda header: found.update(header["tensors"]))
+    return {name: entry for name, entry in found.items() if len(entry) == 3}
 
 
 def test_a_parameter_that_the_model_does_not_know_is_refused(written):

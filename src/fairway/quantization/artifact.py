@@ -22,6 +22,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,8 @@ def _checked_entry(name: str, described: Any) -> Entry:
     expect(isinstance(shape, list) and len(shape) <= 4, f"the shape of {name}")
     expect(all(map(_is_count, shape)), f"the shape of {name}")
     expect(len(shape) >= 2 or not is_codes, f"the shape of {name}")
+    # No array library can hold such sides, even of an empty tensor.
+    expect(math.prod(map(max, shape, repeat(1))) <= MAXIMUM_UNPACKED_BYTES, "the sum of the shapes")
     for columns in group_columns:
         expect(is_codes and _is_count(columns) and columns > 0, f"the groups of {name}")
     return Entry(kind, tuple(shape), *group_columns)

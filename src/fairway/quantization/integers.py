@@ -165,6 +165,7 @@ def _scales(weights: Tensor, bits: int, group_columns: int | None) -> Tensor:
     """float16 [..., rows] or [..., rows, groups], from the largest |weight| of a row or group."""
     magnitudes = weights.abs()
     if group_columns is not None:
+        group_columns = min(group_columns, weights.shape[-1])
         missing = -weights.shape[-1] % group_columns
         magnitudes = F.pad(magnitudes, (0, missing)).unflatten(-1, (-1, group_columns))
     return scale_from_magnitude(magnitudes.amax(-1), bits)
@@ -174,7 +175,7 @@ def _spread(scales: Tensor, group_columns: int | None, columns: int) -> Tensor:
     """Scales as they multiply codes of `columns` columns: [..., rows, columns or 1]."""
     if group_columns is None:
         return scales.unsqueeze(-1)
-    return scales.repeat_interleave(group_columns, dim=-1)[..., :columns]
+    return scales.repeat_interleave(min(group_columns, columns), dim=-1)[..., :columns]
 
 
 def fake_quantize_int6(weight: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The config section `gptq`: calibration text, and which quantizer makes codes of the matrices."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,7 @@ from fairway.quantization.quantizers.base import Quantizer
 from fairway.settings import Choice, Settings
 
 BUILT_IN = "gptq"
+"""The quantizer whose keys stand in the section itself."""
 
 
 class GptqSettings(Settings):
@@ -38,7 +40,7 @@ class QuantizationSettings(GptqSettings):
     With another quantizer than the built-in one, the keys of GptqSettings are not read.
     """
 
-    quantizer: QuantizerChoice = Field(BUILT_IN, validate_default=True)
+    quantizer: QuantizerChoice = Field(BUILT_IN)
     """`gptq`, whose keys stand in this section, or `{"module:Name": {its settings}}`. Late
     quantization-aware training rounds as this quantizer does."""
     calibration: Literal["self_generated", "train"] = "self_generated"
@@ -54,13 +56,13 @@ class QuantizationSettings(GptqSettings):
 
     @model_validator(mode="after")
     def _built_in_keys_stand_in_the_section(self) -> Self:
-        inner = self.quantizer.settings
-        if self.uses_built_in and inner != type(inner)():
-            key = next(key for key, value in inner if value != getattr(type(inner)(), key))
-            raise UserError(
-                f"gptq.quantizer.{BUILT_IN}.{key}: found {getattr(inner, key)!r}, expected it in "
-                f"the section itself, as gptq.{key}"
-            )
+        defaults = GptqSettings()
+        for key, value in self.quantizer.settings if self.uses_built_in else ():
+            if value != getattr(defaults, key):
+                raise UserError(
+                    f"gptq.quantizer.{BUILT_IN}.{key}: found {value!r}, expected it in the "
+                    f"section itself, as gptq.{key}"
+                )
         return self
 
     @property
@@ -83,7 +85,7 @@ class QuantizationSettings(GptqSettings):
             unread.add("temperature")
         return {key: value for key, value in values.items() if key not in unread}
 
-    def check_with(self, sections: dict[str, Settings]) -> None:
+    def check_with(self, sections: Mapping[str, Settings]) -> None:
         """Raise UserError where the quantizer's settings do not fit the other sections."""
         self.quantizer.settings.check_with(sections)
 

@@ -31,7 +31,11 @@ class Quantizer(ABC):
     """
 
     class Settings(settings.Settings):
-        """The quantizer's own keys: fields with defaults; none here."""
+        """The quantizer's own keys: fields with defaults; none here.
+
+        `check_with` may hold them against other sections, such as the model's sizes, before any
+        stage runs.
+        """
 
     title: ClassVar[str]
     """A few words for people, such as "int4 in groups"."""

@@ -106,7 +106,7 @@ def make_tokens(variant: str, seed: int, rows: int = 12_000, documents: int = 24
 def make_run(
     root: Path, seeds=SEEDS, folders: Mapping[str, Mapping[str, str]] = QUICKSTART
 ) -> Path:
-    """A finished run under `root`/results/quickstart; a folder that variants share is the first's."""
+    """A finished run under `root`/results/quickstart; a shared folder is its first variant's."""
     for seed in seeds:
         for variant, stages in folders.items():
             generator = np.random.default_rng([seed, zlib.crc32(variant.encode())])

@@ -1,4 +1,4 @@
-"""Seed statistics and the bootstrap, against SciPy and against the record's published figures."""
+"""Seed statistics and the bootstrap, against their formulas and published figures."""
 
 import math
 
@@ -8,25 +8,48 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fairway.report.statistics import RESAMPLES, bootstrap_bpb_difference, describe, welch_gain
+from fairway.report.statistics import (
+    RESAMPLES,
+    bootstrap_bpb_difference,
+    describe,
+    least_p,
+    paired_test,
+    welch_test,
+)
 
-# val_bpb of the record that Fairway follows, seeds 1337, 42 and 2025, as published.
-RECORD_SLOT_BPB = (1.00430, 1.00478, 1.00470)
-RECORD_SLIDING_BPB = (1.09169, 1.09172, 1.09176)
+# val_bpb of the reference submission (PR #1350), seeds 1337, 42 and 2025, as published.
+REFERENCE_SLOT_BPB = (1.00430, 1.00478, 1.00470)
 
 
-def test_the_records_seeds_give_its_published_mean_and_std():
-    found = describe(RECORD_SLOT_BPB)
+def welch_gain(losses, baseline, margin):
+    """The test against a baseline: one-sided, with a margin."""
+    return welch_test(losses, baseline, margin, alternative="less")
+
+
+def test_the_references_seeds_give_its_published_mean_and_std():
+    found = describe(REFERENCE_SLOT_BPB)
     assert (round(found.mean, 4), round(found.std, 4), found.n) == (1.0046, 0.0003, 3)
 
 
-@pytest.mark.parametrize("size", [2, 3, 10])
-def test_describe_agrees_with_scipy(size):
+# The 97.5 % points of Student's t, from a printed table, for n − 1 degrees of freedom.
+@pytest.mark.parametrize(("size", "point"), [(2, 12.7062), (3, 4.3027), (10, 2.2622)])
+def test_describe_agrees_with_its_formula(size, point):
     values = np.random.default_rng(size).normal(1.1, 0.01, size)
     found = describe(values)
-    low, high = stats.t.interval(0.95, size - 1, loc=values.mean(), scale=stats.sem(values))
-    assert found.standard_error == pytest.approx(stats.sem(values))
-    assert (found.ci_low, found.ci_high) == pytest.approx((low, high))
+    deviations = values - values.sum() / size
+    error = math.sqrt((deviations**2).sum() / (size - 1) / size)
+    assert found.standard_error == pytest.approx(error)
+    assert found.std == pytest.approx(error * math.sqrt(size))
+    half = (found.ci_high - found.ci_low) / 2
+    assert half == pytest.approx(point * error, abs=5e-5 * error)
+    assert (found.ci_low + found.ci_high) / 2 == pytest.approx(found.mean)
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_that_are_all_the_same_have_an_interval_of_no_width():
+    found = describe([1.25, 1.25, 1.25])
+    assert (found.std, found.standard_error) == (0, 0)
+    assert (found.ci_low, found.ci_high) == (1.25, 1.25)
 
 
 def test_one_seed_has_a_mean_and_no_spread():
@@ -36,11 +59,9 @@ def test_one_seed_has_a_mean_and_no_spread():
     assert all(math.isnan(value) for value in spread)
 
 
-def test_welch_agrees_with_scipy_and_with_its_formula():
+def test_welch_agrees_with_its_formula():
     ours, theirs, margin = np.array([1.840, 1.842, 1.841]), np.array([1.853, 1.851, 1.855]), 0.005
     found = welch_gain(ours, theirs, margin)
-    reference = stats.ttest_ind(ours + margin, theirs, equal_var=False, alternative="less")
-    assert found.p == pytest.approx(reference.pvalue)
     variances = np.array([ours.var(ddof=1), theirs.var(ddof=1)]) / 3
     t = (ours.mean() + margin - theirs.mean()) / math.sqrt(variances.sum())
     degrees = variances.sum() ** 2 / (variances**2 / 2).sum()
@@ -69,6 +90,44 @@ def test_welch_is_null_where_nothing_varies_or_one_value_stands_alone(ours, thei
     assert found.difference == pytest.approx(np.mean(ours) - np.mean(theirs))
 
 
+def test_welch_between_variants_has_two_sides():
+    ours, theirs = np.array([1.840, 1.842, 1.841]), np.array([1.853, 1.851, 1.855, 1.852])
+    found, back = welch_test(ours, theirs), welch_test(theirs, ours)
+    assert (found.t, found.difference) == pytest.approx((-back.t, -back.difference))
+    variances = np.array([ours.var(ddof=1) / 3, theirs.var(ddof=1) / 4])
+    t = (ours.mean() - theirs.mean()) / math.sqrt(variances.sum())
+    degrees = variances.sum() ** 2 / (variances[0] ** 2 / 2 + variances[1] ** 2 / 3)
+    assert found.degrees_of_freedom == pytest.approx(degrees)
+    assert found.p == back.p == pytest.approx(2 * stats.t.cdf(t, degrees))
+
+
+def test_welch_of_nothing_but_chance_is_calibrated():
+    samples = np.random.default_rng(11).normal(2.5, 0.01, (2000, 2, 3)) * [[[1.0], [1.02]]]
+    samples[:, 1] -= samples[:, 1].mean() - samples[:, 0].mean()
+    rejected = np.mean([welch_test(*pair).p < 0.05 for pair in samples])
+    assert 0.02 <= rejected <= 0.065  # Welch's is on the safe side for three seeds
+
+
+def test_the_paired_test_agrees_with_its_formula():
+    ours, theirs = np.array([1.840, 1.852, 1.861]), np.array([1.843, 1.854, 1.865])
+    found = paired_test(ours, theirs)
+    gaps = ours - theirs
+    t = gaps.mean() / (gaps.std(ddof=1) / math.sqrt(3))
+    assert (found.t, found.degrees_of_freedom) == pytest.approx((t, 2))
+    assert found.p == pytest.approx(2 * stats.t.cdf(t, 2))
+    assert found.difference == pytest.approx(-0.003)
+    assert found.p < 0.1 * welch_test(ours, theirs).p  # what the seeds share cancels
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [([1.84], [1.85]), ([1.5, 1.5], [2.0, 2.0]), ([1.5, 2.5], [2.0, 3.0])]
+)
+def test_the_paired_test_is_null_where_the_differences_do_not_vary(ours, theirs):
+    found = paired_test(ours, theirs)
+    assert math.isnan(found.p) and math.isnan(found.t) and math.isnan(found.degrees_of_freedom)
+    assert found.difference == pytest.approx(np.mean(ours) - np.mean(theirs))
+
+
 def make_documents(generator, documents, gain_nats):
     """Summed nats of two methods on documents of uneven length, and the documents' bytes."""
     tokens = generator.integers(20, 400, documents)
@@ -86,23 +145,17 @@ def test_the_bootstraps_estimate_is_the_ratio_of_sums():
     assert found == bootstrap_bpb_difference(after, before, byte_counts, seed=1)
 
 
-def test_the_bootstraps_interval_agrees_with_scipy():
+def test_the_bootstraps_interval_agrees_with_resampling_by_hand():
     after, before, byte_counts = make_documents(np.random.default_rng(3), 80, 0.004)
     found = bootstrap_bpb_difference(after, before, byte_counts, seed=1)
     gap = (after - before) / math.log(2)
-    reference = stats.bootstrap(
-        (gap, byte_counts),
-        lambda top, bottom, axis: top.sum(axis) / bottom.sum(axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(2),
-    )
-    low, high = reference.confidence_interval
+    generator = np.random.default_rng(2)
+    times = generator.multinomial(80, np.full(80, 1 / 80), size=RESAMPLES)
+    draws = (times @ gap) / (times @ byte_counts)
+    low, high = np.quantile(draws, [0.025, 0.975])
     assert found.ci_low == pytest.approx(low, abs=0.05 * (high - low))
     assert found.ci_high == pytest.approx(high, abs=0.05 * (high - low))
-    assert found.standard_error == pytest.approx(reference.standard_error, rel=0.05)
+    assert found.standard_error == pytest.approx(draws.std(ddof=1), rel=0.05)
 
 
 def test_the_bootstrap_of_two_documents_is_known_in_closed_form():
@@ -152,7 +205,7 @@ def test_pairing_a_document_with_another_is_felt(order):
     paired = bootstrap_bpb_difference(after, before, byte_counts, seed=1)
     mixed = bootstrap_bpb_difference(after, before[order], byte_counts, seed=1)
     assert mixed.estimate == pytest.approx(paired.estimate)
-    moved = sum(place != one for place, one in enumerate(order))
+    moved = sum(position != one for position, one in enumerate(order))
     if moved > 10:
         assert mixed.standard_error > 2 * paired.standard_error
 
@@ -163,6 +216,7 @@ def test_pairing_cancels_the_documents_difficulty():
     alone = bootstrap_bpb_difference(after, np.zeros_like(after), byte_counts, seed=1)
     assert paired.ci_high - paired.ci_low < 0.2 * (alone.ci_high - alone.ci_low)
     assert paired.p == pytest.approx(1 / (paired.resamples + 1))
+    assert paired.p == least_p(paired.resamples)
 
 
 def test_the_bootstraps_p_is_calibrated_without_a_difference():
@@ -196,6 +250,7 @@ def test_one_document_cannot_be_resampled():
     assert math.isnan(found.p) and math.isnan(found.ci_low)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_draw_of_nothing_but_empty_documents_is_dropped():
     found = bootstrap_bpb_difference(np.array([1.0, 0.0]), np.zeros(2), np.array([3, 0]), seed=1)
     assert 0 < found.resamples < RESAMPLES

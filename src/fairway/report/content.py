@@ -18,6 +18,7 @@ from fairway.report.format import (
     bits,
     check_title,
     count,
+    decimals,
     interval,
     joined,
     mean_and_std,
@@ -30,6 +31,7 @@ from fairway.report.results import FINAL_STAGE, SLIDING, Results
 from fairway.report.statistics import RESAMPLES, describe, least_p
 from fairway.report.tables import (
     MOST_FOR_ALL_PAIRS,
+    TEST_FIELDS,
     ReportSettings,
     RunTables,
     gain_bpb,
@@ -234,38 +236,34 @@ def _bootstrapped(row: dict[str, Any], p: str) -> dict[str, str]:
 
 
 def _changes_by_seed(results: Results, comparisons: pd.DataFrame) -> list[dict[str, Any]]:
-    """Each seed's change against the plain sliding window of the same artifact, by variant."""
+    """The change against the plain sliding window of the same artifact: of few variants by seed."""
     groups = []
     for variant in results.variants:
         rows = []
         for row in _changes(comparisons, variant).to_dict("records"):
             label = "all seeds" if pd.isna(row["seed"]) else f"seed {row['seed']}"
             rows.append({"label": label} | _bootstrapped(row, "p_not_below"))
-        shown = rows if len(results.seeds) > 1 else rows[:1]
+        if len(results.seeds) == 1:
+            shown = rows[:1]
+        else:
+            shown = rows if results.has_few_variants else rows[-1:]
         groups.append(_heading(results, variant) | {"rows": shown})
     return groups
 
 
 def _comparisons(results: Results, comparisons: pd.DataFrame) -> list[dict[str, Any]]:
-    """The differences between variants' final scores: by document, and over seeds."""
-    rows = []
+    """The differences between variants' final scores, in groups of one reference."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     between = comparisons["variant"] != comparisons["reference_variant"]
     for row in comparisons[between].to_dict("records"):
-        pair = row["variant"], row["reference_variant"]
-        own = {"label": " − ".join(pair), "valid": not any(map(results.failed, pair))}
-        own["nats"] = signed(row["difference_nats"])
+        variant, reference = row["variant"], row["reference_variant"]
+        valid = not (results.failed(variant) or results.failed(reference))
+        shown = {"label": variant, "valid": valid, "nats": signed(row["difference_nats"])}
         for kind in ("welch", "paired"):
-            own[kind] = {
-                "t": _t(row[f"{kind}_t"]),
-                "degrees": _t(row[f"{kind}_degrees_of_freedom"]),
-                "p": probability(row[f"{kind}_p"]),
-            }
-        rows.append(own | _bootstrapped(row, "p"))
-    return rows
-
-
-def _t(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3g}".replace("-", "−")
+            t, degrees, p = (row[f"{kind}_{name}"] for name in TEST_FIELDS)
+            shown[kind] = {"t": decimals(t, 2), "df": decimals(degrees, 1), "p": probability(p)}
+        groups.setdefault(reference, []).append(shown | _bootstrapped(row, "p"))
+    return [_heading(results, reference) | {"rows": rows} for reference, rows in groups.items()]
 
 
 def _comparison_notes(results: Results) -> list[str]:
@@ -455,7 +453,7 @@ def _captions(results: Results) -> dict[str, Caption]:
             "Training curves",
             "Training loss in nats per token against tokens seen, over the learning-rate scale. "
             + (
-                "One line per seed: the distance between them shows how much a run depends on chance."
+                "One line per seed; the distance between them is what chance does to a run."
                 if one_training
                 else "One color per training run's settings, one line per seed."
             ),

@@ -2,8 +2,8 @@
 
 One visual language throughout: a variant keeps its color, a variant that failed its audit is dashed
 and hollow, a small point is one seed, a line or a bar is the mean over seeds, and what variants
-share is black. Few variants have Okabe & Ito's palette, told apart with any color vision; many, such
-as a sweep's, have shades in their order.
+share is black. Few variants have Okabe & Ito's palette, told apart with any color vision; many have
+shades in their order, as suits a sweep.
 """
 
 import textwrap
@@ -96,7 +96,7 @@ def bpb_by_stage(results: Results) -> Figure:
         here = [
             at for at, stage in enumerate(order) if results.sharers(sharers[0], stage) == sharers
         ]
-        if here:
+        if len(here):
             first = max(here[0] - 1, 0)  # drawn on from the stage before
             line = values[sharers[0]][first : here[-1] + 1]
             style = _style(results, sharers[0]) if len(sharers) == 1 else {"color": INK}
@@ -265,7 +265,7 @@ def _color(results: Results, variant: str) -> str:
     index, known = results.variants.index(variant), len(results.variants)
     if known <= len(PALETTE):
         return PALETTE[index]
-    return to_hex(matplotlib.colormaps["viridis"](0.92 * index / (known - 1)))
+    return to_hex(matplotlib.colormaps["viridis"](0.88 * index / (known - 1)))
 
 
 def _adapter_color(results: Results, adapter: str) -> str:

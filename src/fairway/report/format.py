@@ -9,9 +9,14 @@ NONE = "–"
 _CHECK_TITLES = {"flip": "Flip test", "self_influence": "Self-influence", "null": "Null test"}
 
 
+def decimals(value: float, places: int) -> str:
+    """A number with so many decimals."""
+    return NONE if math.isnan(value) else f"{value:.{places}f}".replace("-", "−")
+
+
 def bits(value: float) -> str:
     """Bits per byte or nats, four decimals."""
-    return NONE if math.isnan(value) else f"{value:.4f}".replace("-", "−")
+    return decimals(value, 4)
 
 
 def signed(value: float) -> str:
@@ -84,6 +89,6 @@ def check_title(name: str) -> str:
 
 
 def badge(verdict: str) -> dict[str, str]:
-    """A verdict's text, the mark before it, and its style class; only PASS and FAIL have a color."""
+    """A verdict's text, the mark before it, and its style class."""
     mark = {PASS: "✓", FAIL: "✗"}.get(verdict, "○")
     return {"text": verdict, "mark": mark, "style": verdict.lower().replace(" ", "-")}

@@ -120,7 +120,7 @@ class Results:
             return sharers[0]
         if len(sharers) == len(self.variants):
             return "all variants"
-        return f"{len(sharers)} variants ({self.folder(sharers[0], stage)})"
+        return f"{len(sharers)} variants in {self.folder(sharers[0], stage)}"
 
     def verdict(self, variant: str) -> str:
         """The gravest verdict of any seed: one seed that fails makes the variant's mean invalid."""

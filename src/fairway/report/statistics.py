@@ -93,8 +93,8 @@ def welch_test(
     """Welch's t-test (unequal variances) that `values` differ from, or lie below, `reference`.
 
     margin: `values` have to lie that much below; it is added to them before the test. The challenge
-    asks a submission to beat the best one by 0.005 nats per token at p < 0.01. t, degrees of freedom
-    and p are NaN where a side has one value, or where neither side varies.
+    asks a submission to beat the best one by 0.005 nats per token at p < 0.01. t, degrees of
+    freedom and p are NaN where a side has one value, or where neither side varies.
     """
     ours, theirs = (np.asarray(one, dtype=np.float64) for one in (values, reference))
     difference = float(ours.mean() - theirs.mean())
@@ -137,17 +137,20 @@ def bootstrap_bpb_difference(
     documents, estimate = len(gap), float(gap.sum() / weight.sum())
     if documents < 2:
         return Bootstrap(estimate, *[math.nan] * 5, documents, 0)
-    draws = stats.bootstrap(
-        (gap, weight),
-        _ratio_of_sums,
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=max(1, _INDICES_PER_BATCH // documents),
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
-    draws = draws[~np.isnan(draws)]  # a draw of nothing but empty documents has no bits per byte
+    with warnings.catch_warnings():
+        # SciPy's own interval fails where a draw holds nothing but empty documents, without bytes.
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        draws = stats.bootstrap(
+            (gap, weight),
+            _ratio_of_sums,
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            batch=max(1, _INDICES_PER_BATCH // documents),
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).bootstrap_distribution
+    draws = draws[~np.isnan(draws)]
     low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Bootstrap(
         estimate=estimate,

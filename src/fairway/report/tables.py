@@ -1,10 +1,11 @@
-"""The tables of a finished run: its numbers, tidy, as the report writes them and Python reads them."""
+"""The tables of a finished run: all its numbers, tidy, for the page and for Python."""
 
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from fairway.settings import Settings
 from fairway.stages import STAGES, Budgets
 
 ALL_ADAPTERS = "all"
+TEST_FIELDS = ("t", "degrees_of_freedom", "p")
 SEED_TESTS = (
     "difference_nats",
     *(
@@ -65,7 +67,7 @@ class Baseline(Settings):
 
     name: str = Field(min_length=1)
     """What the page calls it."""
-    losses: tuple[float, ...] = Field(min_length=1)
+    losses: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
     """Nats per token, one of each seed."""
 
 
@@ -217,8 +219,7 @@ def summary_table(stages: pd.DataFrame, results: Results, settings: ReportSettin
 
 
 def _test_columns(prefix: str, test: SeedTest) -> dict[str, float]:
-    names = ("t", "degrees_of_freedom", "p")
-    return {f"{prefix}_{name}": getattr(test, name) for name in names}
+    return {f"{prefix}_{name}": getattr(test, name) for name in TEST_FIELDS}
 
 
 def comparisons_table(results: Results) -> pd.DataFrame:

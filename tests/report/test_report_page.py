@@ -1,0 +1,139 @@
+"""report.html: what it says, where, and that it needs nothing but itself."""
+
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fairway.report.format import compact, joined, probability, signed
+from synthetic_run import (
+    FAILING,
+    QUICKSTART,
+    SEEDS,
+    make_report,
+    make_run,
+    make_tokens,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run and its report's folder."""
+    root = make_run(tmp_path_factory.mktemp("run"))
+    return root, make_report(root)
+
+
+def test_the_page_says_what_a_pass_means(finished):
+    text = (finished[1] / "report.html").read_text(encoding="utf-8")
+    assert text.count("12 replacements in an excerpt of 4,000 targets") == len(QUICKSTART)
+
+
+class PageReader(HTMLParser):
+    """Collects text with the elements that are open around it, and checks that they nest."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.texts, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((data, tuple(self.open)))
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    reader = PageReader()
+    reader.feed((finished[1] / "report.html").read_text(encoding="utf-8"))
+    assert reader.open == []
+    return reader
+
+
+def test_a_failed_score_is_struck_everywhere_it_appears(finished, page):
+    summary = pd.read_parquet(finished[1] / "stages.parquet")
+    rows = summary[(summary["folder"] == "leaky") & (summary["metric"] == "val_bpb")]
+    final = rows[rows["stage"] == "slot_eval"]["value"]
+    numbers = {f"{value:.4f}" for value in [*rows["value"], final.mean()]}
+    seen = [(text, around) for text, around in page.texts for one in numbers if one in text]
+    assert len(seen) >= len(numbers)
+    assert all("s" in around for _, around in seen)
+    assert any("not a valid score" in text for text, _ in page.texts)
+    assert all(sentence in "".join(text for text, _ in page.texts) for sentence in FAILING.values())
+
+
+def test_a_valid_score_stands_beside_its_verdict(finished):
+    text = (finished[1] / "report.html").read_text(encoding="utf-8")
+    rows = re.findall(r"<tr.*?</tr>", text, flags=re.DOTALL)
+    losses = [make_tokens("causal", seed) for seed in SEEDS]
+    values = [one["nll_after"].sum() / math.log(2) / one["bytes"].sum() for one in losses]
+    with_score = [row for row in rows if f"{np.mean(values):.4f}" in row]
+    assert len(with_score) == 2
+    assert all("PASS" in row for row in with_score)
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    tags = {tag for tag, _ in page.attributes}
+    assert not tags & {"script", "link", "iframe"}
+    images = [attributes for tag, attributes in page.attributes if tag == "img"]
+    assert len(images) == 6
+    for image in images:
+        assert image["src"].startswith("data:image/svg+xml;base64,") and image["alt"]
+    links = [attributes["href"] for tag, attributes in page.attributes if tag == "a"]
+    anchors = {attributes.get("id") for _, attributes in page.attributes}
+    assert all(link.startswith("#") and link[1:] in anchors for link in links)
+
+
+def test_the_same_results_give_the_same_bytes(finished):
+    root, first = finished
+    kept = {path.name: path.read_bytes() for path in (first / "figures").iterdir()}
+    page = (first / "report.html").read_bytes()
+    again = make_report(root)
+    assert page == (again / "report.html").read_bytes()
+    assert kept == {path.name: path.read_bytes() for path in (again / "figures").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0123, "0.012"),
+        (1 / 10_001, "0.0001"),
+        (3.2e-7, "3.2 × 10^−7"),
+        (0.9996, "> 0.99"),
+        (math.nan, "–"),
+    ],
+)
+def test_a_p_value_has_two_significant_digits(value, text):
+    assert probability(value) == text
+
+
+def test_the_least_p_that_a_method_can_give_is_a_bound():
+    least = 1 / 10_001
+    assert (probability(least, least), probability(2 * least, least)) == ("≤ 0.0001", "0.0002")
+
+
+@pytest.mark.parametrize(
+    ("value", "kilo", "text"),
+    [(950, 1000, "950"), (1234, 1000, "1.2k"), (62_021_846, 1000, "62M"), (2048, 1024, "2k")],
+)
+def test_counts_on_an_axis_are_short(value, kilo, text):
+    assert compact(value, kilo) == text
+
+
+def test_words_are_joined():
+    lists = ([], ["a"], ["a", "b"], ["a", "b", "c"])
+    assert [joined(one) for one in lists] == ["", "a", "a and b", "a, b and c"]
+
+
+def test_a_tiny_difference_has_no_sign():
+    assert (signed(-0.00001), signed(-0.0021), signed(0.3)) == ("0.0000", "−0.0021", "+0.3000")

@@ -1,0 +1,191 @@
+"""Variants against each other: what they share, what is compared, and pages of many."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from fairway.errors import UserError
+from fairway.report.tables import comparisons_table, read_run, variants_by_text
+from synthetic_run import (
+    OTHER_TEXT,
+    QUICKSTART,
+    STAGES,
+    SWEEP,
+    TWO_TRAININGS,
+    layout,
+    load_results,
+    make_report,
+    make_run,
+    make_tokens,
+)
+
+TWO_SEEDS = (1337, 42)
+
+
+def between_variants(comparisons):
+    return comparisons[comparisons["variant"] != comparisons["reference_variant"]]
+
+
+def pairs(comparisons):
+    rows = between_variants(comparisons)
+    return set(zip(rows["variant"], rows["reference_variant"], strict=True))
+
+
+def read_page(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def two_trainings(tmp_path_factory):
+    root = make_run(tmp_path_factory.mktemp("run"), TWO_SEEDS, TWO_TRAININGS)
+    return make_report(root, TWO_SEEDS, TWO_TRAININGS, settings={})
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    root = make_run(tmp_path_factory.mktemp("run"), TWO_SEEDS, SWEEP)
+    return root, make_report(root, TWO_SEEDS, SWEEP)
+
+
+def test_two_training_variants_are_tested_over_seeds_and_over_documents(two_trainings):
+    comparisons = read_run(two_trainings.parent).comparisons
+    row = between_variants(comparisons).iloc[0]
+    assert (row["variant"], row["reference_variant"]) == ("fast", "slow")
+    tokens = {name: [make_tokens(name, seed) for seed in TWO_SEEDS] for name in ("fast", "slow")}
+    fast, slow = (
+        np.array([table["nll_after"].mean() for table in tokens[name]]) for name in tokens
+    )
+    assert row["difference_nats"] == pytest.approx(fast.mean() - slow.mean())
+    variances = np.array([fast.var(ddof=1), slow.var(ddof=1)]) / 2
+    t = (fast.mean() - slow.mean()) / math.sqrt(variances.sum())
+    degrees = variances.sum() ** 2 / (variances**2).sum()
+    assert row["welch_t"] == pytest.approx(t)
+    assert row["welch_degrees_of_freedom"] == pytest.approx(degrees)
+    assert row["welch_p"] == pytest.approx(2 * stats.t.sf(abs(t), degrees))
+    gaps = fast - slow
+    paired = gaps.mean() / (abs(gaps[0] - gaps[1]) / 2)  # of two: std / √2 is half the distance
+    assert row["paired_t"] == pytest.approx(paired)
+    assert row["paired_degrees_of_freedom"] == 1
+    assert row["paired_p"] == pytest.approx(1 - 2 * math.atan(abs(paired)) / math.pi)
+    nats = [sum(table["nll_after"].sum() for table in tokens[name]) / 2 for name in tokens]
+    total_bytes = tokens["fast"][0]["bytes"].sum()
+    assert row["estimate"] == pytest.approx((nats[0] - nats[1]) / math.log(2) / total_bytes)
+    page = read_page(two_trainings)
+    assert f"{row['difference_nats']:+.4f}".replace("-", "−") in page
+    assert "No baseline is configured" in page
+    assert "Shared by" not in page
+
+
+def test_variants_that_share_nothing_have_their_own_rows_of_every_stage(two_trainings):
+    stages = read_run(two_trainings.parent).stages
+    for variant in TWO_TRAININGS:
+        own = stages[stages["variant"] == variant]
+        assert set(own["stage"]) == {*STAGES, "sliding"}
+        assert set(own["folder"]) == {variant}
+    trained = stages[(stages["stage"] == "train") & (stages["metric"] == "val_bpb")]
+    assert trained["value"].nunique() == len(TWO_TRAININGS) * len(TWO_SEEDS)
+
+
+def test_a_shared_stage_stands_once_on_the_page_and_counts_once(tmp_path):
+    folders = layout(a=(), b=("audit",), c=STAGES[3:], leaky=STAGES[2:])
+    root = make_run(tmp_path, TWO_SEEDS, folders)
+    results = load_results(root, TWO_SEEDS, folders)
+    assert results.stages_by_sharers() == {
+        ("a", "b", "c", "leaky"): ["train", "ema"],
+        ("a", "b", "c"): ["ttt"],
+        ("a", "b"): ["gptq", "slot_eval"],
+        ("a",): ["audit"],
+        ("b",): ["audit"],
+        ("c",): ["gptq", "slot_eval", "audit"],
+        ("leaky",): ["ttt", "gptq", "slot_eval", "audit"],
+    }
+    assert results.tokens["a", 42] is results.tokens["b", 42]
+    page = read_page(make_report(root, TWO_SEEDS, folders))
+    assert "Shared by all variants, not audited by itself" in page
+    assert "Shared by 3 variants in shared, not audited by itself" in page
+    assert page.count(">Training, last step<") == 1
+    assert page.count(">Test-time training (TTT)<") == 2
+    # a and b have one score but an audit each: the score is shown beside either verdict.
+    assert page.count(">Adapted by LoRA and SLOT <") == 3
+    audits = 4 * 14.0
+    others = (34.0 + 9.0) + 2 * 9.0 + 3 * (9.0 + 21.0)
+    assert f"The audits took {audits / others:.0%} of what the other stages took" in page
+
+
+def test_variants_of_another_text_are_shown_but_not_compared(tmp_path):
+    root = make_run(tmp_path, TWO_SEEDS, OTHER_TEXT)
+    folder = make_report(root, TWO_SEEDS, OTHER_TEXT)
+    comparisons = pd.read_parquet(folder / "comparisons.parquet")
+    assert pairs(comparisons) == {("leaky", "causal")}
+    assert set(comparisons["variant"]) == set(OTHER_TEXT)
+    page = read_page(folder)
+    assert (
+        "Only variants that scored the same documents are compared: causal and leaky; german."
+        in page
+    )
+    assert "embedded, german" in page
+
+
+def test_one_variants_seeds_must_have_scored_the_same_text(tmp_path):
+    make_run(tmp_path, TWO_SEEDS, QUICKSTART)
+    results = load_results(tmp_path, TWO_SEEDS, QUICKSTART)
+    sums = results.tokens["causal", 42]
+    longer = replace(sums, by_document=sums.by_document.assign(bytes=sums.by_document["bytes"] + 1))
+    mixed = replace(results, tokens=results.tokens | {("causal", 42): longer})
+    with pytest.raises(UserError, match="variant causal, seed 42 scored other text"):
+        variants_by_text(mixed)
+
+
+def test_another_vocabulary_on_the_same_documents_is_compared_by_the_byte(tmp_path):
+    make_run(tmp_path, TWO_SEEDS, QUICKSTART)
+    results = load_results(tmp_path, TWO_SEEDS, QUICKSTART)
+    whole = between_variants(comparisons_table(results)).iloc[0]
+    cut = {}
+    for (variant, seed), sums in results.tokens.items():
+        tokens = sums.by_document["tokens"] + (variant == "leaky")
+        by_document = sums.by_document.assign(tokens=tokens)
+        cut[variant, seed] = replace(sums, by_document=by_document)
+    row = between_variants(comparisons_table(replace(results, tokens=cut))).iloc[0]
+    assert math.isnan(row["difference_nats"]) and not math.isnan(whole["difference_nats"])
+    for name in ("estimate", "p", "welch_t", "welch_p", "paired_t", "paired_p"):
+        assert row[name] == whole[name]
+
+
+def test_a_few_variants_are_compared_each_with_each_and_many_with_the_first(sweep, tmp_path):
+    comparisons = pd.read_parquet(sweep[1] / "comparisons.parquet")
+    first, *others = SWEEP
+    assert pairs(comparisons) == {(other, first) for other in others}
+    assert "Of more than 5 variants, each is compared with the first." in read_page(sweep[1])
+    five = dict(list(SWEEP.items())[:5])
+    rows = comparisons_table(load_results(sweep[0], TWO_SEEDS, five))
+    assert pairs(rows) == {(second, first) for first, second in combinations(five, 2)}
+
+
+def test_a_page_of_many_variants_folds_the_audits_that_passed(sweep):
+    page = read_page(sweep[1])
+    assert page.count("<details>") == 8 and page.count("<details open>") == 1
+    assert re.search(r"<details open>\s*<summary>leaky", page)
+    figures = {path.stem for path in (sweep[1] / "figures").iterdir()}
+    assert len(figures) == 6
+    for variant in SWEEP:
+        assert page.count(f"<strong>{variant}</strong>") == 1
+
+
+def test_what_does_not_apply_is_neither_failing_nor_missing(tmp_path):
+    make_run(tmp_path, TWO_SEEDS, QUICKSTART)
+    for seed in TWO_SEEDS:
+        path = tmp_path / f"results/quickstart/seed-{seed}/shared/audit/audit.json"
+        audit = json.loads(path.read_text())
+        audit["checks"][-1]["verdict"] = "NOT APPLICABLE"
+        path.write_text(json.dumps(audit))
+    page = read_page(make_report(tmp_path, TWO_SEEDS, QUICKSTART))
+    assert "and passed every check of its audit.</li>" in page
+    assert page.count("Not run: Null test.") == 1  # of leaky
+    assert page.count(">NOT APPLICABLE</span>") == len(TWO_SEEDS)

@@ -67,6 +67,8 @@ def page_content(results: Results, tables: RunTables, settings: ReportSettings) 
     return {
         "run": results.run,
         "seeds": results.seeds,
+        "seed_names": [f"Seed {seed}" for seed in results.seeds],
+        "seed_columns": [f"#Seed {seed}" for seed in results.seeds],
         "lede": [_lede(results, tables.summary, variant) for variant in results.variants],
         "facts": _facts(results),
         "baseline": settings.baseline,
@@ -142,6 +144,7 @@ def _headline(
     loss = _summary_row(tables.summary, variant, "val_loss")
     change = _changes(tables.comparisons, variant).iloc[-1]
     failed = results.failed(variant)
+    beats = " ✓" if loss["welch_p"] < settings.significance else ""
     failing = results.checks_with(variant, FAIL)
     return {
         "variant": variant,
@@ -153,8 +156,7 @@ def _headline(
         "n": int(score["n"]),
         "change": signed(change["estimate"]),
         "difference": "–" if failed else signed(loss["difference_nats"]),
-        "p": "–" if failed else probability(loss["welch_p"]),
-        "beats": not failed and loss["welch_p"] < settings.significance,
+        "p": "–" if failed else probability(loss["welch_p"]) + beats,
         "reasons": [_outcome(results, variant, name) for name in failing],
         "not_run": [check_title(name) for name in results.checks_with(variant, NOT_RUN)],
     }
@@ -259,9 +261,10 @@ def _comparisons(results: Results, comparisons: pd.DataFrame) -> list[dict[str, 
         variant, reference = row["variant"], row["reference_variant"]
         valid = not (results.failed(variant) or results.failed(reference))
         shown = {"label": variant, "valid": valid, "nats": signed(row["difference_nats"])}
+        shown["tests"] = []
         for kind in ("welch", "paired"):
             t, degrees, p = (row[f"{kind}_{name}"] for name in TEST_FIELDS)
-            shown[kind] = {"t": decimals(t, 2), "df": decimals(degrees, 1), "p": probability(p)}
+            shown["tests"] += [decimals(t, 2), decimals(degrees, 1), probability(p)]
         groups.setdefault(reference, []).append(shown | _bootstrapped(row, "p"))
     return [_heading(results, reference) | {"rows": rows} for reference, rows in groups.items()]
 

@@ -32,7 +32,7 @@ def available_backends(device: torch.device) -> list[str]:
     """The backends that can run on `device`; `auto` takes the first."""
     if device.type != "cuda":
         return ["sdpa"]
-    runs = {"sdpa", *(name for name, module in FLASH_MODULES.items() if _is_installed(module))}
+    runs = {"sdpa", *(name for name, module in FLASH_MODULES.items() if is_installed(module))}
     if torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= HOPPER:
         runs.add("cudnn")
     return [name for name in BACKENDS if name in runs]
@@ -152,7 +152,8 @@ def attend_to_cache(
     return _scaled_dot_product(queries, keys, values, attn_mask=visible.view(1, 1, 1, -1))
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether `module` could be imported, without importing it."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:

@@ -86,3 +86,13 @@ def captures_graphs(settings: RuntimeSettings, model: GPT) -> bool:
     """Whether training and the evaluation replay their kernels as CUDA graphs."""
     is_cuda = model.token_embedding.device.type == "cuda"
     return settings.cuda_graphs != "off" and is_cuda and model.kernels == "fused"
+
+
+def runtime_metrics(model: GPT) -> dict[str, str | None]:
+    """The keys of metrics.json that say how a prepared model computes."""
+    return {
+        "kernels": model.kernels,
+        "kernels_reason": model.kernels_reason,
+        "attention_backend": model.attention_backend,
+        "precision": str(model.compute_dtype).removeprefix("torch."),
+    }

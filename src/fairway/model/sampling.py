@@ -6,6 +6,7 @@ Shapes: B sequences, T positions, V vocabulary.
 from collections.abc import Callable
 from dataclasses import fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,6 +86,26 @@ def self_generated_tokens(
             for batch in uniforms.split(batch_sequences)
         ]
     return torch.cat(samples)
+
+
+def sample_documents(
+    model: GPT, num_targets: int, document_tokens: int, bos_id: int, seed: int
+) -> tuple[Tensor, np.ndarray]:
+    """Documents of the model's own, drawn side by side and joined into one text.
+
+    Side by side because a step of the model takes as long for many documents as for one.
+    Returns int64 [num_targets + 1] on the model's device, and float64 [num_targets]: the
+    log-probability in nats of each target under the distribution that it was drawn from, NaN where
+    a document begins.
+    """
+    length = min(document_tokens, num_targets + 1)
+    count = -(-(num_targets + 1) // length)
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(count, length, dtype=torch.float64, generator=generator)
+    with progress(count * (length - 1), "null text", "token") as bar:
+        tokens, log_probs = sample(model, uniforms, 1.0, bos_id, bar.update)
+    text = tokens.flatten()[: num_targets + 1].to(model.token_embedding.device)
+    return text, log_probs.flatten()[1 : num_targets + 1].numpy()
 
 
 def drawn_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def mix_and_norm_backward(
         residual, gradient, inverse, x, x0, skip if has_skip else x,
         inner if later is None else later, mix, skip_weight if has_skip else mix,
         later_weight if has_later else mix, x0_gradient, inner, outer, sums,
-        M, C, has_skip, has_later, later is None, programs, *one_row(x),
+        M, C, has_skip, has_later, later is None, programs, sums.shape[1], *one_row(x),
         num_warps=warps,
     )  # fmt: skip
     return inner, outer
@@ -148,7 +148,7 @@ def _mix_and_norm_backward(
     residual_at, gradient_at, inverse_at, x_at, x0_at, skip_at, later_at, mix_at,
     skip_weight_at, later_weight_at, x0_gradient_at, inner_at, outer_at, sums_at, M, C,
     HAS_SKIP: tl.constexpr, HAS_LATER: tl.constexpr, LATER_IS_OWN: tl.constexpr,
-    PROGRAMS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    PROGRAMS: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     channels = tl.arange(0, WIDE)
     inside = channels < C
@@ -190,8 +190,9 @@ def _mix_and_norm_backward(
             tl.store(outer_at + at, inner + later_weight[None, :] * later, mask)
     own = sums_at + tl.program_id(0) * C + channels
     tl.store(own, mix0_sum, inside)
-    tl.store(own + PROGRAMS * C, mix1_sum, inside)
-    tl.store(own + 2 * PROGRAMS * C, skip_sum, inside)
+    # There may be room for more partial sums than there are programs.
+    tl.store(own + SUMS * C, mix1_sum, inside)
+    tl.store(own + 2 * SUMS * C, skip_sum, inside)
 
 
 @triton.jit

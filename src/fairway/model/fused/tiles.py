@@ -17,9 +17,13 @@ ELEMENTS_PER_TILE = 4096
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; for a CPU, where kernels are interpreted or only compiled, those of an H200."""
+    """How many multiprocessors a GPU has; on a CPU, how many to cut the work for.
+
+    Kernels that are only compiled there are cut as for an H200. Those that Triton interprets are
+    cut for one, so that a program takes several tiles as it does on a GPU.
+    """
     if device.type != "cuda":
-        return 132
+        return 1 if triton.knobs.runtime.interpret else 132
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -18,7 +18,8 @@ DTYPES = pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 on_hopper = pytest.mark.skipif(
     DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
-# Rows, width and MLP width: the record's, in training and of evaluation's last places, and others.
+# Rows, width and MLP width: the reference submission's, in training and of evaluation's last
+# positions, and others.
 SIZES = pytest.mark.parametrize(
     ("rows", "width", "mlp_width"),
     [(98304, 512, 1536), (8192, 512, 1536), (640, 512, 256), (64, 64, 128), (1000, 200, 328)],
@@ -140,9 +141,9 @@ def test_hoppers_gradient(rows, width, mlp_width, monkeypatch):
 
 
 @on_hopper
-def test_hoppers_kernels_in_a_graph_compute_with_what_is_there_when_it_is_replayed():
+def test_hoppers_kernels_in_a_graph_read_what_is_there_at_each_replay():
     x, up, down = half_precision(1000, 512, 1536)
-    mlp_down_backward(x, down, mlp_up(x, up))  # compiled before it is recorded
+    mlp_down_backward(x, down, mlp_up(x, up))  # compiled before it is captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         activation = mlp_up(x, up)

@@ -1,44 +1,24 @@
-"""The model against slow float64 references of each unusual part, and its parameter count."""
+"""The model against slow float64 references of each unusual part, and the reference submission."""
 
+import json
 import math
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from fairway.config import load_config
-from fairway.errors import UserError
-from fairway.model import attention, gpt
-from fairway.model.attention import attend, available_backends, select_backend
-from fairway.model.gpt import GPT, GPTConfig, config_from_settings
-from fairway.model.runtime import RuntimeSettings, prepare, select_kernels
-from fairway.model.weights import build_model, load_model, save_model
-from tiny import ROOT
+from fairway.model.functional import NORM_EPSILON, rotary_base
+from fairway.model.gpt import GPT
+from fairway.model.spec import GPTConfig, block_of_rows, parameters
+from trainings import SMALL
 
-CONFIG = GPTConfig(
-    vocab_size=50,
-    sequence_tokens=24,
-    layers=5,
-    width=24,
-    heads=4,
-    kv_heads=2,
-    mlp_width=40,
-    rotary_dimensions=4,
-    rope_base=10000,
-    rope_trained_tokens=12,
-    bigram_buckets=17,
-    bigram_width=6,
-    value_width=5,
-    value_layers=(3, 4),
-    logit_softcap=30.0,
-    query_gain=5.0,
-)
+GOLDEN = json.loads((Path(__file__).parent / "golden_pr1350.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
 def model() -> GPT:
     """Random weights everywhere: at its initial values half of the model is invisible."""
-    model = GPT(CONFIG, seed=1)
+    model = GPT(SMALL, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,7 +37,7 @@ def reference_logits(model: GPT, tokens: list[int]) -> torch.Tensor:
     D = c.width // c.heads
 
     def norm(x):
-        return x / torch.sqrt((x**2).mean() + gpt.NORM_EPSILON)
+        return x / torch.sqrt((x**2).mean() + NORM_EPSILON)
 
     def rope(x, position):
         base = c.rope_base * (c.sequence_tokens / c.rope_trained_tokens) ** (
@@ -136,6 +116,37 @@ def test_model_equals_the_float64_reference(model, tokens):
         )
 
 
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: str(case["config"]["layers"]))
+def test_logits_are_those_of_the_reference_submissions_code(case):
+    """Weights and tokens follow the rules that the file states."""
+    config = GPTConfig(**case["config"])
+    model = GPT(config).double()
+    model.compute_dtype = torch.float64
+    for j, (name, parameter) in enumerate(sorted(model.named_parameters())):
+        i = torch.arange(parameter.numel(), dtype=torch.float64)
+        values = 0.2 * torch.sin(0.37 * (i + 1) * (j + 1)) + (0.6 if name in NEAR_ONE else 0.0)
+        parameter.data = values.view(parameter.shape)
+    i = torch.arange(config.sequence_tokens)
+    tokens = (7 * i * i + 3 * i + 1) % config.vocab_size
+    with torch.no_grad():
+        logits = model(tokens[None])[0, case["positions"], :12].double()
+    expected = torch.tensor(case["logits"], dtype=torch.float64)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+# Of these the golden file's rule adds 0.6 to the sines.
+NEAR_ONE = (
+    "attention_scale", "mlp_scale", "skip_weights", "query_gain", "value_layer_scales",
+    "value_scale", "bigram_scale", "residual_mix",
+)  # fmt: skip
+
+
+def test_the_defaults_are_the_reference_submission_with_exactly_its_parameters():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 26_993_756
+
+
 def test_every_parameter_matters(model, tokens):
     model.compute_dtype = torch.float64
     model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -143,15 +154,27 @@ def test_every_parameter_matters(model, tokens):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_record_config_has_exactly_its_parameters():
-    config = load_config([ROOT / "config.yaml", ROOT / "config/record.yaml"])
-    with torch.device("meta"):
-        model = GPT(
-            config_from_settings(
-                config["model"], config["data"]["vocab_size"], config["train"]["sequence_tokens"]
-            )
-        )
-    assert sum(parameter.numel() for parameter in model.parameters()) == 26_993_756
+@pytest.mark.parametrize("name", [n for n, p in parameters(SMALL).items() if p.per_block])
+def test_a_blocks_rows_are_those_that_it_alone_depends_on(name, model, tokens):
+    """The last block's: what it changes, no earlier block can feel."""
+    model.compute_dtype = torch.float64
+    inputs: dict[tuple[str, int], torch.Tensor] = {}
+
+    def note(bank, index, x):
+        inputs.setdefault((bank, index), x.clone())
+
+    model.activation_hook = note
+    last = SMALL.layers - 1
+    with torch.no_grad():
+        before = model(tokens), {**inputs}
+        inputs.clear()
+        rows = [row for row, block in enumerate(block_of_rows(name, SMALL)) if block == last]
+        getattr(model, name)[rows] += 0.1
+        after = model(tokens), inputs
+    assert not torch.equal(before[0], after[0])
+    for bank, index in before[1]:
+        if block_of_rows(bank, SMALL)[index] < last:
+            assert torch.equal(before[1][bank, index], after[1][bank, index]), (bank, index)
 
 
 def test_later_tokens_change_no_earlier_logits(model, tokens):
@@ -173,99 +196,32 @@ def test_decoding_with_a_cache_gives_the_same_logits(model, tokens):
         torch.testing.assert_close(torch.stack(steps, 1), model(tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_rotary_base_is_the_records():
-    record = replace(
-        CONFIG, width=64, sequence_tokens=2048, rope_trained_tokens=1024, rotary_dimensions=16
-    )
-    assert gpt.rotary_base(record) == pytest.approx(10000 * 2 ** (16 / 14))
-    assert gpt.rotary_base(replace(record, sequence_tokens=512)) == 10000
+def test_rotary_base_is_the_reference_submissions():
+    assert rotary_base(GPTConfig()) == pytest.approx(10000 * 2 ** (16 / 14))
+    assert rotary_base(GPTConfig(sequence_tokens=512)) == 10000
 
 
 def test_initial_values():
-    model = GPT(replace(CONFIG, width=32, vocab_size=4000), seed=0)
-    layers = CONFIG.layers
+    model = GPT(SMALL.changed(width=32, vocab_size=4000), seed=0)
+    layers = SMALL.layers
     assert torch.equal(model.query_output_bank[layers:], torch.zeros(layers, 32, 32))
     query = model.query_output_bank[0]
     torch.testing.assert_close(query @ query.T, torch.eye(32), atol=1e-5, rtol=0)
     assert model.token_embedding.std().item() == pytest.approx(0.005, rel=0.05)
     assert model.mlp_down_bank.abs().max() == 0 and model.bigram_embedding.abs().max() == 0
-    assert torch.equal(GPT(CONFIG, seed=5).mlp_up_bank, GPT(CONFIG, seed=5).mlp_up_bank)
-    assert not torch.equal(GPT(CONFIG, seed=5).mlp_up_bank, GPT(CONFIG, seed=6).mlp_up_bank)
+    assert torch.equal(model.residual_mix[:, 0], torch.ones(layers, 32))
+    assert torch.equal(model.residual_mix[:, 1], torch.zeros(layers, 32))
+    assert torch.equal(GPT(SMALL, seed=5).mlp_up_bank, GPT(SMALL, seed=5).mlp_up_bank)
+    assert not torch.equal(GPT(SMALL, seed=5).mlp_up_bank, GPT(SMALL, seed=6).mlp_up_bank)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("backend", available_backends(torch.device("cpu")))
-def test_attention_backend_against_float64(backend, deterministic):
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 9, 4, 8, generator=generator)
-    k, v = (torch.randn(2, 9, 2, 8, generator=generator) for _ in range(2))
-    scores = torch.einsum("bthd,bshd->bhts", q.double(), k.double().repeat_interleave(2, 2))
-    mask = torch.ones(9, 9, dtype=torch.bool).tril()
-    weights = (scores / math.sqrt(8)).masked_fill(~mask, -math.inf).softmax(-1)
-    expected = torch.einsum("bhts,bshd->bthd", weights, v.double().repeat_interleave(2, 2))
-    found = attend(q, k, v, backend, deterministic).double()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_flash_attention_cannot_be_forced_where_it_is_absent():
-    with pytest.raises(UserError, match="runtime.attention"):
-        select_backend("flash_attn", torch.device("cpu"))
-    assert select_backend("auto", torch.device("cpu")) == "sdpa"
-    with pytest.raises(UserError, match="half precisions"):
-        prepare(GPT(CONFIG), RuntimeSettings("cpu", "plain", "flash_attn", "float32", "off", "off"))
-
-
-@pytest.mark.parametrize(
-    ("installed", "capability", "expected"),
-    [
-        (("flash_attn_2", "flash_attn_4"), (9, 0), "flash_attn_4 cudnn flash_attn_2 sdpa"),
-        (("flash_attn_3",), (9, 0), "cudnn flash_attn_3 sdpa"),
-        (("flash_attn_2",), (8, 0), "flash_attn_2 sdpa"),
-        ((), (8, 0), "sdpa"),
-    ],
-)
-def test_what_is_fastest_goes_first(monkeypatch, installed, capability, expected):
-    modules = {attention.FLASH_MODULES[name] for name in installed}
-    monkeypatch.setattr(attention, "_is_installed", modules.__contains__)
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert available_backends(torch.device("cuda")) == expected.split()
-
-
-def test_logits_from_a_place_on_are_those_of_the_whole(model, tokens):
+def test_logits_from_a_position_on_are_those_of_the_whole(model, tokens):
     with torch.no_grad():
         torch.testing.assert_close(model(tokens, 17), model(tokens)[:, 17:], rtol=1e-12, atol=1e-12)
 
 
-def test_fused_kernels_cannot_be_forced_where_they_cannot_run(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(UserError, match="runtime.kernels is 'fused' but the device is 'cpu'"):
-        select_kernels("fused", torch.device("cpu"))
-    assert select_kernels("auto", torch.device("cpu")) == "plain"
-
-
-def test_cuda_graphs_cannot_be_forced_where_there_is_no_gpu():
-    with pytest.raises(UserError, match="runtime.cuda_graphs is 'on'"):
-        prepare(GPT(CONFIG), RuntimeSettings("cpu", "plain", "auto", "float32", "off", "on"))
-
-
-def test_weights_survive_the_file(tmp_path, tokens):
-    model = GPT(CONFIG, seed=4)
-    save_model(tmp_path / "weights.safetensors", model)
-    loaded = load_model(tmp_path / "weights.safetensors")
-    assert loaded.config == CONFIG
+def test_a_compiled_model_computes_the_same(model, tokens):
+    model = model.float()
     with torch.no_grad():
-        assert torch.equal(model(tokens), loaded(tokens))
-
-
-def test_damaged_or_foreign_weights_are_refused(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    with pytest.raises(UserError, match="missing"):
-        load_model(path)
-    save_model(path, GPT(CONFIG))
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="damaged"):
-        load_model(path)
-    state = GPT(CONFIG).state_dict()
-    with pytest.raises(UserError, match="smear_gate"):
-        build_model(CONFIG, {k: v for k, v in state.items() if k != "smear_gate"}, "cpu")
+        compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-4, atol=1e-4)

@@ -1,8 +1,8 @@
 """Compile every Triton kernel for Hopper, on any machine; print what each one uses.
 
 A run of the fused model and of the fused fit launches each kernel with the arguments that the
-record's sizes give it. Here a launch compiles and does no more: it needs ptxas, which comes with
-Triton, and no GPU. The tensors' contents are therefore garbage.
+reference submission's sizes give it. Here a launch compiles and does no more: it needs ptxas, which
+comes with Triton, and no GPU. The tensors' contents are therefore garbage.
 """
 
 import re
@@ -16,14 +16,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fairway.config import load_config
 from fairway.evaluation.adapters.fit import logit_delta_kernel
-from fairway.evaluation.adapters.lora import LoraSettings, RowLora
+from fairway.evaluation.adapters.lora import BatchedLora, LoraSettings
+from fairway.evaluation.adapters.slot import SlotSettings
+from fairway.evaluation.settings import EvaluationSettings
 from fairway.model.fused import forward_backward as fused
 from fairway.model.fused import mlp_hopper
-from fairway.model.gpt import GPT, config_from_settings
+from fairway.model.gpt import GPT
+from fairway.model.spec import GPTConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 launch = JITFunction.run
 seen: set[int] = set()
@@ -63,29 +64,30 @@ def usage(kernel) -> str:
     return f"{registers} registers, {shared} bytes shared, {int(stack) + int(local)} bytes spilled"
 
 
-def compile_fit(window_tokens: int, slot: dict) -> None:
-    """The fit of one lane over a record's window, and of logits made into its probabilities."""
-    places, vocabulary = window_tokens, 1024
-    probabilities = logit_delta_kernel.compact_softmax(torch.zeros(1, places, vocabulary))
+def compile_fit(window_tokens: int, vocabulary: int, slot: SlotSettings) -> None:
+    """The fit of one lane over a window, and logits made into its probabilities."""
+    probabilities = logit_delta_kernel.compact_softmax(torch.zeros(1, window_tokens, vocabulary))
     logit_delta_kernel.fit_delta(
         probabilities,
-        torch.zeros(1, places, dtype=torch.int64),
-        torch.ones(1, places, dtype=torch.bool),
+        torch.zeros(1, window_tokens, dtype=torch.int64),
+        torch.ones(1, window_tokens, dtype=torch.bool),
         torch.zeros(1, vocabulary),
-        **{key: slot[key] for key in ("l2", "clamp", "iterations", "history")},
+        l2=slot.l2,
+        clamp=slot.clamp,
+        iterations=slot.iterations,
+        history=slot.history,
     )
 
 
-def compile_adapted(model: GPT, tokens: torch.Tensor, lora: dict) -> None:
-    """What runs beside a row's own products; `down` is computed in another way than `up`."""
+def compile_adapted(model: GPT, tokens: torch.Tensor) -> None:
+    """The kernels beside a row's own products; `down` is computed in another way than `up`."""
     for projection in ("up", "down"):
-        settings = LoraSettings(**{**lora, "projections": (projection,)})
-        additions = RowLora(model, 1, settings, seed=0)
+        additions = BatchedLora(model, 1, LoraSettings(projections=(projection,)), seed=0)
         additions.learn(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
 def compile_mlp_hopper(width: int, mlp_width: int) -> None:
-    """What takes the place of the MLP's kernels on Hopper; a CPU's tensors do not choose it."""
+    """The kernels that replace the MLP's on Hopper; a CPU's tensors do not choose them."""
     rows, up, down, activation = (
         torch.empty(shape, dtype=torch.bfloat16)
         for shape in ((256, width), (mlp_width, width), (width, mlp_width), (256, mlp_width))
@@ -98,19 +100,17 @@ def compile_mlp_hopper(width: int, mlp_width: int) -> None:
 def main() -> None:
     driver.set_active(HopperWithoutDevice())
     JITFunction.run = compile_only
-    config = load_config([ROOT / "config.yaml", ROOT / "config/record.yaml"])
-    sequence_tokens = config["train"]["sequence_tokens"]
-    model = GPT(config_from_settings(config["model"], 1024, sequence_tokens))
-    model.compute_dtype, model.kernels = torch.bfloat16, "fused"
+    model = GPT(GPTConfig())
+    model.compute_dtype, model.backend = torch.bfloat16, fused
     tokens = torch.zeros(1, 64, dtype=torch.int64)
     model.loss(tokens, tokens).backward()
-    fused.key_copies = lambda backend, queries_per_key: queries_per_key
+    model.key_copies = model.config.heads // model.config.kv_heads
     model.loss(tokens, tokens).backward()
     with torch.no_grad():
         model(tokens, 32)
     compile_mlp_hopper(model.config.width, model.config.mlp_width)
-    compile_adapted(model, tokens, config["lora"])
-    compile_fit(config["evaluation"]["window_tokens"], config["slot"])
+    compile_adapted(model, tokens)
+    compile_fit(EvaluationSettings().window_tokens, model.config.vocab_size, SlotSettings())
 
 
 if __name__ == "__main__":

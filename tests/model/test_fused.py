@@ -1,0 +1,311 @@
+"""The fused kernels against the plain formulation and float64, on a GPU or in the interpreter.
+
+The interpreter's time is that of the tokens and blocks, so there are few of both.
+"""
+
+import os
+import subprocess
+import sys
+import weakref
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evaluators import SMALL as EVALUATION
+from evaluators import adapter_settings, changed
+from fairway.evaluation.adapters.lora import BatchedLora
+from fairway.model.functional import NORM_EPSILON
+from fairway.model.gpt import GPT
+from fairway.model.spec import PROJECTIONS, GPTConfig
+from tiny import ROOT
+from trainings import SMALL
+
+pytest.importorskip("triton")
+from fairway.model.fused import forward_backward as fused
+from fairway.model.fused.loss import cross_entropy
+from fairway.model.fused.residual import rms_norm, rms_norm_backward
+from fairway.training.gradients import eager_backward, graphed_backward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+BACKENDS = {"plain": None, "fused": fused}
+
+# Widths that no tile divides; encoder and decoder halves with and without a block of their own.
+CONFIG = SMALL.changed(layers=3, value_layers=(1, 2), width=12, heads=2, kv_heads=1, mlp_width=20)
+CONFIGS = {
+    "odd": SMALL.changed(width=36, heads=6, kv_heads=3),
+    "even": CONFIG.changed(layers=4, value_layers=(0,)),
+    "no value embedding": CONFIG.changed(layers=3, value_layers=()),
+    "all dimensions rotated": CONFIG.changed(layers=2, value_layers=(1,), rotary_dimensions=6),
+}
+
+
+def random_model(config: GPTConfig, kernels: str) -> GPT:
+    model = GPT(config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.backend = BACKENDS[kernels]
+    return model.to(DEVICE)
+
+
+def batch(rows: int = 3, length: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 50, (rows, length + 1), generator=generator).to(DEVICE)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def halved(bank: torch.Tensor) -> torch.Tensor:
+    """Straight-through rounding to halves, which stands for a quantizer's."""
+    return bank + ((2 * bank).round() / 2 - bank).detach()
+
+
+@pytest.mark.parametrize("transform", [None, halved], ids=["", "late QAT"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_the_plain_ones(name, transform):
+    compare_losses_and_gradients(name, transform)
+
+
+@pytest.mark.parametrize("name", ["odd", "even"])
+def test_loss_and_gradients_with_copied_keys_are_the_plain_ones(name):
+    """Every query head gets a key of its own, as flash-attn-4 wants them, from any backend."""
+    assert CONFIGS[name].heads == 2 * CONFIGS[name].kv_heads
+    compare_losses_and_gradients(name, None, key_copies=2)
+
+
+def compare_losses_and_gradients(name, transform, key_copies=1):
+    found = {}
+    for kernels in BACKENDS:
+        model = random_model(CONFIGS[name], kernels)
+        model.fake_quantize, model.key_copies = transform, key_copies
+        loss = model.loss(*batch())
+        (2 * loss).backward()
+        found[kernels] = loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+    torch.testing.assert_close(found["fused"][0], found["plain"][0], rtol=1e-6, atol=0)
+    for parameter, plain in found["plain"][1].items():
+        if plain is None:  # nothing of this parameter exists in this configuration
+            continue
+        error = (found["fused"][1][parameter] - plain).norm() / plain.norm()
+        assert error < 2e-5, f"{parameter}: {error}"
+
+
+class AttentionHeads(TorchFunctionMode):
+    """Notes the query, key and value heads that attention is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is F.scaled_dot_product_attention:
+            self.seen.add(tuple(part.shape[1] for part in arguments))
+        return function(*arguments, **(options or {}))
+
+
+def test_evaluation_shares_keys():
+    model, (tokens, targets) = random_model(CONFIG, "fused"), batch()
+    model.key_copies = 2
+    with AttentionHeads() as training:
+        model.loss(tokens, targets)
+    with AttentionHeads() as evaluation, torch.no_grad():
+        model(tokens)
+    assert training.seen == {(2, 2, 2)} and evaluation.seen == {(2, 1, 1)}
+
+
+def test_logits_of_all_positions_and_of_the_last_ones():
+    tokens, _ = batch()
+    with torch.no_grad():
+        plain, fused = (random_model(CONFIG, kernels) for kernels in BACKENDS)
+        expected = plain(tokens)
+        torch.testing.assert_close(fused(tokens), expected, **TOLERANCE)
+        torch.testing.assert_close(fused(tokens, 3), expected[:, 3:], **TOLERANCE)
+
+
+def test_what_the_kernels_do_not_compute_is_refused_by_itself():
+    class Featured(GPTConfig):
+        gate: bool = False
+        loops: int = 1
+
+    known = dict(CONFIGS["even"].changed(width=16, mlp_width=24))
+    assert fused.supports(GPTConfig()) is None and fused.supports(Featured(**known)) is None
+    assert "model.gate is True" in fused.supports(Featured(**known, gate=True))
+    assert "model.loops is 2" in fused.supports(Featured(**known, loops=2))
+    assert "model.width is 12" in fused.supports(CONFIG)
+    assert set(GPTConfig.model_fields) == fused.SUPPORTED
+
+
+ADAPTED = {
+    "the default": ("up",),
+    "what has no kernel of its own": ("down",),
+    "every matrix": tuple(PROJECTIONS),
+}
+
+
+def additions(model: GPT, projections=("up",), **changes) -> BatchedLora:
+    """Of three rows, random in both factors."""
+    settings = changed(EVALUATION, adapters=("lora",), projections=projections, **changes)
+    found = BatchedLora(model, 3, adapter_settings(settings, "lora"), seed=1)
+    found.values += 0.3 * random(*found.values.shape, seed=2)
+    return found
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_rows_own_additions_and_their_gradients_are_the_plain_ones(name):
+    tokens, targets = batch()
+    share, found = torch.full((3, 2), 0.5, device=DEVICE), {}
+    for kernels in BACKENDS:
+        lora = additions(random_model(CONFIG, kernels), ADAPTED[name])
+        logits = [lora.logits(tokens, first_position) for first_position in (0, 3)]
+        found[kernels] = (*logits, lora.gradient(lora.values, tokens, targets[:, -2:], share))
+    for fused_one, plain in zip(found["fused"], found["plain"], strict=True):
+        assert (fused_one - plain).norm() < 2e-5 * plain.norm()
+
+
+def test_adapted_scales_are_left_to_the_plain_formulation():
+    tokens, _ = batch()
+    found = [
+        additions(random_model(CONFIG, kernels), scales=True).logits(tokens, 0)
+        for kernels in BACKENDS
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="attention on a CPU repeats itself anyway")
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_what_rows_learn_in_half_precision_repeats_itself_to_the_bit(kernels):
+    model = random_model(SMALL.changed(width=64), kernels)
+    model.compute_dtype = torch.bfloat16
+    tokens, targets = batch(rows=3, length=600)
+    learned = []
+    for _ in range(3):
+        lora = additions(model)
+        lora.learn(tokens, targets, torch.ones_like(targets, dtype=torch.bool))
+        learned.append(lora.values)
+    assert all(torch.equal(values, learned[0]) for values in learned)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the tensors of each shape that exist at the same time, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.created: dict[tuple[int, ...], list[weakref.ref]] = defaultdict(list)
+        self.most: dict[tuple[int, ...], int] = defaultdict(int)
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        if isinstance(found, torch.Tensor):
+            shape = tuple(found.shape)
+            self.created[shape].append(weakref.ref(found))
+            alive = {id(one()) for one in self.created[shape] if one() is not None}
+            self.most[shape] = max(self.most[shape], len(alive))
+        return found
+
+
+def test_evaluation_keeps_no_activations():
+    model, (tokens, targets) = random_model(CONFIG, "fused"), batch()
+    activation = tokens.numel(), CONFIG.mlp_width
+    qkv = tokens.numel(), CONFIG.width + 2 * CONFIG.kv_width
+    with LiveTensors() as training:
+        model.loss(tokens, targets)
+    with LiveTensors() as evaluation, torch.no_grad():
+        model(tokens)
+    for shape in (activation, qkv):
+        assert training.most[shape] >= CONFIG.layers and evaluation.most[shape] == 1
+
+
+def test_later_tokens_change_no_earlier_logit_to_the_bit():
+    model, (tokens, _) = random_model(CONFIG, "fused"), batch()
+    with torch.no_grad():
+        before = model(tokens)
+        tokens[1, 2] = (tokens[1, 2] + 1) % 50
+        after = model(tokens)
+    changed = (before != after).any(-1)
+    assert not changed[1, :2].any() and changed[1, 2:].all()
+    assert not changed[0].any() and not changed[2].any(), "rows must not meet"
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_graphed_gradients_are_the_eager_ones():
+    model, (x, y) = random_model(CONFIG, "fused"), batch(rows=4)
+    graphed, eager = graphed_backward(model), eager_backward(model.loss)
+    found = []
+    for backward in (eager, graphed, graphed):
+        for transform in (None, halved, None):
+            model.fake_quantize = transform
+            losses = [float(backward(x[rows], y[rows], 0.5)) for rows in (slice(0, 2), slice(2, 4))]
+            gradients = [p.grad.clone() for p in model.parameters()]
+            found.append((losses, gradients))
+            for parameter in model.parameters():
+                parameter.grad = None
+    for again in (3, 6):
+        for (eager_losses, expected), (losses, gradients) in zip(
+            found, found[again:], strict=False
+        ):
+            assert losses == pytest.approx(eager_losses, rel=1e-6)
+            torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_add_up_over_micro_batches():
+    model, (x, y) = random_model(CONFIG, "fused"), batch(rows=2)
+    model.loss(x, y).backward()
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for rows in (slice(0, 1), slice(1, 2)):
+        (0.5 * model.loss(x[rows], y[rows])).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], **TOLERANCE)
+
+
+def test_cross_entropy_far_from_zero_against_float64():
+    scores = 40 * random(9, 50)
+    targets = torch.arange(9, device=DEVICE) * 5
+    reference = scores.double().requires_grad_()
+    capped = 30 * torch.tanh(reference / 30)
+    expected = F.cross_entropy(capped, targets, reduction="none")
+    expected.sum().backward()
+    losses = cross_entropy(scores, targets, 30.0)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.double(), reference.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_norm_of_any_number_of_rows_against_float64(rows):
+    x, gradient, residual = (random(rows, 40, seed=seed) for seed in range(3))
+    reference = x.double().requires_grad_()
+    expected = F.rms_norm(reference, (40,), eps=NORM_EPSILON)
+    expected.backward(gradient.double())
+    normed, inverse = rms_norm(x)
+    torch.testing.assert_close(normed.double(), expected.detach(), **TOLERANCE)
+    found = rms_norm_backward(gradient, normed, inverse, residual)
+    torch.testing.assert_close(found.double(), reference.grad + residual, **TOLERANCE)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_hopper_without_spilling():
+    """In its own process: the interpreter must not have replaced the compiler."""
+    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=compiler_environment()
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) >= 15
+    spilling = [line for line in lines if not line.endswith(" 0 bytes spilled")]
+    assert not spilling, spilling
+
+
+def compiler_environment() -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return {**environment, "PYTHONPATH": str(ROOT / "src")}

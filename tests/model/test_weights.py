@@ -1,0 +1,80 @@
+"""Weights files: what is written is read, older files load, damaged and foreign ones do not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fairway.errors import UserError
+from fairway.model.gpt import GPT
+from fairway.model.weights import build_model, load_model, save_model
+from trainings import SMALL
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "weights.safetensors"
+
+
+def save_with_config(path, config) -> None:
+    """A weights file whose configuration is the text `config`."""
+    save_file(GPT(SMALL, seed=4).state_dict(), path, metadata={"config": config})
+
+
+def test_weights_survive_the_file(path):
+    model = GPT(SMALL, seed=4)
+    save_model(path, model)
+    loaded = load_model(path)
+    assert loaded.config == SMALL
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens), loaded(tokens))
+
+
+def test_a_file_older_than_a_key_means_its_default(path):
+    older = {**SMALL.model_dump(mode="json"), "logit_softcap": None, "query_gain": None}
+    save_with_config(path, json.dumps({key: v for key, v in older.items() if v is not None}))
+    assert load_model(path).config == SMALL.changed(logit_softcap=30.0, query_gain=5.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"layerz": 5}, "unknown key layerz; did you mean layers?"),
+        ({"layers": -1}, "layers: found -1, expected at least 1"),
+        ({"width": 1e400}, "width: found inf"),
+        ({"rope_base": "ten"}, "rope_base: found 'ten', expected a number"),
+        ({"value_layers": 3}, "value_layers: found 3, expected a list"),
+        ({"layers": 10**9, "value_layers": []}, "the model's config needs"),
+    ],
+)
+def test_a_strange_configuration_is_told_in_one_line(path, config, message):
+    save_with_config(path, json.dumps({**SMALL.model_dump(mode="json"), **config}))
+    with pytest.raises(UserError) as error:
+        load_model(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["not JSON", "[]", "null"])
+def test_what_is_no_configuration_is_refused(path, config):
+    save_with_config(path, config)
+    with pytest.raises(UserError, match="weights.safetensors"):
+        load_model(path)
+
+
+def test_damaged_or_foreign_weights_are_refused(path):
+    with pytest.raises(UserError, match="missing"):
+        load_model(path)
+    save_model(path, GPT(SMALL))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        load_model(path)
+    save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="holds no model configuration"):
+        load_model(path)
+    state = GPT(SMALL).state_dict()
+    with pytest.raises(UserError, match="smear_gate"):
+        build_model(SMALL, {k: v for k, v in state.items() if k != "smear_gate"}, "cpu")
+    with pytest.raises(UserError, match="weights for extra"):
+        build_model(SMALL, {**state, "extra": torch.zeros(1)}, "cpu")

@@ -13,6 +13,8 @@ from scipy import stats
 
 from fairway.errors import UserError
 from fairway.report.tables import comparisons_table, read_run, variants_by_text
+from fairway.stages import STAGES as TABLE
+from fairway.stages import Stage
 from synthetic_run import (
     OTHER_TEXT,
     QUICKSTART,
@@ -189,3 +191,32 @@ def test_what_does_not_apply_is_neither_failing_nor_missing(tmp_path):
     assert "and passed every check of its audit.</li>" in page
     assert page.count("Not run: Null test.") == 1  # of leaky
     assert page.count(">NOT APPLICABLE</span>") == len(TWO_SEEDS)
+
+
+@pytest.fixture
+def pruning():
+    """A row of the user's own in the table of stages, between gptq and slot_eval."""
+    before = dict(TABLE)
+    TABLE.clear()
+    for name, stage in before.items():
+        if name == "slot_eval":
+            TABLE["prune"] = Stage(
+                "prune", "Pruned artifact", sections=(), needs=("gptq",), products=(), scores=True
+            )
+        TABLE[name] = stage
+    yield
+    TABLE.clear()
+    TABLE.update(before)
+
+
+def test_a_stage_of_the_users_own_is_reported_by_its_row_alone(tmp_path, pruning):
+    folders = {name: own | {"prune": own["gptq"]} for name, own in QUICKSTART.items()}
+    root = make_run(tmp_path, TWO_SEEDS, folders)
+    results = load_results(root, TWO_SEEDS, folders)
+    scored = ["train", "ema", "ttt", "gptq", "prune", "sliding", "slot_eval"]
+    assert results.score_stages == scored
+    folder = make_report(root, TWO_SEEDS, folders)
+    page = read_page(folder)
+    assert page.count(">Pruned artifact<") == len(folders)
+    stages = read_run(folder.parent).stages
+    assert set(stages.loc[stages["stage"] == "prune", "metric"]) >= {"val_bpb", "seconds"}

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from fairway.files import atomic_path
 from fairway.report.content import page_content
@@ -40,6 +41,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = lambda name: escape(name).replace("_", Markup("_<wbr>"))
     page = environment.get_template(TEMPLATE.name).render(
         page_content(results, tables, settings),
         figures={name: _data_uri(figure) for name, figure in figures.items()},

@@ -72,7 +72,7 @@ class Results:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """In the config's order: the first is the one that others are compared with."""
+        """In the order given: the first is the one that many others are compared with."""
         return tuple(self.folders)
 
     @property

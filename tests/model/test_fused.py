@@ -196,7 +196,7 @@ def test_what_rows_learn_in_half_precision_repeats_itself_to_the_bit(kernels):
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the tensors of each shape that exist at the same time, at most."""
+    """Counts the memories of each shape that exist at the same time, at most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class LiveTensors(TorchDispatchMode):
         if isinstance(found, torch.Tensor):
             shape = tuple(found.shape)
             self.created[shape].append(weakref.ref(found))
-            alive = {id(one()) for one in self.created[shape] if one() is not None}
+            alive = {one().data_ptr() for one in self.created[shape] if one() is not None}
             self.most[shape] = max(self.most[shape], len(alive))
         return found
 

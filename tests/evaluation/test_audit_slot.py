@@ -1,4 +1,4 @@
-"""The audit over the project's own evaluator: lanes and ranks pass, the record's batches fail."""
+"""The audit over the project's own evaluator: lanes and ranks pass, shared batches fail."""
 
 from dataclasses import replace
 from functools import partial
@@ -6,24 +6,29 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fairway.evaluation.slot_evaluator import document_source, make_evaluator
-from test_score_first import LearnsFirst
 
-from evaluators import SMALL, changed, random_model
+from evaluators import SMALL, audited, changed, random_model
 from fairway.audit.flip_plan import Geometry
 from fairway.audit.interface import FAIL
 from fairway.audit.null import draw_stream
-from fairway.audit.runner import AuditSettings, Subject, audit_evaluator
-from fairway.evaluation import evaluator as scoring
-from fairway.evaluation.adapters import ngram
-from fairway.evaluation.evaluator import EvaluatorSettings
-from fairway.model.gpt import GPT, PROJECTIONS, GPTConfig
+from fairway.audit.runner import AuditSettings, AuditTarget, audit_evaluator
+from fairway.evaluation.settings import EvaluationSettings
+from fairway.model.gpt import GPT
+from fairway.model.sampling import sample_documents
+from fairway.model.spec import PROJECTIONS
 from mutants import Toy
 
 TOY = Toy(vocab_size=32, seed=5)
-AUDIT = AuditSettings(
-    flips=16, stream_tokens=200, null_tokens=400, noise_repeats=1, significance=0.001
-)
+AUDIT = AuditSettings(flips=16, stream_tokens=200, null_tokens=400)
+
+
+class ToyModel:
+    """TOY as an evaluator takes it."""
+
+    kernels = "plain"
+
+    def __call__(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
+        return TOY.logits(tokens, first_position)
 
 
 SETTINGS = changed(
@@ -40,7 +45,7 @@ SETTINGS = changed(
 
 
 def audit(
-    settings: EvaluatorSettings,
+    settings: EvaluationSettings,
     world_size: int = 1,
     num_targets: int = 200,
     *,
@@ -48,30 +53,35 @@ def audit(
     flips: int = 16,
 ):
     """model: what is evaluated and adapted, instead of the toy."""
-    cut = settings.evaluation
     geometry = Geometry(
-        cut.window_tokens,
-        cut.stride_tokens,
-        cut.lanes,
-        settings.slot.batch_windows if settings.shares_batches else 1,
+        settings.window_tokens,
+        settings.stride_tokens,
+        settings.lanes,
+        settings.windows_scored_together or 1,
     )
-    logits = model or TOY.logits
+    subject = model or ToyModel()
     toy_draw = partial(
         draw_stream,
-        replace(TOY, window_tokens=cut.window_tokens).next_token,
+        replace(TOY, window_tokens=settings.window_tokens).next_token,
         torch.tensor([TOY.bos_id]),
     )
-    subject = Subject(
-        evaluator=make_evaluator(logits, settings, TOY.bos_id, world_size, model=model),
+    target = AuditTarget(
+        evaluator=audited(subject, settings, world_size),
         tokens=TOY.stream(num_targets),
         vocab_size=TOY.vocab_size,
         bos_id=TOY.bos_id,
         geometry=geometry,
-        draw=document_source(model, cut.window_tokens, TOY.bos_id) if model else toy_draw,
-        base=make_evaluator(logits, changed(SETTINGS, adapters=()), TOY.bos_id),
+        sampler=documents_of(model, settings.window_tokens) if model else toy_draw,
+        base=audited(subject, changed(SETTINGS, adapters=())),
     )
-    findings = audit_evaluator(subject, replace(AUDIT, flips=flips), seed=1)
+    findings = audit_evaluator(target, AUDIT.changed(flips=flips), seed=1)
     return findings, {check.name for check in findings.checks if check.verdict == FAIL}
+
+
+def documents_of(model: GPT, window_tokens: int):
+    return lambda num_targets, seed: sample_documents(
+        model, num_targets, window_tokens, TOY.bos_id, seed
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +106,7 @@ def test_two_ranks_pass_and_score_the_same_bits():
     _, failed = audit(settings, world_size=2)
     assert failed == set()
     tokens = TOY.stream(200)
-    one, two = (make_evaluator(TOY.logits, settings, TOY.bos_id, size)(tokens) for size in (1, 2))
+    one, two = (audited(ToyModel(), settings, size)(tokens) for size in (1, 2))
     assert torch.equal(one.log_probs, two.log_probs)
 
 
@@ -141,23 +151,15 @@ def test_ngram_caches_pass(adapters):
     assert failed == set() and findings.track == "adaptive"
 
 
-def test_an_ngram_cache_that_finds_the_target_itself_fails(monkeypatch):
-    honest = ngram._occurrences
-
-    def with_itself(groups, tokens):
-        found = honest(groups, tokens)
-        return found._replace(slot=found.slot + 1, earlier=found.earlier + 1)
-
-    monkeypatch.setattr(ngram, "_occurrences", with_itself)
-    _, failed = audit(changed(SETTINGS, adapters=("ngram",)), flips=6)
+def test_an_ngram_cache_that_finds_the_target_itself_fails():
+    _, failed = audit(changed(SETTINGS, adapters=("faulty_adapters:FindsItself",)), flips=6)
     assert {"self_influence", "null"} <= failed
 
 
-def test_lora_that_learns_before_it_scores_fails(monkeypatch):
-    monkeypatch.setattr(scoring, "LoraAdapter", LearnsFirst)
+def test_lora_that_learns_before_it_scores_fails():
     settings = changed(
         SETTINGS,
-        adapters=("lora",),
+        adapters=("faulty_adapters:LearnsFirst",),
         projections=tuple(PROJECTIONS),
         steps=3,
         chunk_tokens=8,
@@ -166,26 +168,21 @@ def test_lora_that_learns_before_it_scores_fails(monkeypatch):
     findings, failed = audit(settings, model=random_model(32), flips=6)
     assert {"flip", "self_influence", "null"} <= failed
     reached = findings.reach[findings.reach["changed"] > 0]["distance_tokens"]
-    assert reached.max() < settings.evaluation.window_tokens  # scored by the lane's first window
+    assert reached.max() < settings.window_tokens  # scored by the lane's first window
 
 
 def test_documents_are_drawn_from_the_model_that_scores_them():
-    config = GPTConfig(
-        vocab_size=40, sequence_tokens=16, layers=2, width=16, heads=2, kv_heads=1, mlp_width=32,
-        rotary_dimensions=4, rope_base=10000.0, rope_trained_tokens=16, bigram_buckets=16,
-        bigram_width=4, value_width=4, value_layers=(1,), logit_softcap=30.0, query_gain=5.0,
-    )  # fmt: skip
-    model = GPT(config)
-    stream, log_probs = document_source(model, 12, bos_id=1)(40, 3)
-    assert stream.shape == (41,) and log_probs.shape == (40,)
+    model = random_model(40)
+    text, log_probs = sample_documents(model, 40, 12, TOY.bos_id, 3)
+    assert text.shape == (41,) and log_probs.shape == (40,)
     starts = torch.arange(0, 41, 12)
-    assert (stream[starts] == 1).all()
+    assert (text[starts] == TOY.bos_id).all()
     assert np.flatnonzero(np.isnan(log_probs)).tolist() == (starts[1:] - 1).tolist()
     with torch.no_grad():
-        logits = model(stream[:36].view(3, 12))[:, :-1]
+        logits = model(text[:36].view(3, 12))[:, :-1]
     expected = torch.log_softmax(logits.double(), 2)
-    expected = expected.gather(2, stream[:36].view(3, 12)[:, 1:, None])[..., 0]
+    expected = expected.gather(2, text[:36].view(3, 12)[:, 1:, None])[..., 0]
     found = np.concatenate([[np.nan], log_probs])[:36].reshape(3, 12)[:, 1:]
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
-    again, _ = document_source(model, 12, bos_id=1)(40, 3)
-    assert torch.equal(stream, again)
+    again, _ = sample_documents(model, 40, 12, TOY.bos_id, 3)
+    assert torch.equal(text, again)

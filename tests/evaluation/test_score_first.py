@@ -23,7 +23,7 @@ from evaluators import (
 )
 from fairway.evaluation.adapters.lora import BatchedLora
 from fairway.evaluation.windows import lane_runs
-from fairway.model.sampling import sample
+from fairway.model.sampling import sample_documents
 from fairway.model.spec import PROJECTIONS
 from faulty_adapters import STATE, Watched, state_of
 
@@ -283,9 +283,7 @@ def test_it_learns_a_documents_habits_and_the_gains_add_up(model):
 
 
 def test_only_learning_before_scoring_gains_on_draws_from_the_model_itself(model):
-    uniforms = torch.rand(12, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    documents, _ = sample(model, uniforms, 1.0, BOS)
-    tokens = documents.flatten()[:701]
+    tokens, _ = sample_documents(model, 700, 60, BOS, 3)
     settings = changed(EVERY_MATRIX, learning_rate=0.02, steps=3)
     assert score_columns(model, tokens, settings)["gain_lora"].mean() < 0.0
     faulty = changed(

@@ -136,7 +136,7 @@ class Evaluator:
         """
         encoded = ([self.bos_id, *tokenizer.encode(document)] for document in documents)
         tokens = np.array([token for ids in encoded for token in ids], np.int64)
-        device = next(iter(self.model.parameters())).device
+        device = next(self.model.parameters()).device
         scores = self.score_rank(torch.from_numpy(tokens).to(device))
         return token_table([scores], tokens, byte_counts(tokenizer), self.bos_id)
 

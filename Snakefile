@@ -2,3 +2,11 @@
 
 
 include: "workflow/Snakefile"
+
+
+# A rule of an included file is never the default target.
+rule everything:
+    default_target: True
+    input:
+        rules.all.input,
+    localrule: True

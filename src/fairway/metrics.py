@@ -138,13 +138,15 @@ class GptqMetrics(_Score):
     zeros: int
     """Codes zeroed to fit the limit."""
     mean_error: float
-    """Mean over matrices of tr((W−Q)·H·(W−Q)ᵀ)."""
+    """Mean over matrices of the quantizer's own measure; of GPTQ tr((W−Q)·H·(W−Q)ᵀ)."""
     mean_error_round_to_nearest: float | None = None
     """The same for rounding to nearest, where the quantizer compares itself with that."""
 
 
 class SlotEvalMetrics(_Score):
-    """Of slot_eval: sums over tokens.parquet."""
+    """Of slot_eval: sums over tokens.parquet; and gain_<adapter>_nats, which add up to gain_nats."""
+
+    model_config = ConfigDict(extra="allow")
 
     val_loss_before: float
     """Of the plain sliding window."""
@@ -152,12 +154,8 @@ class SlotEvalMetrics(_Score):
     """Of the plain sliding window."""
     gain_nats: float
     """val_loss_before − val_loss."""
-    gains: dict[str, float]
-    """Adapter → nats per token that it took off; they add up to gain_nats."""
     adapters: list[dict[str, str]]
-    """`name` (as in the column gain_<name>) and `title` of each, in order."""
-    adapter_kernels: dict[str, str]
-    """Adapter → the formulation that computed it."""
+    """`name` (as in the column gain_<name>), `title` and `kernels` of each, in order."""
     shares_batches: bool
     """Whether windows share what they are scored with, as in the reference submission's code."""
     windows: int

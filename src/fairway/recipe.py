@@ -177,12 +177,12 @@ def section_class(name: str) -> type[Settings]:
     return load(SECTIONS[name], "fairway")
 
 
-def plugin_files(settings: Mapping[str, Any]) -> list[Path]:
-    """The source files of the classes that plain settings name: what a stage with them runs."""
-    return sorted(
-        {source_file(choice.name, choice.package) for section in sections_of(settings).values()
-         for choice in _choices(section)}
-    )  # fmt: skip
+def plugin_files(stage: str, settings: Mapping[str, Any]) -> list[Path]:
+    """The source files of the classes that a stage's plain settings name and that it runs."""
+    choices = [one for section in sections_of(settings).values() for one in _choices(section)]
+    unused = STAGES[stage].names_only
+    run = [one for one in choices if ":" in one.name or one.package not in unused]
+    return sorted({source_file(one.name, one.package) for one in run})
 
 
 def load_config(paths: Iterable[str | Path]) -> Config:

@@ -241,12 +241,18 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]
     for key, value in overlay.items():
         before = merged.get(key)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            merged[key] = merge(before, value)
+            is_other_class = set(value) != set(before) and any(map(_names_class, (value, before)))
+            merged[key] = value if is_other_class else merge(before, value)
         elif isinstance(value, Mapping) and is_named_list(before):
             merged[key] = merge_named(before, value)
         else:
             merged[key] = value
     return merged
+
+
+def _names_class(value: Mapping[str, Any]) -> bool:
+    """Whether a mapping is `{"module:Name": {settings}}`."""
+    return len(value) == 1 and ":" in next(iter(value))
 
 
 def is_named_list(value: Any) -> bool:

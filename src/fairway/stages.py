@@ -51,6 +51,8 @@ class Stage:
     """The budget that its seconds of that name count towards."""
     scores: bool = False
     """Whether its metrics have the val_bpb of the weights that it made."""
+    names_only: tuple[str, ...] = ()
+    """Packages of built-in classes that its settings name but that it does not run."""
 
     @property
     def script(self) -> str:
@@ -82,6 +84,8 @@ STAGES = {
             products=("weights.safetensors", "averages.safetensors", "metrics.parquet"),
             charged="training",
             scores=True,
+            # Late QAT rounds as the quantizer does; of the built-in one that is `integers.py`.
+            names_only=("fairway.quantization.quantizers",),
         ),
         Stage(
             "ema",
@@ -129,7 +133,7 @@ STAGES = {
         Stage(
             "report",
             "Report",
-            sections=("report", "budgets"),
+            sections=("report",),
             needs=("tokenize", "train", "ema", "ttt", "gptq", "slot_eval", "audit"),
             products=(
                 "report.html",
@@ -137,6 +141,7 @@ STAGES = {
                 "summary.parquet",
                 "comparisons.parquet",
                 "gains.parquet",
+                "budgets.parquet",
             ),
             per="run",
         ),

@@ -1,7 +1,7 @@
 rule audit:
-    localrule: True
     input:
         get_targets("audit"),
+    localrule: True
 
 
 rule run_audit:
@@ -9,13 +9,13 @@ rule run_audit:
         records=get_records("audit"),
         products=ancient(get_products("audit")),
     output:
+        **get_outputs("audit", but=["audit.json"]),
         audit=report(
             f"{SEED}/{{folder}}/audit/audit.json",
             caption="../report/audit.rst",
             category="Audit",
             labels={"seed": "{seed}", "folder": "{folder}"},
         ),
-        **get_outputs("audit", but=["audit.json"]),
     log:
         get_log("audit"),
     benchmark:

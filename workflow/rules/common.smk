@@ -24,7 +24,9 @@ from fairway.stages import STAGES, stages_per
 
 # Where modules of the user's own are found: the working directory, and beside the config's files.
 PLUGIN_FOLDERS = list(
-    dict.fromkeys(map(str, [Path.cwd(), *(Path(file).parent for file in workflow.configfiles)]))
+    dict.fromkeys(
+        map(str, [Path.cwd(), *(Path(file).parent for file in workflow.configfiles)])
+    )
 )
 search_beside(PLUGIN_FOLDERS)
 
@@ -100,7 +102,8 @@ def get_code(stage):
     def code(wildcards):
         settings = CONFIG.stage_settings(stage, get_user(stage, wildcards))
         return code_hash(
-            HOME / "workflow/scripts" / STAGES[stage].script, *plugin_files(settings)
+            HOME / "workflow/scripts" / STAGES[stage].script,
+            *plugin_files(stage, settings),
         )
 
     return code
@@ -229,23 +232,31 @@ def get_all_targets():
 
 def get_stage_files(names):
     """The named files of all variants' stages, for the report."""
-    targets = [path for stage in stages_per("variant") for path in get_targets(stage.name)]
+    targets = [
+        path for stage in stages_per("variant") for path in get_targets(stage.name)
+    ]
     return [path for path in targets if Path(path).name in names]
 
 
 def get_report_files():
     """What the report reads, besides the records."""
-    names = ["metrics.json", "metrics.parquet", "tokens.parquet", "audit.json", "reach.parquet"]
+    names = [
+        "metrics.json",
+        "metrics.parquet",
+        "tokens.parquet",
+        "audit.json",
+        "reach.parquet",
+    ]
     return [*get_stage_files(names), *get_targets("tokenize")]
 
 
 def get_variants():
-    """What the report is told of variants, canonical: their datasets and their stages' folders."""
-    return canonical(
-        {
-            variant: {"dataset": CONFIG.dataset(variant), "folders": folders}
-            for variant, folders in FOLDERS.items()
-        }
+    """What the report is told of variants, in the config's order: the first is the reference."""
+    return json.dumps(
+        [
+            {"name": name, "dataset": CONFIG.dataset(name), "folders": FOLDERS[name]}
+            for name in CONFIG.variants
+        ]
     )
 
 

@@ -1,7 +1,7 @@
 rule ema:
-    localrule: True
     input:
         get_targets("ema"),
+    localrule: True
 
 
 rule run_ema:

@@ -1,7 +1,7 @@
 rule gptq:
-    localrule: True
     input:
         get_targets("gptq"),
+    localrule: True
 
 
 rule run_gptq:

@@ -1,7 +1,7 @@
 rule report:
-    localrule: True
     input:
         get_targets("report"),
+    localrule: True
 
 
 rule run_report:
@@ -9,13 +9,13 @@ rule run_report:
         records=get_stage_files(["provenance.json"]),
         products=ancient(get_report_files()),
     output:
+        **get_outputs("report", but=["report.html"]),
         page=report(
             f"{RUN}/report/report.html",
             caption="../report/report.rst",
             category="Report",
             labels={"what": "the whole report"},
         ),
-        **get_outputs("report", but=["report.html"]),
     log:
         f"{LOGS}/report.log",
     benchmark:
@@ -28,7 +28,6 @@ rule run_report:
         mem_mb=4000,
     params:
         run=subpath(output.page, ancestor=2),
-        data=f"{CONFIG.results}/data",
         # Sorted, so that another order of seeds reruns nothing.
         seeds=sorted(CONFIG.seeds),
         variants=get_variants(),
@@ -39,5 +38,5 @@ rule run_report:
         "report: {output.page}"
     shell:
         "python $FAIRWAY_HOME/workflow/scripts/report.py --settings {params.settings:q}"
-        " --run {params.run:q} --data {params.data:q} --seeds {params.seeds}"
+        " --run {params.run:q} --seeds {params.seeds}"
         " --variants {params.variants:q} --output {params.run:q}/report > {log:q} 2>&1"

@@ -1,7 +1,7 @@
 rule slot_eval:
-    localrule: True
     input:
         get_targets("slot_eval"),
+    localrule: True
 
 
 rule run_slot_eval:

@@ -1,7 +1,7 @@
 rule tokenize:
-    localrule: True
     input:
         get_targets("tokenize"),
+    localrule: True
 
 
 rule run_tokenize:

@@ -1,7 +1,7 @@
 rule train:
-    localrule: True
     input:
         get_targets("train"),
+    localrule: True
 
 
 rule run_train:

@@ -1,7 +1,7 @@
 rule ttt:
-    localrule: True
     input:
         get_targets("ttt"),
+    localrule: True
 
 
 rule run_ttt:

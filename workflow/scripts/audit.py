@@ -1,198 +1,132 @@
 """Audit the evaluation of one seed and variant: is its score causal, complete and within budget?
 
-    python workflow/scripts/audit.py --config config.yaml --variant causal --seed 42 \\
-        --dataset results/data/embedded/manifest.json \\
-        --train results/quickstart/seed-42/train --ema results/quickstart/seed-42/ema \\
-        --ttt results/quickstart/seed-42/causal/ttt --gptq results/quickstart/seed-42/causal/gptq \\
-        --slot results/quickstart/seed-42/causal/slot \\
-        --output results/quickstart/seed-42/causal/audit
+    python workflow/scripts/audit.py --config config.yaml --variant leaky --seed 42 \\
+        --tokenize results/data/embedded \\
+        --train results/quickstart/seed-42/shared/train --ema results/quickstart/seed-42/shared/ema \\
+        --ttt results/quickstart/seed-42/leaky/ttt --gptq results/quickstart/seed-42/leaky/gptq \\
+        --slot_eval results/quickstart/seed-42/leaky/slot_eval \\
+        --output results/quickstart/seed-42/leaky/audit
 """
 
-import argparse
-import time
-from dataclasses import asdict, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fairway.audit.bookkeeping import Evaluation, read_evaluation
+from fairway.audit.bookkeeping import read_evaluation
 from fairway.audit.checks import check_budgets
 from fairway.audit.flip_plan import Geometry, choose_excerpt
+from fairway.audit.interface import Scores
 from fairway.audit.lineage import check_lineage
-from fairway.audit.runner import (
-    AuditSettings,
-    Subject,
-    audit_evaluator,
-    audit_record,
-    verdict_lines,
-)
+from fairway.audit.runner import AuditTarget, audit_evaluator
 from fairway.code_hash import import_closure
-from fairway.command import run, seed_stage_parser, stage_settings
-from fairway.data.dataset import Dataset, load_dataset, read_split
-from fairway.distributed import World, resolve_device
-from fairway.evaluation.evaluator import evaluator_settings
-from fairway.evaluation.forward import forward_pass
-from fairway.evaluation.slot_evaluator import document_source, make_evaluator
-from fairway.evaluation.stream import ModelLogits
-from fairway.files import read_json, require_file, write_json, write_table
-from fairway.model.gpt import GPT
-from fairway.model.runtime import RuntimeSettings, prepare
-from fairway.provenance import runtime_metrics, write_provenance
+from fairway.data.dataset import load_dataset, read_split
+from fairway.evaluation.evaluator import Evaluator
+from fairway.files import read_json, write_json, write_table
+from fairway.model.runtime import prepare, runtime_metrics
+from fairway.model.sampling import sample_documents
 from fairway.quantization.artifact import load_artifact
 from fairway.quantization.pruning import code_bytes
+from fairway.recipe import plugin_files
+from fairway.stage import StageRun, run_stage
+from fairway.stages import STAGES
 
 EVALUATION_SCRIPT = Path(__file__).with_name("slot_eval.py")
-STAGES = ("train", "ema", "ttt", "gptq", "slot")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = seed_stage_parser("audit", __doc__)
-    for stage in STAGES:
-        parser.add_argument(f"--{stage}", type=Path, required=True, help=f"folder of {stage}")
-    options = parser.parse_args(arguments)
-    audit(options, stage_settings(options))
+def audit(stage: StageRun) -> None:
+    manifest, artifact = stage.take("tokenize", "manifest.json"), stage.take("gptq", "artifact.bin")
+    table = stage.take("slot_eval", "tokens.parquet")
+    stages = [name for name in STAGES["audit"].needs if STAGES[name].per == "variant"]
+    paths = {name: stage.take(name, "metrics.json") for name in stages}
+    metrics = {name: read_json(path) for name, path in paths.items()}
+    ranks = metrics["slot_eval"]["processes"]
 
-
-def audit(options: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """Run every check and write audit.json, reach.parquet, metrics.json, provenance.json."""
-    started = time.perf_counter()
-    runtime = RuntimeSettings(**settings["runtime"])
-    world = World(rank=0, size=1, device=resolve_device(runtime.device))
-    model = prepare(load_artifact(options.gptq / "artifact.bin", world.device), runtime)
-    metrics = {stage: read_json(getattr(options, stage) / "metrics.json") for stage in STAGES}
-    dataset = load_dataset(options.dataset)
-    logits = forward_pass(model, runtime)
-    subject = audit_subject(options, settings, model, logits, dataset, metrics["slot"])
-    audit_settings = AuditSettings(**settings["audit"])
-    findings = audit_evaluator(subject, audit_settings, options.seed)
-    checks = [
-        *findings.checks,
-        check_lineage(options.slot / "provenance.json", files_read(options)),
-        check_budgets(used_budgets(options, metrics), settings["budgets"]),
-    ]
-    record = audit_record(
-        checks,
-        findings,
-        variant=options.variant,
-        seed=options.seed,
-        parameters={
-            **asdict(audit_settings),
-            "geometry": asdict(subject.geometry),
-            "ranks": metrics["slot"]["processes"],
-            "excerpt_targets": len(subject.tokens) - 1,
-        },
+    runtime = stage.settings.runtime
+    model = prepare(load_artifact(artifact, stage.world.device), runtime)
+    dataset = load_dataset(manifest)
+    evaluator = Evaluator(
+        model, stage.settings.evaluation, bos_id=dataset.bos_id, seed=stage.seed, runtime=runtime
     )
-    print("\n".join(verdict_lines(record)), flush=True)
-    write_json(options.output / "audit.json", record)
-    write_table(options.output / "reach.parquet", findings.reach)
-    write_json(
-        options.output / "metrics.json",
-        {
-            "stage": "audit",
-            "seed": options.seed,
-            "variant": options.variant,
-            "verdict": record["verdict"],
-            "training_seconds": 0.0,
-            "evaluation_seconds": 0.0,
-            "seconds": time.perf_counter() - started,
-            **{f"{part}_seconds": spent for part, spent in findings.seconds.items()},
-            **runtime_metrics(model, world),
-        },
-    )
-    record_provenance(options, settings)
-
-
-def audit_subject(
-    options: argparse.Namespace,
-    settings: dict[str, Any],
-    model: GPT,
-    logits: ModelLogits,
-    dataset: Dataset,
-    slot_metrics: dict[str, Any],
-) -> Subject:
-    """The slot stage's evaluator, an excerpt of the text it scored, and the account it left.
-
-    logits: the model's, as the slot stage computed them.
-    """
-    evaluator = evaluator_settings(settings)
-    cut = evaluator.evaluation
-    stream = read_split(dataset, "val").astype(np.int64)
-    tokens = torch.from_numpy(stream)
-    num_targets = min(settings["audit"]["stream_tokens"], len(tokens) - 1)
-    start = choose_excerpt(tokens, num_targets, dataset.bos_id)
-    geometry = Geometry(
-        window_tokens=cut.window_tokens,
-        stride_tokens=cut.stride_tokens,
-        lanes=cut.lanes,
-        batch_windows=evaluator.slot.batch_windows if evaluator.shares_batches else 1,
-    )
-    ranks = slot_metrics["processes"]
-    plain = replace(evaluator, evaluation=replace(cut, adapters=[]))
-    return Subject(
-        evaluator=make_evaluator(
-            logits,
-            evaluator,
-            dataset.bos_id,
-            ranks,
-            kernels=model.kernels,
-            model=model,
-            seed=options.seed,
-        ),
-        tokens=tokens[start : start + num_targets + 1].to(model.token_embedding.device),
+    tokens = read_split(dataset, "val").astype(np.int64)
+    target = AuditTarget(
+        evaluator=as_audited(evaluator, ranks),
+        tokens=choose_excerpt(
+            torch.from_numpy(tokens), stage.settings.audit.stream_tokens, dataset.bos_id
+        ).to(stage.world.device),
         vocab_size=dataset.vocab_size,
         bos_id=dataset.bos_id,
-        geometry=geometry,
-        draw=document_source(model, cut.window_tokens, dataset.bos_id),
-        base=make_evaluator(logits, plain, dataset.bos_id),
-        evaluation=whole_evaluation(options, stream, slot_metrics),
+        geometry=geometry(stage),
+        sampler=lambda num_targets, seed: sample_documents(
+            model, num_targets, stage.settings.evaluation.window_tokens, dataset.bos_id, seed
+        ),
+        base=as_audited(evaluator.with_settings(plain(stage)), 1),
+        evaluation=read_evaluation(
+            table,
+            tokens,
+            split_bytes=read_json(manifest)["splits"]["val"]["bytes"],
+            metrics=metrics["slot_eval"],
+        ),
+    )
+    result = audit_evaluator(target, stage.settings.audit, stage.seed).with_checks(
+        check_lineage(
+            stage.inputs["slot_eval"] / "provenance.json",
+            [manifest, artifact, table, *paths.values()],
+        ),
+        check_budgets(used_budgets(stage, artifact, metrics), dict(stage.settings.budgets)),
+        ranks=ranks,
+    )
+    print(result, flush=True)
+    write_json(stage.output / "audit.json", result.content(stage.folder))
+    write_table(stage.output / "reach.parquet", result.reach)
+    stage.finish(
+        {"verdict": result.verdict, "check_seconds": result.seconds, **runtime_metrics(model)}
     )
 
 
-def whole_evaluation(
-    options: argparse.Namespace, stream: np.ndarray, slot_metrics: dict[str, Any]
-) -> Evaluation:
-    table = require_file(options.slot / "tokens.parquet", "the slot_eval stage")
-    split_bytes = read_json(options.dataset)["splits"]["val"]["bytes"]
-    return read_evaluation(table, stream, split_bytes=split_bytes, metrics=slot_metrics)
+def as_audited(evaluator: Evaluator, ranks: int) -> Callable[[Tensor], Scores]:
+    """The evaluator as the audit sees one: tokens int64 [n + 1] → Scores."""
+
+    def evaluate(tokens: Tensor) -> Scores:
+        found = evaluator.distributions(tokens, ranks)
+        return Scores(found.log_probs, found.positions, found.nats, found.lanes)
+
+    return evaluate
+
+
+def plain(stage: StageRun):
+    """The evaluation without adapters."""
+    return stage.settings.evaluation.changed(adapters=())
+
+
+def geometry(stage: StageRun) -> Geometry:
+    cut = stage.settings.evaluation
+    together = cut.windows_scored_together or 1
+    return Geometry(cut.window_tokens, cut.stride_tokens, cut.lanes, together)
 
 
 def used_budgets(
-    options: argparse.Namespace, metrics: dict[str, dict[str, Any]]
+    stage: StageRun, artifact: Path, metrics: dict[str, dict[str, Any]]
 ) -> dict[str, float]:
     """What the run used of each budget; file and code are measured anew, not taken on trust."""
-    made_by = ("train", "ema", "ttt", "gptq")
-    file_bytes = (options.gptq / "artifact.bin").stat().st_size
-    return {
-        "artifact_bytes": file_bytes + code_bytes(import_closure(EVALUATION_SCRIPT)),
-        "training_seconds": sum(metrics[stage]["training_seconds"] for stage in made_by),
-        "evaluation_seconds": metrics["slot"]["evaluation_seconds"],
-    }
-
-
-def files_read(options: argparse.Namespace) -> list[Path]:
-    return [
-        options.dataset,
-        options.gptq / "artifact.bin",
-        options.slot / "tokens.parquet",
-        *(getattr(options, stage) / "metrics.json" for stage in STAGES),
-    ]
-
-
-def record_provenance(options: argparse.Namespace, settings: dict[str, Any]) -> None:
-    folders = [getattr(options, stage) for stage in STAGES]
-    write_provenance(
-        options.output,
-        stage="audit",
-        settings=settings,
-        seed=options.seed,
-        inputs=files_read(options),
-        outputs=[options.output / name for name in ("audit.json", "reach.parquet", "metrics.json")],
-        splits_read=[],
-        parents=[folder / "provenance.json" for folder in folders],
+    code = code_bytes(
+        import_closure(EVALUATION_SCRIPT, *plugin_files("slot_eval", evaluation_settings(stage)))
     )
+    seconds = {
+        f"{budget}_seconds": sum(
+            metrics[name][f"{budget}_seconds"] for name in metrics if STAGES[name].charged == budget
+        )
+        for budget in ("training", "evaluation")
+    }
+    return {"artifact_bytes": artifact.stat().st_size + code, **seconds}
+
+
+def evaluation_settings(stage: StageRun) -> dict[str, Any]:
+    return {"evaluation": stage.plain_settings["evaluation"]}
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage("audit", audit, __doc__)

@@ -1,6 +1,7 @@
 """Build the averaged weights from train's trackers, without retraining, and evaluate them.
 
-    python workflow/scripts/ema.py --config config.yaml --seed 42 --tokenize results/data/embedded \\
+    python workflow/scripts/ema.py --config config.yaml --seed 42 \\
+        --tokenize results/data/embedded \\
         --train results/quickstart/seed-42/shared/train --output results/quickstart/seed-42/shared/ema
 """
 

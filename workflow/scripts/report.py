@@ -1,51 +1,50 @@
 """Put a run's numbers, verdicts and figures on one page; reads files only, computes no score.
 
-    python workflow/scripts/report.py --config config.yaml --run-folder results/quickstart \\
-        --data-folder results/data/embedded --seeds 1337 42 2025 --variants causal published \\
+    python workflow/scripts/report.py --config config.yaml --run results/quickstart \\
         --output results/quickstart/report
 """
 
+import argparse
+import json
 from pathlib import Path
 
-from fairway.command import run, stage_parser, stage_settings
-from fairway.files import write_table
-from fairway.provenance import write_provenance
-from fairway.report.figures import write_figures
-from fairway.report.page import write_page
+from fairway.recipe import load_config
+from fairway.report.page import write_report
 from fairway.report.results import input_files, read_results
-from fairway.report.tables import Budgets, ReportSettings, make_tables
+from fairway.stage import StageRun, run_stage
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = stage_parser("report", __doc__)
-    parser.add_argument("--run-folder", type=Path, required=True, help="holds seed-<seed>/")
-    parser.add_argument("--data-folder", type=Path, required=True, help="the tokenize stage's")
-    parser.add_argument("--seeds", type=int, nargs="+", required=True)
-    parser.add_argument("--variants", nargs="+", required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the report")
-    options = parser.parse_args(arguments)
-    sections = stage_settings(options)
-    settings, budgets = ReportSettings(**sections["report"]), Budgets(**sections["budgets"])
+def report(stage: StageRun) -> None:
+    folders, datasets, seeds = layout(stage.options)
+    results = read_results(stage.options.run, folders, seeds, datasets)
+    products = write_report(stage.output, results, stage.settings.report)
+    stage.note_inputs(input_files(stage.options.run, folders, seeds))
+    stage.finish({}, products=[str(path.relative_to(stage.output)) for path in products])
+    verdicts = ", ".join(f"{variant} {results.verdict(variant)}" for variant in folders)
+    print(f"{stage.output / 'report.html'}: {verdicts}")
 
-    results = read_results(options.run_folder, options.data_folder, options.seeds, options.variants)
-    tables = make_tables(results, settings, budgets)
-    table_paths = {}
-    for name in ("stages", "summary", "comparisons", "gains"):
-        table_paths[name] = options.output / f"{name}.parquet"
-        write_table(table_paths[name], getattr(tables, name))
-    figures = write_figures(options.output / "figures", results, tables)
-    page = options.output / "report.html"
-    write_page(page, results, tables, figures, settings)
-    write_provenance(
-        options.output,
-        stage="report",
-        settings=sections,
-        inputs=input_files(options.run_folder, options.data_folder, results),
-        outputs=[*table_paths.values(), *figures.values(), page],
-        splits_read=(),
+
+def layout(options: argparse.Namespace) -> tuple[dict, dict, list[int]]:
+    """variant → stage → folder, variant → dataset, and the seeds: told, or those of the config."""
+    if options.settings is not None:
+        variants = json.loads(options.variants)
+        return (
+            {one["name"]: one["folders"] for one in variants},
+            {one["name"]: one["dataset"] for one in variants},
+            options.seeds,
+        )
+    config = load_config(options.config)
+    datasets = {variant: config.dataset(variant) for variant in config.variants}
+    return config.folders, datasets, list(config.seeds)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, help="holds seed-<seed>/")
+    parser.add_argument("--seeds", type=int, nargs="+", help="(with --settings)")
+    parser.add_argument(
+        "--variants", metavar="JSON", help="their datasets and stages' folders (with --settings)"
     )
-    print(f"{page}: {', '.join(f'{name} {results.verdict(name)}' for name in results.variants)}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage("report", report, __doc__, add_options=add_options)

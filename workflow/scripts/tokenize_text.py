@@ -1,7 +1,7 @@
 """Make a dataset: tokenizer, token shards, splits and their manifest.
 
-    python workflow/scripts/tokenize_text.py --config config.yaml --output results/data/embedded
-    python workflow/scripts/tokenize_text.py --config mine.yaml --output results/data/mine --threads 16
+python workflow/scripts/tokenize_text.py --config config.yaml --output results/data/embedded
+python workflow/scripts/tokenize_text.py --config mine.yaml --output results/data/mine --threads 16
 """
 
 import argparse

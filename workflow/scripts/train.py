@@ -1,6 +1,7 @@
 """Train one seed's model; leave the last weights, the weight averages and the loss curve.
 
-    python workflow/scripts/train.py --config config.yaml --seed 42 --tokenize results/data/embedded \\
+    python workflow/scripts/train.py --config config.yaml --seed 42 \\
+        --tokenize results/data/embedded \\
         --output results/quickstart/seed-42/shared/train --checkpoints results/checkpoints
 
 Eight GPUs: torchrun --standalone --nproc_per_node=8 workflow/scripts/train.py ...
@@ -13,17 +14,18 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
+from safetensors.torch import save_file
 
 from fairway.code_hash import code_hash
 from fairway.data.dataset import Dataset, load_dataset
 from fairway.data.loader import CoprimeLoader
 from fairway.distributed import gather_objects
 from fairway.evaluation.plain import val_metrics
-from fairway.files import read_json, sha256_of, sha256_of_json, write_table
+from fairway.files import atomic_path, read_json, sha256_of, sha256_of_json, write_table
 from fairway.model.gpt import GPT
-from fairway.model.runtime import compiles, prepare, captures_graphs
+from fairway.model.runtime import captures_graphs, compiles, prepare
 from fairway.model.spec import GPTConfig
-from fairway.model.weights import save_model, save_tensors
+from fairway.model.weights import save_model
 from fairway.quantization.settings import quantizer_of
 from fairway.recipe import plugin_files
 from fairway.stage import StageRun, run_stage
@@ -60,7 +62,7 @@ def run_identity(stage: StageRun, manifest: Path) -> str:
             "settings": stage.plain_settings,
             "seed": stage.seed,
             "dataset": sha256_of(manifest),
-            "code": code_hash(__file__, *plugin_files(stage.plain_settings)),
+            "code": code_hash(__file__, *plugin_files("train", stage.plain_settings)),
         }
     )
 
@@ -75,7 +77,11 @@ def is_finished(stage: StageRun, identity: str) -> bool:
 def make_trainer(stage: StageRun, dataset: Dataset, checkpoints: Checkpoints) -> Trainer:
     settings, runtime, world = stage.settings.train, stage.settings.runtime, stage.world
     check_batch(settings, world.size)
-    config = GPTConfig.of(stage.settings.model, dataset.vocab_size, settings.sequence_tokens)
+    config = GPTConfig(
+        **dict(stage.settings.model),
+        vocab_size=dataset.vocab_size,
+        sequence_tokens=settings.sequence_tokens,
+    )
     model = prepare(GPT(config, seed=stage.seed).to(world.device), runtime)
     loader = CoprimeLoader(
         dataset.splits["train"],
@@ -100,12 +106,12 @@ def make_trainer(stage: StageRun, dataset: Dataset, checkpoints: Checkpoints) ->
     return trainer
 
 
-def write_products(
-    stage: StageRun, trainer: Trainer, dataset: Dataset, identity: str
-) -> None:
+def write_products(stage: StageRun, trainer: Trainer, dataset: Dataset, identity: str) -> None:
     state, model = trainer.progress, trainer.model
     save_model(stage.output / "weights.safetensors", model)
-    save_tensors(stage.output / "averages.safetensors", trainer.averages.state_tensors())
+    averages = {name: tensor.cpu() for name, tensor in trainer.averages.state_tensors().items()}
+    with atomic_path(stage.output / "averages.safetensors") as temporary:
+        save_file(averages, temporary)
     write_table(stage.output / "metrics.parquet", pd.DataFrame(state.history))
     stage.add_seconds("training", state.seconds)
     tokens = state.step * trainer.settings.batch_tokens

@@ -1,6 +1,7 @@
 """Plain evaluation: a split cut in sequences that do not overlap."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from fairway.data.tokenizer import load_tokenizer
 from fairway.evaluation.bits_per_byte import bits_per_byte
 from fairway.model.gpt import GPT
 from fairway.model.losses import target_losses
+from fairway.model.runtime import runtime_metrics
+from fairway.stage import StageRun
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,10 @@ def evaluate_split(
         tokens=len(losses),
         bytes=int(token_bytes(tokens, counts).sum(dtype=np.int64)),
     )
+
+
+def val_metrics(stage: StageRun, model: GPT, dataset: Dataset) -> dict[str, Any]:
+    """Score the validation split, on the evaluation's clock; with how the model computes."""
+    with stage.charge("evaluation"):
+        score = evaluate_split(model, dataset, "val")
+    return {**score.as_metrics(), **runtime_metrics(model)}

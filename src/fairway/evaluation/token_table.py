@@ -82,6 +82,12 @@ def rank_scores(
     return RankScores(columns, fit_iterations)
 
 
+def mean_fit_iterations(parts: Sequence[RankScores]) -> float:
+    """Iterations of a fit, over all ranks; 0 where no adapter fits anything."""
+    iterations = np.concatenate([part.fit_iterations for part in parts])
+    return float(iterations.mean()) if len(iterations) else 0.0
+
+
 def token_table(
     parts: Sequence[RankScores], tokens: np.ndarray, counts: ByteCounts, bos_id: int
 ) -> pd.DataFrame:

@@ -83,12 +83,17 @@ def test_loss_and_gradients_with_copied_keys_are_the_plain_ones(name):
     compare_losses_and_gradients(name, None, key_copies=2)
 
 
-def compare_losses_and_gradients(name, transform, key_copies=1):
+def test_loss_and_gradients_of_a_single_sequence_are_the_plain_ones():
+    """Its attention's gradients may lie in memory head by head."""
+    compare_losses_and_gradients("all dimensions rotated", None, rows=1)
+
+
+def compare_losses_and_gradients(name, transform, key_copies=1, rows=3):
     found = {}
     for kernels in BACKENDS:
         model = random_model(CONFIGS[name], kernels)
         model.fake_quantize, model.key_copies = transform, key_copies
-        loss = model.loss(*batch())
+        loss = model.loss(*batch(rows))
         (2 * loss).backward()
         found[kernels] = loss.detach(), {n: p.grad for n, p in model.named_parameters()}
     torch.testing.assert_close(found["fused"][0], found["plain"][0], rtol=1e-6, atol=0)

@@ -398,7 +398,10 @@ def _attention_backward(context, gradients, gain_sums, index, saved, gradient) -
         inner.view(excluded.shape), output.contiguous(), own_values
     )
     found = torch.autograd.grad(joined, inputs, inner.view(joined.shape))
-    query_gradient, key_gradient, value_gradient = (part.flatten(0, 1) for part in found)
+    # Flattening a single sequence copies nothing, whatever layout the backend chose.
+    query_gradient, key_gradient, value_gradient = (
+        part.flatten(0, 1).contiguous() for part in found
+    )
     qkv_gradient = heads_backward(
         query_gradient, key_gradient, value_gradient, from_exclusion, saved.qkv, spec.cos,
         spec.sin, weights.gain[index], gain_sums,

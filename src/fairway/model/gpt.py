@@ -37,13 +37,13 @@ class RowAdapter(Protocol):
     parts: Mapping[tuple[str, int], tuple[torch.Tensor, ...]]
     """Bank and index of a changed matrix → A [B, r, in] and B [B, out, r]; B·A is added to it."""
     changes_scales: bool
-    """Whether `scale` changes any; the fused kernels then stand aside."""
+    """Whether `scale` changes any; the plain formulation then computes."""
 
     def product(self, bank: str, index: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """What to use for y [B, T, out], the product of x [B, T, in] and a bank's matrix."""
+        """y [B, T, out], the product of x [B, T, in] and a bank's matrix, with the rows' changes."""
 
     def scale(self, name: str, layer: int, value: torch.Tensor) -> torch.Tensor:
-        """What to use for a block's per-channel scale [C]: itself or [B, 1, C]."""
+        """A block's per-channel scale [C] as it is, or with the rows' changes, [B, 1, C]."""
 
 
 class Backend(Protocol):
@@ -87,7 +87,7 @@ class GPT(nn.Module):
         self.attention_backend = "sdpa"
         self.deterministic_attention = False
         self.backend: Backend | None = None
-        """What computes in place of the plain formulation; `runtime.prepare` chooses it."""
+        """Computes in place of the plain formulation; `runtime.prepare` chooses it."""
         self.kernels_reason: str | None = None
         """Why `auto` did not take the fused kernels on this GPU."""
         self.key_copies = 1
@@ -136,7 +136,7 @@ class GPT(nn.Module):
     def hidden(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
         """tokens int64 [B, T] → the final, normalized residual stream [B, T − first_position, C].
 
-        The fused kernels know no activation hooks and no adapted scales, and stand aside for them.
+        The plain formulation computes wherever there are activation hooks or adapted scales.
         """
         adapts_scales = self.adapter is not None and self.adapter.changes_scales
         if self.backend is not None and self.activation_hook is None and not adapts_scales:

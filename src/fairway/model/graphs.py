@@ -45,8 +45,8 @@ def capture(
     inputs: tensors that differ between calls; the graph has copies of its own. Whatever else
     `compute` reads, such as parameters, it reads where it lies: new values there are seen.
     pool: of `torch.cuda.graph_pool_handle`, memory that several graphs share; None: its own.
-    warm_up_runs: what compiles or allocates at first use must not be captured, so `compute` runs
-        that often before; 0 where it has just run.
+    warm_up_runs: how often `compute` runs before, for compilation and first allocations must not
+        be captured; 0 where it has just run.
     changes: tensors that `compute` writes in place; they have their present values afterwards.
     """
     originals = [tensor.clone() for tensor in changes]

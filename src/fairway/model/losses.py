@@ -11,8 +11,8 @@ from fairway.model.gpt import GPT
 def target_losses(model: GPT, tokens: np.ndarray, batch_tokens: int = 65536) -> np.ndarray:
     """Nats of tokens[1:], float64 [n], from an integer array [n+1].
 
-    Sequences of the model's training length follow each other without overlap; what remains at
-    the end is one shorter sequence. A forward pass takes about `batch_tokens`.
+    Sequences of the model's training length follow each other without overlap; the rest at the
+    end is one shorter sequence. A forward pass takes about `batch_tokens`.
     """
     length = model.config.sequence_tokens
     text = torch.from_numpy(np.asarray(tokens, dtype=np.int64))

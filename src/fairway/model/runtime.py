@@ -1,4 +1,4 @@
-"""What a model computes with here: kernels, attention backend, precision, compilation."""
+"""Settings of the runtime resolved for a device: kernels, attention, precision, compilation."""
 
 import os
 from importlib.util import find_spec

@@ -6,7 +6,7 @@ from fairway.settings import Settings
 
 
 class RuntimeSettings(Settings):
-    """How to compute; every metrics.json tells what was taken."""
+    """How to compute; every metrics.json says which of these ran."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Auto takes CUDA where there is a GPU."""
@@ -15,7 +15,7 @@ class RuntimeSettings(Settings):
     and newer, where it supports the model."""
     attention: Literal["auto", "sdpa", "cudnn", "flash_attn"] = "auto"
     """On CUDA auto takes flash-attn-4 where it is installed, else cudnn on Hopper GPUs and newer,
-    else what there is of the flash_attn family."""
+    else any other of the flash_attn family."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; auto is bfloat16 on CUDA, float32 on CPU."""
     compile: Literal["auto", "on", "off"] = "auto"

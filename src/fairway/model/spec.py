@@ -1,8 +1,8 @@
-"""What the model is: its configuration, and the one table of its parameters.
+"""The model's configuration, and the one table of its parameters.
 
-Needs no PyTorch, so that a config is checked without loading it. Everything else that knows
-parameters follows from the table: their initial values, the optimizer's groups, how an artifact
-stores them, what test-time training freezes, and the check of a weights file.
+A config is checked without PyTorch, which takes seconds to load. From the table follow initial
+values, the optimizer's groups, storage in an artifact, the slices that test-time training freezes,
+and the check of a weights file.
 """
 
 from dataclasses import dataclass
@@ -113,7 +113,7 @@ class Orthogonal:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What there is to know of a parameter besides its name."""
+    """The description of a parameter."""
 
     shape: tuple[int, ...]
     initial: float | tuple[float, ...] | Normal | Orthogonal

@@ -1,8 +1,8 @@
 """The MLP's activation, leaky_relu(·, 0.5)², and its gradient, in the registers of a kernel.
 
-A backward pass needs nothing else: the gradient is 2·√a where what the activation `a` came from is
-positive, else −√a. `a` tells it but for that sign, which its last mantissa bit is spent on. Gluon's
-kernels call these as well.
+A backward pass needs nothing else: the gradient is 2·√a where the input of the activation `a` was
+positive, else −√a. The last mantissa bit of `a` is spent on that sign. Gluon's kernels call these as
+well.
 """
 
 import triton
@@ -27,7 +27,7 @@ def activation_of(x, dtype: tl.constexpr, SIGNED: tl.constexpr):
 
 @triton.jit
 def slope_of(a):
-    """The activation's gradient, float32, from what `activation_of` has made."""
+    """The activation's gradient, float32, from a result `a` of `activation_of`."""
     LAST: tl.constexpr = _last_bit(a.dtype)
     exact = a.to(tl.float32)
     root = tl.sqrt(exact)

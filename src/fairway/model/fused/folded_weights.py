@@ -14,7 +14,7 @@ from fairway.model.gpt import GPT
 
 
 class FoldedWeights(NamedTuple):
-    """What the blocks compute with; matrices in the compute dtype, scales folded in."""
+    """The weights of all blocks; matrices in the compute dtype, scales folded in."""
 
     qkv: torch.Tensor
     """[L, C + 2·K·D, C]: query, key and value matrices, times the block's depth scale."""

@@ -67,7 +67,7 @@ WIDTH_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class PassSpec:
-    """What a pass needs besides tensors that take gradients."""
+    """The inputs of a pass that take no gradients."""
 
     config: GPTConfig
     attention_backend: str
@@ -101,7 +101,7 @@ class PassSpec:
 
 
 class Context(NamedTuple):
-    """What every block of a pass computes with."""
+    """The inputs that all blocks of a pass share."""
 
     spec: PassSpec
     weights: FoldedWeights
@@ -110,7 +110,7 @@ class Context(NamedTuple):
 
 @dataclass
 class BlockActivations:
-    """What a block's backward pass needs of its forward pass."""
+    """The tensors that a block's forward pass keeps for its backward pass."""
 
     x: torch.Tensor
     """[M, C], its input."""
@@ -148,7 +148,7 @@ class PartialGrads(NamedTuple):
 
 
 def supports(config: GPTConfig) -> str | None:
-    """None where this module computes what `config` describes, else why not."""
+    """Why this module cannot compute a model of this configuration; None where it can."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if name not in SUPPORTED and value != field.default:
@@ -220,7 +220,7 @@ class Embed(torch.autograd.Function):
 
 
 def sums_by_token(rows: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
-    """float32 [count, C]: for each token the sum of the rows [M, C] where it stands."""
+    """float32 [count, C]: for each token the sum of its rows of `rows` [M, C]."""
     scatter = torch.ops.aten.embedding_dense_backward
     return scatter(rows, tokens.flatten(), count, -1, False).float()
 
@@ -311,7 +311,7 @@ class Blocks(torch.autograd.Function):
 
 
 def _block(context, index, saved, x0) -> torch.Tensor:
-    """Block `index` from `saved`'s input to its output; notes in `saved` what it computed."""
+    """Block `index` from `saved.x` to its output; keeps in `saved` what the backward pass needs."""
     spec, weights, additions = context
     x, *saved.attention_input = mix_and_norm(
         saved.x, x0, weights.mix[index], saved.skip, saved.skip_weight

@@ -63,13 +63,13 @@ def mlp_down_backward(
 
 
 def activate(x: torch.Tensor) -> torch.Tensor:
-    """The activation of contiguous x, in place: where something is added to the product first."""
+    """The activation of contiguous x, in place, for a product that something was added to."""
     _activate[(triton.cdiv(x.numel(), ELEMENTS_PER_TILE),)](x, x.numel(), ELEMENTS_PER_TILE)
     return x
 
 
 def activate_backward(gradient: torch.Tensor, activation: torch.Tensor) -> None:
-    """Turn the activation's gradient into that of what it came from, in place; both contiguous."""
+    """Turn the activation's gradient into that of its input, in place; both contiguous."""
     _activate_backward[(triton.cdiv(gradient.numel(), ELEMENTS_PER_TILE),)](
         gradient, activation, gradient.numel(), ELEMENTS_PER_TILE
     )

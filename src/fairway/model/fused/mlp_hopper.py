@@ -8,8 +8,7 @@ walks over tiles of rows. Three parts of it run side by side:
 - two consumers, four warps each, take the tiles of rows in turns, so that one multiplies while the
   other computes and stores activations, a PIECE of columns at a time.
 
-They meet at barriers in shared memory, each of which flips its phase when what it counts is
-complete; a part waits for a phase by its parity, and must therefore never lag by two of them.
+They meet at barriers in shared memory. A barrier flips its phase when its count is complete; a part waits for a phase by its parity, and must therefore never lag by two of them.
 
 - `filled` and `emptied`, for each stage: its bytes have come; its consumer has multiplied them. The
   producer waits for `emptied` before it refills a stage, so it is one round of the ring ahead at
@@ -20,7 +19,7 @@ complete; a part waits for a phase by its parity, and must therefore never lag b
 - `piece_filled`, for each consumer: in the backward pass, the piece of the saved activation has
   come. The gradient replaces it in its buffer, and the next piece is asked for once that is stored.
 
-No program waits for another one, so they may run in any number and order. What a tile has outside
+No program waits for another one, so they may run in any number and order. The part of a tile outside
 its tensor is loaded as zeros, which count as bytes, and not stored: no size need be a multiple of
 its tile. Shapes: M rows (tokens), K the width, N columns.
 """

@@ -40,7 +40,7 @@ class RowAdapter(Protocol):
     """Whether `scale` changes any; the plain formulation then computes."""
 
     def product(self, bank: str, index: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """y [B, T, out], the product of x [B, T, in] and a bank's matrix, with the rows' changes."""
+        """y [B, T, out], a bank's matrix times x [B, T, in], with the rows' changes."""
 
     def scale(self, name: str, layer: int, value: torch.Tensor) -> torch.Tensor:
         """A block's per-channel scale [C] as it is, or with the rows' changes, [B, 1, C]."""

@@ -1,8 +1,8 @@
 """The MLP's activation, leaky_relu(·, 0.5)², and its gradient, in the registers of a kernel.
 
 A backward pass needs nothing else: the gradient is 2·√a where the input of the activation `a` was
-positive, else −√a. The last mantissa bit of `a` is spent on that sign. Gluon's kernels call these as
-well.
+positive, else −√a. The last mantissa bit of `a` is spent on that sign. Gluon's kernels call these
+as well.
 """
 
 import triton

@@ -8,7 +8,8 @@ walks over tiles of rows. Three parts of it run side by side:
 - two consumers, four warps each, take the tiles of rows in turns, so that one multiplies while the
   other computes and stores activations, a PIECE of columns at a time.
 
-They meet at barriers in shared memory. A barrier flips its phase when its count is complete; a part waits for a phase by its parity, and must therefore never lag by two of them.
+They meet at barriers in shared memory. A barrier flips its phase when its count is complete; a part
+waits for a phase by its parity, and must therefore never lag by two of them.
 
 - `filled` and `emptied`, for each stage: its bytes have come; its consumer has multiplied them. The
   producer waits for `emptied` before it refills a stage, so it is one round of the ring ahead at
@@ -19,9 +20,9 @@ They meet at barriers in shared memory. A barrier flips its phase when its count
 - `piece_filled`, for each consumer: in the backward pass, the piece of the saved activation has
   come. The gradient replaces it in its buffer, and the next piece is asked for once that is stored.
 
-No program waits for another one, so they may run in any number and order. The part of a tile outside
-its tensor is loaded as zeros, which count as bytes, and not stored: no size need be a multiple of
-its tile. Shapes: M rows (tokens), K the width, N columns.
+No program waits for another one, so they may run in any number and order. The part of a tile that
+lies outside its tensor is loaded as zeros, which count as bytes, and not stored: no size need be a
+multiple of its tile. Shapes: M rows (tokens), K the width, N columns.
 """
 
 from functools import cache

@@ -6,31 +6,31 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from fairway.data.dataset import load_dataset, read_split
-from fairway.model.gpt import BANKS, GPT, GPTConfig
-from fairway.quantization.artifact import storable, write_artifact
+from fairway.files import write_json
+from fairway.model.spec import GPTConfig
+from fairway.quantization.artifact import quantizable, storable, write_artifact
 from fairway.quantization.integers import round_to_nearest
+from fairway.recipe import load_config
+from scattered import scattered_model
 from tiny import run_script
 
 
-def write_random_artifact(folder, config: dict, vocab_size: int) -> None:
+def write_random_artifact(folder, model_settings, vocab_size: int) -> None:
     """A gptq folder whose model has random weights everywhere."""
-    model_config = GPTConfig(vocab_size=vocab_size, sequence_tokens=32, **config)
-    state = GPT(model_config).state_dict()
-    generator = torch.Generator().manual_seed(0)
-    for tensor in state.values():
-        tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
-    banks = {name: round_to_nearest(state[name], bits=6) for name in BANKS}
-    write_artifact(folder / "artifact.bin", vars(model_config), storable(state, banks))
-    (folder / "provenance.json").write_text(json.dumps({"splits": ["train"]}))
+    config = GPTConfig(vocab_size=vocab_size, sequence_tokens=32, **dict(model_settings))
+    model = scattered_model(config, deviation=0.1)
+    quantized = {
+        name: round_to_nearest(matrices, bits=6) for name, matrices in quantizable(model).items()
+    }
+    write_artifact(folder / "artifact.bin", model.config, storable(model, quantized))
+    write_json(folder / "provenance.json", {"splits": ["train"]})
 
 
 @pytest.fixture(scope="module")
-def model_settings(tiny_config):
-    defaults = {"rope_base": 10000.0, "logit_softcap": 30.0, "query_gain": 5.0}
-    return {**defaults, **tiny_config["model"]}
+def model_settings(tiny_config_file):
+    return load_config([tiny_config_file]).sections("causal")["model"]
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,11 @@ def artifact(model_settings, tiny_dataset, tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluate(tiny_config_file, tiny_dataset, artifact, tmp_path_factory):
     def run(variant="causal", processes=1, artifact=artifact, check=True):
-        output = tmp_path_factory.mktemp("slot")
+        output = tmp_path_factory.mktemp("slot_eval")
         done = run_script(
             "slot_eval.py",
             *("--config", tiny_config_file, "--variant", variant, "--seed", 7),
-            *("--dataset", tiny_dataset, "--artifact", artifact, "--output", output),
+            *("--tokenize", tiny_dataset.parent, "--gptq", artifact, "--output", output),
             processes=processes,
             check=check,
         )
@@ -62,8 +62,8 @@ def causal(evaluate):
 
 
 @pytest.fixture(scope="module")
-def published(evaluate):
-    return evaluate("published")[1]
+def leaky(evaluate):
+    return evaluate("leaky")[1]
 
 
 def test_each_target_has_one_row(causal, tiny_dataset):
@@ -101,7 +101,12 @@ def test_the_metrics_are_sums_over_the_table(causal):
     )
     for name in ("gain_lora", "gain_slot", "gain_ngram"):
         assert metrics[f"{name}_nats"] == pytest.approx(table[name].mean(), abs=1e-12) != 0
-    assert metrics["adapters"] == ["lora", "slot", "ngram"] and not metrics["shares_batches"]
+    assert metrics["adapters"] == [
+        {"name": "lora", "title": "LoRA", "kernels": "plain"},
+        {"name": "slot", "title": "SLOT", "kernels": "plain"},
+        {"name": "ngram", "title": "n-gram cache", "kernels": "plain"},
+    ]
+    assert not metrics["shares_batches"]
     assert metrics["windows"] == table["window"].nunique()
     assert 0 < metrics["adapter_seconds"] < metrics["evaluation_seconds"]
     assert metrics["mean_iterations"] > 0
@@ -112,7 +117,7 @@ def test_the_metrics_are_sums_over_the_table(causal):
 
 
 @pytest.mark.parametrize(
-    ("variant", "adapters"), [("causal", ["lora", "slot", "ngram"]), ("published", ["slot"])]
+    ("variant", "adapters"), [("causal", ["lora", "slot", "ngram"]), ("leaky", ["slot"])]
 )
 def test_the_gains_are_what_the_adapters_took_off_each_loss(variant, adapters, request):
     table = pd.read_parquet(request.getfixturevalue(variant) / "tokens.parquet")
@@ -123,7 +128,7 @@ def test_the_gains_are_what_the_adapters_took_off_each_loss(variant, adapters, r
     np.testing.assert_allclose(gains.sum(axis=1), taken_off, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["causal", "published"])
+@pytest.mark.parametrize("variant", ["causal", "leaky"])
 def test_two_processes_write_the_same_table_as_one(evaluate, variant, request):
     alone = request.getfixturevalue(variant)
     done, together = evaluate(variant, processes=2)
@@ -136,11 +141,12 @@ def test_two_processes_write_the_same_table_as_one(evaluate, variant, request):
     assert "window" in done.stderr  # the progress bar
 
 
-def test_the_published_variant_is_marked_where_it_leaks(published):
-    table = pd.read_parquet(published / "tokens.parquet")
+def test_the_leaky_variant_is_marked_where_it_leaks(leaky):
+    table = pd.read_parquet(leaky / "tokens.parquet")
     assert table["in_own_loss"].mean() > 0.3
-    metrics = json.loads((published / "metrics.json").read_text())
-    assert metrics["adapters"] == ["slot"] and metrics["shares_batches"]
+    metrics = json.loads((leaky / "metrics.json").read_text())
+    assert [adapter["name"] for adapter in metrics["adapters"]] == ["slot"]
+    assert metrics["shares_batches"]
 
 
 def test_an_artifact_of_another_vocabulary_is_refused(evaluate, model_settings, tmp_path):

@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 
 from fairway.metrics import METRICS, Metrics
 from fairway.plugins import built_in_names, load
-from fairway.recipe import SECTIONS, RunSettings, section_class
-from fairway.settings import Choice, Settings
+from fairway.recipe import SECTIONS, VARIED, RunSettings, section_class
+from fairway.settings import Choice, Settings, list_defaults
 from fairway.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,23 +39,60 @@ def generated_files() -> dict[Path, str]:
 
 
 def config_schema() -> dict[str, Any]:
-    """JSON schema (2020-12) of a config with its recipe's sections."""
+    """JSON schema (2020-12) of a config, and of a recipe: sections over those that they go over."""
     definitions: dict[str, Any] = {}
-    properties: dict[str, Any] = {}
-    run = RunSettings.model_json_schema()
-    properties |= run["properties"]
+    sections = {}
     for name in SECTIONS:
-        schema = section_class(name).model_json_schema(ref_template="#/$defs/{model}")
-        definitions |= schema.pop("$defs", {})
-        properties[name] = schema
+        kind = section_class(name)
+        definitions[kind.__name__] = _settings_schema(kind, definitions)
+        sections[name] = {"$ref": f"#/$defs/{kind.__name__}"}
+        for choice in _choice_kinds(kind):
+            definitions[choice.__name__] = _choice_schema(choice, definitions)
+    run = _settings_schema(RunSettings, definitions)["properties"]
+    changes = _object({name: sections[name] for name in VARIED})
+    run["variants"]["anyOf"][-1]["additionalProperties"] = _or_null(changes)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Fairway configuration",
-        "type": "object",
-        "additionalProperties": False,
-        "properties": properties,
+        **_object(run | sections),
         "$defs": definitions,
     }
+
+
+def _settings_schema(kind: type[Settings], definitions: dict[str, Any]) -> dict[str, Any]:
+    """No key is required: what it goes over may have it."""
+    schema = kind.model_json_schema(ref_template="#/$defs/{model}")
+    for name, definition in schema.pop("$defs", {}).items():
+        definitions.setdefault(name, definition)
+    schema.pop("required", None)
+    for name in list_defaults(kind):
+        entries = schema["properties"][name]
+        listed = {"type": entries.pop("type"), "items": entries.pop("items")}
+        entries["anyOf"] = [listed, {"type": "object"}]
+    return schema
+
+
+def _choice_schema(kind: type[Choice], definitions: dict[str, Any]) -> dict[str, Any]:
+    built_in = {
+        name: _or_null(_settings_schema(load(name, kind.package).Settings, definitions))
+        for name in built_in_names(kind.package)
+    }
+    own = {**_object(built_in), "patternProperties": {":": {}}}
+    names = {"type": "string", "pattern": ":"}
+    one_of = {"minProperties": 1, "maxProperties": 1}
+    return {
+        "title": kind.__name__,
+        "description": kind.__doc__,
+        "anyOf": [{"enum": list(built_in)}, names, own | one_of],
+    }
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
 def config_page() -> str:
@@ -93,16 +130,16 @@ def stages_page() -> str:
             stage.charged or "–",
         )
         rows.append(f"| {' | '.join(cells)} |")
-    text = "Every stage also writes `metrics.json` and `provenance.json`. ../stages.md explains each.\n"
+    text = "Each also writes `metrics.json` and `provenance.json`; ../stages.md explains each.\n"
     return "\n".join([NOTE, "# Stages\n", text, *rows, ""])
 
 
 def _introduction() -> str:
     return (
         "A config is YAML: what runs, and sections over those of its recipe. `snakemake` reads\n"
-        "config.yaml, then the files of `--configfile`, then `--config`; later ones go over earlier\n"
-        "ones, key by key. Over a list of named entries, as `evaluation.adapters` is, a mapping\n"
-        "changes the entries of those names.\n"
+        "config.yaml, then the files of `--configfile`, then `--config`; later ones go over\n"
+        "earlier ones, key by key. Over a list of named entries, as `evaluation.adapters` is, a\n"
+        "mapping changes the entries of those names, and null takes one out.\n"
     )
 
 

@@ -2,8 +2,8 @@
 
 A plain name such as `lora` is a module of a package of Fairway, and the class in it is that name in
 CamelCase: `fairway.evaluation.adapters.lora:Lora`. `my_cache:Cache` is the class `Cache` of
-`my_cache.py`, which lies beside the config or wherever Python finds it. No list has to be edited for
-either.
+`my_cache.py`, which lies beside the config or wherever Python finds it. Neither needs an entry in a
+list.
 """
 
 import difflib
@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,17 @@ def load(name: str, package: str) -> Any:
     Raises UserError where there is no such module or class, or where importing it fails.
     """
     module, class_name = _location(name, package)
+    if ":" not in name and name not in (known := built_in_names(package)):
+        raise UserError(
+            f"found {name!r}, expected one of {', '.join(known)}, or module:Name of your own"
+            f"{did_you_mean(name, known)}"
+        )
     try:
         found = getattr(importlib.import_module(module), class_name, None)
     except ImportError as error:
-        raise UserError(f"{name!r} could not be imported: {error}{_hint(name, package)}") from error
+        raise UserError(f"{name!r} could not be imported: {error}{_hint(name)}") from error
+    except Exception as error:  # whatever the user's module raises
+        raise UserError(f"{name!r} could not be imported: {_told(error)}") from error
     if found is None:
         raise UserError(f"{name!r}: {module} has no class {class_name}")
     return found
@@ -39,16 +47,11 @@ def label(name: str) -> str:
 
 
 def built_in_names(package: str) -> list[str]:
-    """The plain names that `load` knows in `package`, sorted; `base` and private modules are none."""
+    """The plain names that `load` knows in `package`, sorted: its modules without `base`."""
     specification = importlib.util.find_spec(package)
     assert specification is not None and specification.submodule_search_locations
     modules = pkgutil.iter_modules(specification.submodule_search_locations)
-    return sorted(
-        module.name
-        for module in modules
-        if not module.ispkg and module.name != "base" and not module.name.startswith("_")
-        and not module.name.endswith("_kernel")
-    )  # fmt: skip
+    return sorted(module.name for module in modules if not module.ispkg and module.name != "base")
 
 
 def source_file(name: str, package: str) -> Path:
@@ -59,7 +62,7 @@ def source_file(name: str, package: str) -> Path:
     except ModuleNotFoundError:
         specification = None
     if specification is None or specification.origin is None:
-        raise UserError(f"{name!r}: no module {module}{_hint(name, package)}")
+        raise UserError(f"{name!r}: no module {module}{_hint(name)}")
     return Path(specification.origin)
 
 
@@ -90,8 +93,13 @@ def _location(name: str, package: str) -> tuple[str, str]:
     return module, class_name
 
 
-def _hint(name: str, package: str) -> str:
-    if ":" in name:
-        return "; run in the folder that holds the module, or put it beside the config"
-    known = built_in_names(package)
-    return f"{did_you_mean(name, known)}; known: {', '.join(known)}, or module:Name of your own"
+def _hint(name: str) -> str:
+    known = "; run in the folder that holds the module, or put it beside the config"
+    return known if ":" in name else ""
+
+
+def _told(error: Exception) -> str:
+    """An error in one line, with the line of code that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({last.filename}, line {last.lineno})"

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, field_validator
 
 from fairway.errors import UserError
 from fairway.plugins import did_you_mean, load, search_beside, source_file
-from fairway.settings import Choice, Settings, merge, validated
+from fairway.settings import Choice, Settings, list_defaults, merge, validated
 from fairway.stages import SHARED, STAGES, Stage, chain, stages_per
 
 SECTIONS = {
@@ -38,8 +38,8 @@ SECTIONS = {
 }
 """The class of each section, by name because the classes lie in packages above this module."""
 
-NOT_A_VARIANTS = ("report",)
-"""One report shows all variants."""
+VARIED = tuple(name for name in SECTIONS if name != "report")
+"""A variant may change these: one report shows all variants."""
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 RECIPE_FOLDER = Path("config")
@@ -55,19 +55,19 @@ class RunSettings(Settings):
     """`config/<recipe>.yaml`, or the path of a YAML file; null: the library's defaults."""
     results: str = Field("results", min_length=1)
     """Folder of all products."""
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(min_length=1)
     """Each is a training run of its own."""
     variants: str | tuple[str, ...] | dict[str, Any] = "all"
     """`all` of the recipe's, a list of some, or a mapping: its entries add or replace a variant of
     that name, null drops it."""
-    sweep: dict[str, tuple[Any, ...]] = {}
+    sweep: dict[str, tuple[Any, ...]] = Field({})
     """`section.key: [values]`: every variant once for each combination of values."""
 
     @field_validator("seeds")
     @classmethod
     def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-            raise UserError(f"seeds: found {list(seeds)}, expected numbers from 0 on, each once")
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"seeds: found {list(seeds)}, expected each once")
         return seeds
 
 
@@ -118,10 +118,10 @@ class Config:
             found[variant.name] = {}
             for stage in stages_per("variant"):
                 settings = self._chain_settings(variant.sections, stage.name)
-                folder = owners.setdefault(
-                    (stage.name, settings), self._own_folder(variant, stage.name, settings)
-                )
-                found[variant.name][stage.name] = folder
+                if (stage.name, settings) not in owners:
+                    own = self._own_folder(variant, stage.name, settings)
+                    owners[stage.name, settings] = own
+                found[variant.name][stage.name] = owners[stage.name, settings]
         self._check_folders(owners)
         return found
 
@@ -132,8 +132,11 @@ class Config:
     def _own_folder(self, variant: Variant, stage: str, settings: str) -> str:
         for count in range(len(variant.parts) + 1):
             for kept in itertools.combinations(variant.parts, count):
-                changes = [part for _, part in kept]
-                sections = _validated_sections(_changed(self.base, changes), check=False)
+                changed = _changed(self.base, [part for _, part in kept])
+                try:
+                    sections = sections_of(changed)
+                except UserError:  # these parts need the others
+                    continue
                 if self._chain_settings(sections, stage) == settings:
                     return "-".join(name for name, _ in kept) or SHARED
         raise AssertionError("all parts together are the variant")
@@ -230,7 +233,8 @@ def complete(values: Mapping[str, Any], home: Path | None = None) -> Config:
     recipe = read_recipe(settings.recipe, home)
     offered = recipe.pop("variants", DEFAULT_VARIANTS)
     overlay = {key: value for key, value in values.items() if key in SECTIONS}
-    base = {name: {} for name in SECTIONS} | merge(recipe, overlay)
+    defaults = {name: list_defaults(section_class(name)) for name in SECTIONS}
+    base = merge(merge(defaults, recipe), overlay)
     variants = {}
     for name, parts in _expanded(_chosen(settings.variants, offered), settings.sweep).items():
         try:
@@ -241,6 +245,8 @@ def complete(values: Mapping[str, Any], home: Path | None = None) -> Config:
             raise UserError(f"{prefix}{error}") from None
     _check_datasets(variants)
     name = settings.run or (Path(settings.recipe).stem if settings.recipe else "run")
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"run: the recipe's name {name!r} is no name of a folder: set run")
     return Config(name, settings.results, settings.seeds, variants, base)
 
 
@@ -253,12 +259,16 @@ def read_recipe(name: str | None, home: Path | None = None) -> dict[str, Any]:
     said = recipe.pop("recipe", path.stem)
     if said != path.stem:
         raise UserError(f"{path} says recipe {said!r}, expected its own name, {path.stem!r}")
-    foreign = sorted(set(recipe) - {"variants", *SECTIONS})
+    if not isinstance(recipe.get("variants", {}), Mapping):
+        raise UserError(
+            f"{path}: variants: found {recipe['variants']!r}, expected a mapping of names"
+        )
+    foreign = sorted(set(map(str, recipe)) - {"variants", *SECTIONS})
     if foreign:
         allowed = ["recipe", "variants", *SECTIONS]
         raise UserError(
-            f"{path}: unknown key {', '.join(foreign)}{did_you_mean(foreign[0], allowed)}; a recipe "
-            f"has {', '.join(allowed)}"
+            f"{path}: unknown key {', '.join(foreign)}{did_you_mean(foreign[0], allowed)}; "
+            f"a recipe has {', '.join(allowed)}"
         )
     return recipe
 
@@ -273,8 +283,8 @@ def _recipe_path(name: str, home: Path | None) -> Path:
             return folder / f"{name}.yaml"
     names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise UserError(
-        f"recipe: found {name!r}{did_you_mean(name, names)}; known: {', '.join(names)}, or the path "
-        "of a YAML file"
+        f"recipe: found {name!r}, expected one of {', '.join(names)}, or the path of a YAML file"
+        f"{did_you_mean(name, names)}"
     )
 
 
@@ -293,8 +303,8 @@ def _chosen(
         missing = [name for name in wanted if name not in offered]
         if missing:
             raise UserError(
-                f"variants: found {missing[0]!r}{did_you_mean(missing[0], offered)}; the recipe "
-                f"has {', '.join(offered)}"
+                f"variants: found {missing[0]!r}, expected one of the recipe's, "
+                f"{', '.join(offered)}{did_you_mean(missing[0], offered)}"
             )
         chosen = {name: offered[name] for name in wanted}
     if not chosen:
@@ -305,16 +315,17 @@ def _chosen(
 
 
 def _check_variant(name: str, changes: Any) -> None:
-    if not re.match(NAME, name) or name == SHARED:
-        raise UserError(f"variants: found the name {name!r}, expected text matching {NAME}")
+    if not re.fullmatch(NAME, name) or name == SHARED:
+        raise UserError(
+            f"variants: found the name {name!r}, expected text matching {NAME}, and not {SHARED!r}"
+        )
     if not isinstance(changes, Mapping):
         raise UserError(f"variants.{name}: found {changes!r}, expected a mapping of sections")
-    allowed = [section for section in SECTIONS if section not in NOT_A_VARIANTS]
-    unknown = [section for section in changes if section not in allowed]
+    unknown = [section for section in changes if section not in VARIED]
     if unknown:
         raise UserError(
-            f"variants.{name}: unknown key {unknown[0]}{did_you_mean(str(unknown[0]), allowed)}; "
-            f"allowed: {', '.join(allowed)}"
+            f"variants.{name}: unknown key {unknown[0]}{did_you_mean(str(unknown[0]), VARIED)}; "
+            f"allowed: {', '.join(VARIED)}"
         )
 
 
@@ -325,7 +336,12 @@ def _expanded(
     axes = []
     for path, values in sweep.items():
         section, *keys = path.split(".")
-        if section not in SECTIONS or not keys or not values:
+        if section not in VARIED:
+            raise UserError(
+                f"sweep: found {path}, expected one of the sections {', '.join(VARIED)}"
+                f"{did_you_mean(section, VARIED)}"
+            )
+        if not keys or not values:
             raise UserError(f"sweep: found {path}: {list(values)}, expected section.key: [values]")
         axes.append([(_part_name(keys[-1], value), _nested(path, value)) for value in values])
     expanded = {}
@@ -339,7 +355,7 @@ def _expanded(
 
 
 def _part_name(key: str, value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
     return re.sub(r"[^A-Za-z0-9_.]+", "_", f"{key}_{text}").strip("_")
 
 
@@ -356,9 +372,9 @@ def _changed(base: Mapping[str, Any], changes: Iterable[Mapping[str, Any]]) -> d
     return changed
 
 
-def _validated_sections(values: Mapping[str, Any], check: bool = True) -> dict[str, Settings]:
+def _validated_sections(values: Mapping[str, Any]) -> dict[str, Settings]:
     sections = sections_of(values)
-    for section in sections.values() if check else ():
+    for section in sections.values():
         section.check_with(sections)
     return sections
 

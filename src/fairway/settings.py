@@ -11,7 +11,7 @@ page of the config. Faults are told in one line: the key's path, what was found,
 import datetime
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from fairway.errors import UserError
-from fairway.plugins import built_in_names, did_you_mean, label, load
+from fairway.plugins import did_you_mean, label, load
 
 
 class Fault(ValueError):
@@ -100,12 +100,16 @@ class Choice(BaseModel):
         if not isinstance(value, Mapping) or len(value) != 1:
             raise Fault(f"found {value!r}, expected a name or {{name: {{its settings}}}}")
         ((name, settings),) = value.items()
+        if not isinstance(name, str):
+            raise Fault(f"found the name {name!r}, expected text")
         if isinstance(settings, Settings):
             return {"name": name, "settings": settings}
         try:
             kind = load(name, cls.package)
         except UserError as error:
             raise Fault(str(error)) from None
+        if not _has_settings(kind):
+            raise Fault(f"{name!r} is no class with a nested `Settings(fairway.settings.Settings)`")
         try:
             return {"name": name, "settings": kind.Settings.model_validate(settings or {})}
         except ValidationError as error:
@@ -114,12 +118,6 @@ class Choice(BaseModel):
     @model_serializer
     def _as_named(self) -> dict[str, Any]:
         return {self.name: self.settings.model_dump(mode="json")}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
-        names = {"type": "string", "examples": built_in_names(cls.package)}
-        own = {"type": "object", "minProperties": 1, "maxProperties": 1}
-        return {"anyOf": [names, own], "title": cls.__name__}
 
     @property
     def type(self) -> Any:
@@ -141,6 +139,15 @@ def validated(kind: type[SettingsType], values: Any, where: str = "") -> Setting
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(explain(error, (where,) if where else ())) from None
+
+
+def list_defaults(kind: type[Settings]) -> dict[str, list[Any]]:
+    """The default entries of a section's lists of named classes; `merge` lays changes over them."""
+    return {
+        name: list(field.default)
+        for name, field in kind.model_fields.items()
+        if any(_is_choice(one) for one in _entries(field.annotation))
+    }
 
 
 def explain(error: ValidationError, path: Sequence[str | int] = ()) -> str:
@@ -180,16 +187,17 @@ _KINDS = {
     "dict": "a mapping of keys",
     "model": "a mapping of keys",
     "mapping": "a mapping of keys",
+    "finite": "a finite number",
 }
 _LIMITS = {
-    "greater_than_equal": ("ge", "at least"),
-    "greater_than": ("gt", "more than"),
-    "less_than_equal": ("le", "at most"),
-    "less_than": ("lt", "less than"),
-    "too_short": ("min_length", "entries, at least"),
-    "too_long": ("max_length", "entries, at most"),
-    "string_too_short": ("min_length", "characters, at least"),
-    "string_pattern_mismatch": ("pattern", "text matching"),
+    "greater_than_equal": ("ge", "at least {}"),
+    "greater_than": ("gt", "more than {}"),
+    "less_than_equal": ("le", "at most {}"),
+    "less_than": ("lt", "less than {}"),
+    "too_short": ("min_length", "a list of at least {}"),
+    "too_long": ("max_length", "a list of at most {}"),
+    "string_too_short": ("min_length", "text of at least {} characters"),
+    "string_pattern_mismatch": ("pattern", "text matching {}"),
 }
 
 
@@ -197,11 +205,8 @@ def _allowed(fault: Mapping[str, Any]) -> str:
     kind, context = fault["type"], fault.get("ctx", {})
     if kind in _LIMITS:
         key, words = _LIMITS[kind]
-        return (
-            f"{words} {context[key]:g}"
-            if isinstance(context[key], float)
-            else f"{words} {context[key]}"
-        )
+        limit = context[key]
+        return words.format(f"{limit:g}" if isinstance(limit, float) else limit)
     if kind == "literal_error":
         return f"one of {context['expected'].replace(chr(39), '').replace(' or ', ', ')}"
     if kind == "none_required":
@@ -211,24 +216,44 @@ def _allowed(fault: Mapping[str, Any]) -> str:
 
 def _meant(value: Any, annotation: Any) -> Any:
     """A field's value as it was written, where YAML 1.1 or `--config` gave it another type."""
-    choices = _members(annotation)
+    members = _members(annotation)
+    if isinstance(value, list | tuple):
+        entries = _entries(annotation)
+        return [_meant(one, entries[0]) for one in value] if entries else value
     if isinstance(value, datetime.date):
         return value.isoformat()
-    if isinstance(value, bool) and bool not in choices:
+    if isinstance(value, bool) and bool not in members and Any not in members:
         # YAML reads on and off as booleans; as numbers they would be 1 and 0 without a word.
-        is_switch = "on" in choices and "off" in choices
+        is_switch = "on" in members and "off" in members
         return ("off", "on")[value] if is_switch else str(value).lower()
-    if value in ("null", "~") and type(None) in choices:
+    if value in ("null", "~") and type(None) in members:
         return None
     return value
 
 
-def _members(annotation: Any) -> set[Any]:
+def _members(annotation: Any) -> list[Any]:
     """The types of a union and the values of a Literal; of another annotation, itself."""
-    origin = get_origin(annotation)
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _members(parts[0])
     if origin in (Union, types.UnionType):
-        return set().union(*map(_members, get_args(annotation)))
-    return set(get_args(annotation)) if origin is Literal else {origin or annotation}
+        return [member for part in parts for member in _members(part)]
+    return list(parts) if origin is Literal else [annotation]
+
+
+def _entries(annotation: Any) -> list[Any]:
+    """The annotation of the entries, for each kind of list that an annotation allows."""
+    lists = [one for one in _members(annotation) if get_origin(one) in (tuple, list)]
+    return [get_args(one)[0] for one in lists]
+
+
+def _is_choice(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Choice)
+
+
+def _has_settings(kind: Any) -> bool:
+    settings = getattr(kind, "Settings", None)
+    return isinstance(kind, type) and isinstance(settings, type) and issubclass(settings, Settings)
 
 
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,7 +277,7 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]
 
 def _names_class(value: Mapping[str, Any]) -> bool:
     """Whether a mapping is `{"module:Name": {settings}}`."""
-    return len(value) == 1 and ":" in next(iter(value))
+    return len(value) == 1 and ":" in str(next(iter(value)))
 
 
 def is_named_list(value: Any) -> bool:
@@ -271,6 +296,8 @@ def merge_named(entries: Sequence[Any], overlay: Mapping[str, Any]) -> list[Any]
     for name, changes in overlay.items():
         if changes in (None, "null"):
             named.pop(name, None)
-        else:
+        elif isinstance(changes, Mapping):
             named[name] = merge(named.get(name, {}), changes)
+        else:
+            named[name] = changes
     return [{name: settings} for name, settings in named.items()]

@@ -191,6 +191,11 @@ def stage_settings(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
     if options.settings is None:
         return load_config(options.config).stage_settings(stage.name, options.variant)
     try:
-        return json.loads(options.settings)
+        settings = json.loads(options.settings)
     except json.JSONDecodeError as error:
         raise UserError(f"--settings is not JSON: {error}") from error
+    expected = {name.partition(".")[0] for name in stage.sections}
+    if not isinstance(settings, dict) or set(settings) != expected:
+        found = sorted(settings) if isinstance(settings, dict) else settings
+        raise UserError(f"--settings: found {found!r}, expected the sections {sorted(expected)}")
+    return settings

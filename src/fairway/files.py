@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from safetensors import SafetensorError
 
 from fairway.errors import UserError
+
+if TYPE_CHECKING:  # loading pandas takes a third of a second, and few stages need it
+    import pandas as pd
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is not JSON ({error}): remove it and rerun its stage") from error
 
 
-def write_table(path: str | Path, table: pd.DataFrame) -> None:
+def write_table(path: str | Path, table: "pd.DataFrame") -> None:
     """Write a table as zstd-compressed parquet, atomically."""
     with atomic_path(path) as temporary:
         table.to_parquet(temporary, index=False, compression="zstd")

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtrit  # scipy.stats takes a second to load
 from torch import Tensor
 
 from fairway.audit.interface import (
@@ -95,7 +95,8 @@ def block_interval(gains: np.ndarray, confidence: float) -> tuple[float, float, 
     mean = float(gains.mean())
     if blocks < 2:
         return mean, -math.inf, math.inf
-    half = stats.t.ppf((1 + confidence) / 2, blocks - 1) * stats.sem(means)
+    standard_error = means.std(ddof=1) / math.sqrt(blocks)
+    half = stdtrit(blocks - 1, (1 + confidence) / 2) * standard_error
     return mean, mean - float(half), mean + float(half)
 
 

@@ -17,7 +17,7 @@ from fairway.evaluation.bits_per_byte import bits_per_byte
 
 TRAINING_TEXT = [
     f"the {word} of {number} words, and a café's naïve menu — 12 × 34 = {number}"
-    for number, word in enumerate(["letter", "sound", "number", "colour", "house"] * 40)
+    for number, word in enumerate(["letter", "sound", "number", "color", "house"] * 40)
 ]
 
 

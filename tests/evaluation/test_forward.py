@@ -15,7 +15,7 @@ FIRST, LATER, SMALL = ((3, 8), 0), ((3, 8), 5), ((2, 8), 5)
 
 
 class Model:
-    """Logits that tell tokens, first places and adapters apart; `launches` counts the calls."""
+    """Logits that tell tokens, first positions and adapters apart; `launches` counts the calls."""
 
     def __init__(self) -> None:
         self.adapter, self.launches = None, 0

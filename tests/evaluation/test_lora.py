@@ -46,8 +46,8 @@ def dense_changes(additions, row):
     """(name, index) → what a row adds to a bank's matrix, B·A, or to a scale; float64."""
     parts = additions.split(additions.values.detach().double())
     return {
-        place: found[1][row] @ found[0][row] if len(found) == 2 else found[0][row]
-        for place, found in parts.items()
+        at: found[1][row] @ found[0][row] if len(found) == 2 else found[0][row]
+        for at, found in parts.items()
     }
 
 
@@ -127,7 +127,7 @@ def test_every_row_begins_the_same_and_the_seed_decides_how(model):
 
 
 def lesson(seed=0, rows=3, length=20, count=6):
-    """tokens, targets of the last places, and which of them count: all."""
+    """tokens, targets of the last positions, and which of them count: all."""
     text = random_tokens(rows, length + 1, seed)
     return text[:, :-1], text[:, -count:], torch.ones(rows, count, dtype=torch.bool)
 

@@ -200,7 +200,7 @@ def test_what_was_learned_is_dropped_where_a_document_begins_and_carried_on_with
 
 
 def lanes_of_documents(documents, settings):
-    """A stream each of whose lanes scores one document, with the same filler around each.
+    """A text each of whose lanes scores one document, with the same filler around each.
 
     Windows are of 32 tokens, strides of 6, twelve windows a lane: a lane moves by 72 tokens. The
     filler is as long as a window, so that none shows two documents.

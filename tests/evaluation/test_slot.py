@@ -219,7 +219,7 @@ def test_scope_batch_leaks_over_its_batch_and_no_further():
 # --- the leak, measured -------------------------------------------------------------------------
 
 
-def null_stream(model, length):
+def null_text(model, length):
     """Draws from the model itself, each from the last token alone: nothing can be gained."""
     generator = torch.Generator().manual_seed(1)
     tokens = [BOS]
@@ -237,7 +237,7 @@ def gain(columns) -> float:
 
 def test_only_the_leaking_scope_gains_on_draws_from_the_model_itself():
     model = ToyModel(memory=0.0)
-    tokens = null_stream(model, 1200)
+    tokens = null_text(model, 1200)
     honest = gain(collect(tokens, changed(SETTINGS, l2=14.0), model))
     leaking = gain(
         collect(tokens, changed(SETTINGS, scope="batch", l2=1.0, same_document=False), model)
@@ -367,6 +367,6 @@ def test_logits_are_asked_for_only_where_they_are_needed(changes, first, later):
         for rank in range(2):
             list(evaluator(model, settings).score(toy_text(261, seed), rank, 2))
         starts = [start for _, start in model.calls]
-        expected = {first, later} | {0}  # the stream's first window scores all its targets
+        expected = {first, later} | {0}  # the text's first window scores all its targets
         assert set(starts) == expected
         assert starts[0] == 0 and starts.count(later) > starts.count(0) * (later > 0)

@@ -190,7 +190,7 @@ class BatchedLora:
     def learn(self, tokens: Tensor, targets: Tensor, counted: Tensor) -> None:
         """`settings.steps` Adam steps of each row on its own mean loss.
 
-        tokens int64 [B, T]; targets int64 [B, m] of the last m places; counted bool [B, m]: those
+        tokens int64 [B, T]; targets int64 [B, m] of the last m positions; counted bool [B, m]: those
         that a row learns from. A row without any stays as it is.
         """
         share = counted / counted.sum(1, keepdim=True).clamp(min=1)

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 
-.PHONY: setup run resume test test-all lint format clean help
+.PHONY: setup run resume test test-all lint format docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt corpus-requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r corpus-requirements.txt
 	touch $(READY)
 
-run: setup  ## run config.yaml to results/quickstart/report (CORES=2)
+run: setup  ## run config.yaml, to results/quickstart/report (CORES=2)
 	$(SNAKEMAKE)
 
 resume: setup  ## go on after a run was killed
@@ -29,10 +29,10 @@ resume: setup  ## go on after a run was killed
 	$(SNAKEMAKE)
 
 test: setup  ## the tests
-	$(BIN)/python -m pytest -q -m 'not slow' -n $(CORES) --dist loadfile
+	$(BIN)/python -m pytest -q -m 'not slow' -n $(CORES) --dist loadgroup --durations=15
 
 test-all: setup  ## the tests, slow ones too
-	$(BIN)/python -m pytest -q -n $(CORES) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(CORES) --dist loadgroup --durations=25
 
 lint: setup  ## formatting and lint of Python and Snakemake
 	$(BIN)/ruff check .
@@ -44,6 +44,9 @@ format: setup  ## reformat
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow
+
+docs: setup  ## write what follows from the code: docs/reference and the config's schema
+	$(BIN)/python docs/generate.py
 
 clean:  ## remove the environment; results stay
 	rm -rf $(VENV)

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from fairway.errors import UserError
 from fairway.plugins import did_you_mean, load, search_beside, source_file
@@ -62,6 +62,13 @@ class RunSettings(Settings):
     that name, null drops it."""
     sweep: dict[str, tuple[Any, ...]] = Field({})
     """`section.key: [values]`: every variant once for each combination of values."""
+
+    @field_validator("run", "recipe", "results", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, float):  # 1.50 would be 1.5
+            raise UserError(f"{info.field_name}: found the number {value}, expected text: quote it")
+        return value
 
     @field_validator("seeds")
     @classmethod
@@ -196,16 +203,54 @@ def load_config(paths: Iterable[str | Path]) -> Config:
     """
     paths = [Path(path) for path in paths]
     search_beside(path.resolve().parent for path in paths)
+    return complete(read_files(paths))
+
+
+def read_files(paths: Iterable[str | Path]) -> dict[str, Any]:
+    """YAML files as plain values, each merged over the ones before it."""
     values: dict[str, Any] = {}
     for path in paths:
         values = merge(values, read_yaml(path))
-    return complete(values)
+    return values
+
+
+def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
+    """`key=value` arguments as plain values, in which every scalar is the text that was typed."""
+    values: dict[str, Any] = {}
+    for key, _, text in (argument.partition("=") for argument in arguments):
+        text = text.strip("'\"")
+        try:
+            value = yaml.load(text, yaml.BaseLoader)
+        except yaml.YAMLError:
+            value = text
+        values = merge(values, {key: value})
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 2023_11, 010 and 2026-11-24 as text, where YAML 1.1 has 202311, 8 and a date."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
+for _tag, _pattern, _first in (
+    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<$", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping; UserError where it is missing, no YAML, or no mapping."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} could not be read: {reason}") from error

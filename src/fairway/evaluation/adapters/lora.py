@@ -190,8 +190,8 @@ class BatchedLora:
     def learn(self, tokens: Tensor, targets: Tensor, counted: Tensor) -> None:
         """`settings.steps` Adam steps of each row on its own mean loss.
 
-        tokens int64 [B, T]; targets int64 [B, m] of the last m positions; counted bool [B, m]: those
-        that a row learns from. A row without any stays as it is.
+        tokens int64 [B, T]; targets int64 [B, m], those of the last m positions; counted
+        bool [B, m], the targets that a row learns from. A row without any stays as it is.
         """
         share = counted / counted.sum(1, keepdim=True).clamp(min=1)
         learns = counted.any(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The record's model as the record runs it: plain PyTorch, to be put under torch.compile.
+"""The model as the reference submission (PR #1350) runs it: plain PyTorch for torch.compile.
 
 One module per block, each step its own operation; a block is handed its matrices out of the banks.
 Weights are float32 and are cast to the compute dtype in every forward pass. Logits are float32
@@ -17,20 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fairway.model.gpt import (
-    BANKS,
-    GPT,
+from fairway.model.functional import (
     NORM_EPSILON,
     VALUE_NORM_EPSILON,
-    GPTConfig,
     bigram_bucket,
     rotary_base,
 )
+from fairway.model.gpt import GPT
+from fairway.model.spec import BANKS, GPTConfig
 
 
 @contextmanager
-def record_attention(device: torch.device) -> Iterator[None]:
-    """SDPA by its flash backend on CUDA, as the record sets it.
+def baseline_attention(device: torch.device) -> Iterator[None]:
+    """SDPA by its flash backend on CUDA, as the reference submission sets it.
 
     It stands outside what is compiled: the backend is chosen while the graph is traced.
     """
@@ -209,8 +208,8 @@ def from_fairway(model: GPT) -> BaselineGPT:
         elif f"{name}.weight" in own:
             state[f"{name}.weight"] = value
         else:
-            place = "attention.query_gain" if name == "query_gain" else name
-            state |= {f"blocks.{layer}.{place}": row for layer, row in enumerate(value)}
+            path = "attention.query_gain" if name == "query_gain" else name
+            state |= {f"blocks.{layer}.{path}": row for layer, row in enumerate(value)}
     baseline.load_state_dict(state)
     return baseline.to(device)
 

@@ -8,32 +8,36 @@ from bench_evaluation import (
     excerpt,
     fast_run,
     slices_agree,
-    slot_settings,
+    slot_alone,
     window_count,
 )
 from context import Context, ran
 from results import Agreement, Bar, Row
 from timing import Side, alternate, held_bytes, warmed_up
 
-from fairway.evaluation.evaluator import EvaluatorSettings
+from fairway.evaluation.adapters.lora import LoraSettings
+from fairway.evaluation.settings import EvaluationSettings
 
 SCORED_TOKENS_PER_SECOND = 13_000
-"""The record's validation text has 62 M tokens: in 600 s, 8 GPUs score 12,917 a second each."""
+"""The challenge's validation text has 62 M tokens: in 600 s, 8 GPUs score 12,917 a second each."""
 
 LEAST_WINDOWS_PER_LANE = 6
 
 Columns = dict[str, torch.Tensor]
-"""Of slot_eval's table, by name, in the stream's order."""
+"""Of slot_eval's table, by name, in the text's order."""
 
 
 def adapters(context: Context) -> list[Row]:
     """The default evaluation and its parts; the baseline is the plain sliding window."""
-    listed = context.section("evaluation", "causal")["adapters"]
-    ways = {name: _settings(context, names) for name, names in adapter_lists(listed).items()}
+    evaluation, cut = context.section("evaluation"), slot_alone(context, scope="window")
+    listed = dict(zip(evaluation.labels, evaluation.adapters, strict=True))
+    ways = {
+        name: cut.changed(adapters=[listed[label] for label in labels])
+        for name, labels in adapter_lists(list(listed)).items()
+    }
     composed = list(ways)[-1]
-    text = excerpt(
-        context, ways["none"], window_count(context, ways[composed], windows_per_lane(ways["none"]))
-    )
+    windows = window_count(context, cut, windows_per_lane(evaluation))
+    text = excerpt(context, cut, windows)
     weights, device = context.trained_weights(), context.device
     held = held_bytes(device)
     # LoRA freezes the model; a compiled one would be compiled anew for that.
@@ -64,23 +68,19 @@ def adapter_lists(listed: Sequence[str]) -> dict[str, list[str]]:
     return {" + ".join(names) or "none": names for names in lists}
 
 
-def windows_per_lane(settings: EvaluatorSettings) -> int:
+def windows_per_lane(settings: EvaluationSettings) -> int:
     """Whole chunks of LoRA, so that steps that learn have their share of the time."""
-    steps_per_chunk = settings.lora.chunk_tokens // settings.evaluation.stride_tokens
+    lora = (one.settings for one in settings.adapters if isinstance(one.settings, LoraSettings))
+    chunk_tokens = next(lora, LoraSettings()).chunk_tokens
+    steps_per_chunk = max(1, chunk_tokens // settings.stride_tokens)
     return -(-LEAST_WINDOWS_PER_LANE // steps_per_chunk) * steps_per_chunk
 
 
-def _settings(context: Context, names: list[str]) -> EvaluatorSettings:
-    return slot_settings(
-        context, "causal", evaluation={"adapters": names}, slot={"scope": "window"}
-    )
-
-
 def _agreements(
-    context: Context, settings: EvaluatorSettings, columns: dict[str, Columns]
+    context: Context, settings: EvaluationSettings, columns: dict[str, Columns]
 ) -> tuple[Agreement, ...]:
     """Adapters leave the loss of the model itself alone."""
-    alone, stride = columns["none"]["nll_before"], settings.evaluation.stride_tokens
+    alone, stride = columns["none"]["nll_before"], settings.stride_tokens
     return tuple(
         slices_agree(context, columns[name], alone, stride, f"before {name} and without adapters")
         for name in columns
@@ -89,16 +89,15 @@ def _agreements(
 
 
 def _rate_row(
-    settings: EvaluatorSettings,
+    settings: EvaluationSettings,
     text: Excerpt,
     seconds: dict[str, float],
     composed: str,
     agreements: tuple[Agreement, ...],
     path: dict[str, str],
 ) -> Row:
-    cut = settings.evaluation
-    # The stream's first window scores more than a stride; in a long run that counts for nothing.
-    scored = text.windows * cut.stride_tokens
+    # The text's first window scores more than a stride; in a long run that counts for nothing.
+    scored = text.windows * settings.stride_tokens
     rate, plain = scored / seconds[composed], scored / seconds["none"]
     return Row(
         "adapters", "scored tokens/s", rate, plain, rate / plain, **path,
@@ -106,7 +105,8 @@ def _rate_row(
             Bar(f">= {SCORED_TOKENS_PER_SECOND:,} tokens/s", rate >= SCORED_TOKENS_PER_SECOND),
         ),
         agreements=agreements,
-        note=f"{composed}; {text.windows} windows in {cut.lanes} lanes, {cut.stride_tokens} tokens "
+        note=f"{composed}; {text.windows} windows in {settings.lanes} lanes, "
+        f"{settings.stride_tokens} tokens "
         "each; baseline: the plain sliding window",
     )  # fmt: skip
 

@@ -1,19 +1,18 @@
 """Benchmark of slot_eval without a delta, and what the benchmarks of SLOT share with it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from baseline_evaluation import baseline_logits, baseline_sliding, slot_of
 from ceilings import window_flops
-from context import Context, ran
-from record_evaluation import record_logits, record_sliding
+from context import Context, ran, slot_settings
 from results import Agreement, Bar, Row
 from timing import Run, alternate, held_bytes, timed, warmed_up
 
 from fairway.errors import UserError
-from fairway.evaluation.evaluator import EvaluatorSettings, evaluator_settings
-from fairway.evaluation.forward import forward_pass
-from fairway.evaluation.token_table import score_rank
+from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.settings import EvaluationSettings
+from fairway.evaluation.text import Forward, LanguageModel
 from fairway.model.gpt import GPT
 
 WINDOWS_PER_LANE = 8
@@ -29,50 +28,52 @@ class Excerpt:
     windows: int
 
 
-def slot_settings(
-    context: Context, variant: str | None, evaluation: dict | None = None, slot: dict | None = None
-) -> EvaluatorSettings:
-    """As `variant` has it, but SLOT alone; with changed keys.
+@dataclass(frozen=True)
+class Passes:
+    """A forward pass as the model of an evaluation. kernels: how fits are computed, as of a GPT."""
 
-    The lanes are those of one forward pass: what one GPU of eight scores at the record's size.
+    forward: Forward
+    kernels: str
+
+    def __call__(self, tokens: torch.Tensor, first_position: int) -> torch.Tensor:
+        return self.forward(tokens, first_position)
+
+
+def slot_alone(context: Context, variant: str = "causal", **changes) -> EvaluationSettings:
+    """The windows of `variant`, with SLOT alone; changes: keys of SLOT.
+
+    The lanes are those of one forward pass: what one GPU of eight scores at the submission's size.
     """
-    cut = context.section("evaluation", variant)
-    cut |= {"adapters": ["slot"], "lanes": min(cut["lanes"], cut["forward_windows"])}
-    return evaluator_settings(
-        {
-            "evaluation": cut | (evaluation or {}),
-            "slot": context.section("slot", variant) | (slot or {}),
-            "lora": context.section("lora", variant),
-            "ngram": context.section("ngram", variant),
-        }
-    )
+    settings = context.section("evaluation", variant)
+    slot = slot_settings(settings).changed(**changes)
+    lanes = min(settings.lanes, settings.forward_windows)
+    return settings.changed(adapters=[{"slot": slot}], lanes=lanes)
 
 
-def without_adapters(settings: EvaluatorSettings) -> EvaluatorSettings:
+def without_adapters(settings: EvaluationSettings) -> EvaluationSettings:
     """Sliding windows alone, the same."""
-    return replace(settings, evaluation=replace(settings.evaluation, adapters=[]))
+    return settings.changed(adapters=[])
 
 
-def excerpt(context: Context, settings: EvaluatorSettings, windows: int) -> Excerpt:
+def excerpt(context: Context, settings: EvaluationSettings, windows: int) -> Excerpt:
     """Text that `windows` full windows score without one being moved back."""
-    cut = settings.evaluation
-    count = cut.window_tokens + cut.stride_tokens * (windows - 1) + 1
+    count = settings.window_tokens + settings.stride_tokens * (windows - 1) + 1
     return Excerpt(context.stream("val", count), windows)
 
 
 def window_count(
-    context: Context, settings: EvaluatorSettings, per_lane: int = WINDOWS_PER_LANE
+    context: Context, settings: EvaluationSettings, per_lane: int = WINDOWS_PER_LANE
 ) -> int:
-    """--windows, or `per_lane` for every lane, in whole batches, as far as text goes.
+    """--windows, or `per_lane` for every lane, in whole batches of SLOT, as far as text goes.
 
     With a delta for each batch a lane has several batches.
     """
-    cut, batch_windows = settings.evaluation, settings.slot.batch_windows
-    if settings.shares_batches:
+    batch_windows = slot_of(settings).batch_windows
+    if settings.windows_scored_together is not None:
         per_lane = BASELINE_BATCHES * batch_windows
-    text = len(context.stream("val")) - 1 - cut.window_tokens
-    available = 1 + text // cut.stride_tokens
-    wanted = context.options.windows or cut.lanes * per_lane
+    text = len(context.stream("val")) - 1 - settings.window_tokens
+    available = 1 + text // settings.stride_tokens
+    wanted = context.options.windows or settings.lanes * per_lane
     windows = min(wanted, available) // batch_windows * batch_windows
     if windows < batch_windows:
         raise UserError(
@@ -82,56 +83,40 @@ def window_count(
     return windows
 
 
-def fast_scores(
-    context: Context,
-    logits: Callable,
-    settings: EvaluatorSettings,
-    text: Excerpt,
-    kernels: str,
-    model: GPT | None = None,
-) -> dict[str, torch.Tensor]:
-    """What slot_eval runs on one process: the columns of its table, in the stream's order.
+def evaluator(context: Context, model: LanguageModel, settings: EvaluationSettings) -> Evaluator:
+    """As slot_eval makes it; a model that is a forward pass already is launched as it is."""
+    runtime = context.runtime if isinstance(model, GPT) else None
+    bos_id, seed = context.dataset.bos_id, context.options.seed
+    return Evaluator(model, settings, bos_id=bos_id, seed=seed, runtime=runtime)
 
-    model: what LoRA adapts, where it is listed.
-    """
-    scores = score_rank(
-        logits,
-        text.tokens,
-        settings,
-        context.dataset.bos_id,
-        0,
-        1,
-        advance=lambda _: None,
-        kernels=kernels,
-        model=model,
-        seed=context.options.seed,
-    )
+
+def columns_of(evaluator: Evaluator, text: Excerpt) -> dict[str, torch.Tensor]:
+    """What slot_eval runs on one process: the columns of its table, in the text's order."""
+    scores = evaluator.score_rank(text.tokens)
     order = torch.from_numpy(scores.columns["position"]).argsort()
     return {name: torch.from_numpy(column)[order] for name, column in scores.columns.items()}
 
 
 def sliding(context: Context) -> list[Row]:
     """Windows without a delta: the forward passes and what slot_eval does around them."""
-    settings = without_adapters(slot_settings(context, None))
-    cut = settings.evaluation
+    settings = slot_alone(context)
+    alone = without_adapters(settings)
     text = excerpt(context, settings, window_count(context, settings))
     # The baseline is slow, and its rate is constant.
     short = excerpt(context, settings, first_batches(settings, text.windows))
     device, found = context.device, {}
     held = held_bytes(device)
     model = context.model(context.scattered_weights())
-    sides = {
-        "fast": warmed_up(device, lambda: fast_run(context, model, settings, text, found), held)
-    }
-    sides["baseline"] = warmed_up(device, lambda: _record_run(context, settings, short, found))
+    sides = {"fast": warmed_up(device, lambda: fast_run(context, model, alone, text, found), held)}
+    sides["baseline"] = warmed_up(device, lambda: _baseline_run(context, settings, short, found))
     seconds = alternate(sides, context.options.repeats)
     rates = {
         "fast": text.windows / seconds["fast"], "baseline": short.windows / seconds["baseline"]
     }  # fmt: skip
-    flops = window_flops(model.config, cut.window_tokens, cut.stride_tokens)
+    flops = window_flops(model.config, settings.window_tokens, settings.stride_tokens)
     ratio = rates["fast"] / rates["baseline"]
     agreement = slices_agree(
-        context, found["fast"], found["baseline"], cut.stride_tokens, "without a delta"
+        context, found["fast"], found["baseline"], settings.stride_tokens, "without a delta"
     )
     return [
         Row(
@@ -140,15 +125,15 @@ def sliding(context: Context) -> list[Row]:
             **peaks(sides), **ran(model),
             bars=(Bar(">= 1.5x the baseline", ratio >= 1.5),),
             agreements=(agreement,),
-            note=f"{text.windows} windows of {cut.window_tokens}, stride "
-            f"{cut.stride_tokens} (baseline: the first {short.windows})",
+            note=f"{text.windows} windows of {settings.window_tokens}, stride "
+            f"{settings.stride_tokens} (baseline: the first {short.windows})",
         )
     ]  # fmt: skip
 
 
-def first_batches(settings: EvaluatorSettings, windows: int) -> int:
+def first_batches(settings: EvaluationSettings, windows: int) -> int:
     """How many of `windows` the baseline runs."""
-    return min(windows, BASELINE_BATCHES * settings.slot.batch_windows)
+    return min(windows, BASELINE_BATCHES * slot_of(settings).batch_windows)
 
 
 def slices_agree(
@@ -165,24 +150,24 @@ def slices_agree(
 
 
 def fast_run(
-    context: Context, model: GPT, settings: EvaluatorSettings, text: Excerpt, found
+    context: Context, model: GPT, settings: EvaluationSettings, text: Excerpt, found
 ) -> Run:
     """Scores the excerpt as slot_eval does, and leaves the losses under `fast` in `found`."""
-    logits = forward_pass(model, context.runtime)
+    scoring = evaluator(context, model, settings)
 
     def score() -> None:
-        found["fast"] = fast_scores(context, logits, settings, text, model.kernels, model)
+        found["fast"] = columns_of(scoring, text)
 
     return lambda: [timed(context.device, score)]
 
 
-def _record_run(context, settings, text, found) -> Run:
+def _baseline_run(context, settings, text, found) -> Run:
     model = context.baseline(context.scattered_weights())
-    logits = record_logits(model, context.compiles_baseline)
+    logits = baseline_logits(model, context.compiles_baseline)
 
     def score() -> None:
-        # The record, too, keeps its losses on the device until the end.
-        found["baseline"] = record_sliding(logits, text.tokens, settings).double().cpu()
+        # The submission, too, keeps its losses on the device until the end.
+        found["baseline"] = baseline_sliding(logits, text.tokens, settings).double().cpu()
 
     return lambda: [timed(context.device, score)]
 

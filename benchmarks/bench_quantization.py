@@ -2,39 +2,42 @@
 
 import statistics
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from baseline_evaluation import baseline_logits, baseline_next_tokens
+from baseline_quantization import baseline_archive, baseline_gptq, output_error
 from ceilings import generation_bytes, gptq_flops
 from context import Context, ran
-from record_evaluation import record_logits, record_next_tokens
-from record_quantization import output_error, record_archive, record_gptq
 from results import Agreement, Bar, Row
 from timing import held_bytes, median_of, median_seconds, timed, warmed_up
 
-from fairway.model.gpt import BANKS, GPT
-from fairway.quantization.artifact import read_artifact, restored, storable, write_artifact
-from fairway.quantization.calibration import (
-    collect_hessians,
-    self_generated_tokens,
-    training_tokens,
+from fairway.model.gpt import GPT
+from fairway.model.sampling import self_generated_tokens
+from fairway.quantization.artifact import (
+    quantizable,
+    read_artifact,
+    restored,
+    storable,
+    write_artifact,
 )
-from fairway.quantization.gptq import GptqSettings, quantize_bank, quantize_banks
+from fairway.quantization.calibration import collect_hessians, training_tokens
 from fairway.quantization.integers import QuantizedTensor, round_to_nearest
+from fairway.quantization.quantizers.gptq import BITS, quantize_bank
+from fairway.quantization.settings import QuantizationSettings, quantizer_of
 
 PREFIX_LENGTHS = 8
 CHECKED_TOKENS = 64
 HESSIAN_SEQUENCES = 16
 TIMED_MATRICES = 2
-"""Of each shape: the record's way on the CPU takes too long for all of them."""
+"""Of each shape: the submission's way on the CPU takes too long for all of them."""
 ERROR_SLACK = 0.02
-"""The fast path chooses a clip per row, the record per matrix, so it should never be worse."""
+"""The fast path chooses a clip per row, the submission per matrix, so it should never be worse."""
 
 
 def self_generation(context: Context) -> list[Row]:
     """Sampling calibration sequences from the model itself."""
-    settings = GptqSettings(**context.section("gptq"))
+    settings = context.section("gptq")
     device = context.device
     held = held_bytes(device)
     model = context.model(context.scattered_weights())
@@ -76,7 +79,7 @@ def self_generation(context: Context) -> list[Row]:
 
 
 def _generation_without_cache(
-    context: Context, settings: GptqSettings, tokens: torch.Tensor
+    context: Context, settings: QuantizationSettings, tokens: torch.Tensor
 ) -> tuple[float, list[int]]:
     """Seconds of every step, by the trapezoid rule between the prefix lengths that are timed."""
     model = context.baseline(context.scattered_weights())
@@ -87,7 +90,7 @@ def _generation_without_cache(
     seconds = [
         median_seconds(
             context.device,
-            lambda length=length: record_next_tokens(
+            lambda length=length: baseline_next_tokens(
                 model, tokens[:, :length], settings.temperature, generator
             ),
             context.options.repeats,
@@ -104,9 +107,9 @@ def _decoding_agrees(context: Context, model: GPT, tokens: torch.Tensor) -> Agre
     """Nats of the same sampled text: step by step with the cache, and in one pass without."""
     tokens = tokens[:, : CHECKED_TOKENS + 1].to(context.device)
     cache = model.new_cache(len(tokens), tokens.shape[1])
-    steps = [model.decode_step(tokens[:, place], cache) for place in range(tokens.shape[1] - 1)]
+    steps = [model.decode_step(column, cache) for column in tokens[:, :-1].T]
     baseline = context.baseline(context.scattered_weights())
-    whole = record_logits(baseline, compile_model=False)(tokens[:, :-1])
+    whole = baseline_logits(baseline, compile_model=False)(tokens[:, :-1])
     nats = [
         -torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None]).squeeze(2).mean(1)
         for logits in (torch.stack(steps, dim=1), whole)
@@ -119,7 +122,7 @@ def _decoding_agrees(context: Context, model: GPT, tokens: torch.Tensor) -> Agre
 
 def gptq(context: Context) -> list[Row]:
     """Every bank with all clip candidates, the Hessians given."""
-    settings = GptqSettings(**context.section("gptq"))
+    settings = context.section("gptq")
     device = context.device
     held = held_bytes(device)
     model = context.model(context.scattered_weights())
@@ -128,10 +131,11 @@ def gptq(context: Context) -> list[Row]:
         context.dataset, sequences, settings.calibration_tokens, context.options.seed
     )
     hessians = collect_hessians(model, tokens, min(sequences, settings.batch_sequences))
-    banks = {name: getattr(model, name).detach() for name in BANKS}
+    banks = quantizable(model)
+    quantizer = quantizer_of(settings)
     side = warmed_up(
         device,
-        lambda: lambda: [timed(device, lambda: quantize_banks(banks, hessians, settings))],
+        lambda: lambda: [timed(device, lambda: quantizer.quantize(banks, hessians))],
         held,
     )
     seconds = median_of(side, context.options.repeats)
@@ -154,7 +158,7 @@ def gptq(context: Context) -> list[Row]:
 
 
 def _gptq_on_cpu(context, banks, hessians, settings) -> tuple[float, float]:
-    """Seconds for all matrices the record's way; the worst error of the fast way over its own."""
+    """Seconds for all matrices the submission's way; the fast way's worst error over its own."""
     total, worst = 0.0, -1.0
     for name, bank in banks.items():
         count = min(TIMED_MATRICES, len(bank))
@@ -168,7 +172,7 @@ def _gptq_on_cpu(context, banks, hessians, settings) -> tuple[float, float]:
                 timed(
                     torch.device("cpu"),
                     lambda w=weights, h=hessian, out=results: out.append(
-                        record_gptq(
+                        baseline_gptq(
                             w,
                             h,
                             settings.clip_percentiles,
@@ -178,7 +182,7 @@ def _gptq_on_cpu(context, banks, hessians, settings) -> tuple[float, float]:
                     ),
                 )
             )
-            theirs = QuantizedTensor(*results[0]).dequantize()
+            theirs = QuantizedTensor(*results[0], BITS).dequantize()
             ours = fast.dequantize()[index].cpu()
             errors = [output_error(weights - q, hessian.float()) for q in (ours, theirs)]
             worst = max(worst, errors[0] / errors[1] - 1)
@@ -189,17 +193,17 @@ def _gptq_on_cpu(context, banks, hessians, settings) -> tuple[float, float]:
 def artifact(context: Context) -> list[Row]:
     """Compressing and writing the file, and its size."""
     model = context.model(context.trained_weights())
-    banks = {name: round_to_nearest(getattr(model, name).detach(), bits=6) for name in BANKS}
-    tensors, config = storable(model.state_dict(), banks), asdict(model.config)
+    banks = {name: round_to_nearest(bank, BITS) for name, bank in quantizable(model).items()}
+    tensors = storable(model, banks)
     cpu, sizes = torch.device("cpu"), {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "artifact.bin"
 
         def write() -> None:
-            sizes["fast"] = write_artifact(path, config, tensors)
+            sizes["fast"] = write_artifact(path, model.config, tensors)
 
         def compress() -> None:
-            sizes["baseline"] = len(record_archive(tensors))
+            sizes["baseline"] = len(baseline_archive(tensors))
 
         seconds = {name: timed(cpu, run) for name, run in (("fast", write), ("baseline", compress))}
         _, state = read_artifact(path)

@@ -2,30 +2,31 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from baseline import BaselineGPT
+from baseline_evaluation import baseline_logits, baseline_slot, focal_positions, slot_of
 from bench_evaluation import (
     Excerpt,
+    Passes,
+    columns_of,
+    evaluator,
     excerpt,
     fast_run,
-    fast_scores,
     first_batches,
     peaks,
     slices_agree,
-    slot_settings,
+    slot_alone,
     window_count,
     without_adapters,
 )
 from ceilings import window_flops
 from context import Context, ran
-from record_evaluation import focal_places, record_logits, record_slot
 from results import Agreement, Bar, Row
 from timing import Run, Side, Stopwatch, alternate, held_bytes, timed, warmed_up
 
-from fairway.evaluation.evaluator import EvaluatorSettings
 from fairway.evaluation.forward import forward_pass
+from fairway.evaluation.settings import EvaluationSettings
 from fairway.model.gpt import GPT
 
 KERNEL_TOLERANCE = 2e-3
@@ -42,7 +43,7 @@ CHECKED_BATCHES = 2
 
 def slot_window(context: Context) -> list[Row]:
     """The causal fit: time over sliding windows alone, of the same windows."""
-    settings = slot_settings(context, "causal", slot={"scope": "window"})
+    settings = slot_alone(context, scope="window")
     text = excerpt(context, settings, window_count(context, settings))
     weights, device, found = context.trained_weights(), context.device, {}
     held = held_bytes(device)
@@ -60,45 +61,48 @@ def slot_window(context: Context) -> list[Row]:
             "slot_window", "windows/s", text.windows / seconds["fitted"], None, None, "matmul",
             _ceiling_seconds(context, settings, text) / seconds["fitted"],
             None, sides["fitted"].peak_bytes, **ran(model),
-            note=f"{text.windows} windows in {settings.evaluation.lanes} lanes; the fit gains "
+            note=f"{text.windows} windows in {settings.lanes} lanes; the fit gains "
             f"{gain:.5f} nats",
         ),
         Row(
             "slot_window", "time over sliding alone", ratio, **ran(model),
             bars=(Bar("<= 1.15", ratio <= 1.15),),
             agreements=_window_fits_agree(context, model, settings),
-            note=f"the fit's share is {1 - 1 / ratio:.1%}; the record's ratio: row slot_batch",
+            note=f"the fit's share is {1 - 1 / ratio:.1%}; the submission's ratio: row slot_batch",
         ),
     ]  # fmt: skip
 
 
-def _ceiling_seconds(context: Context, settings: EvaluatorSettings, text: Excerpt) -> float:
+def _ceiling_seconds(context: Context, settings: EvaluationSettings, text: Excerpt) -> float:
     """The forward passes at the matmul ceiling; a fit is not counted as useful operations."""
-    length = settings.evaluation.window_tokens
-    flops = window_flops(context.model_config(), length, focal_places(settings))
+    flops = window_flops(context.model_config(), settings.window_tokens, focal_positions(settings))
     return text.windows * flops / context.ceilings.matmul_flops_per_second
 
 
 def _window_fits_agree(
-    context: Context, model: GPT, settings: EvaluatorSettings
+    context: Context, model: GPT, settings: EvaluationSettings
 ) -> tuple[Agreement, ...]:
     """A fit leaves the scores before its delta alone; fused fits find what plain ones find."""
-    text = excerpt(context, settings, settings.slot.batch_windows)
-    logits = forward_pass(model, context.runtime)
-    own = fast_scores(context, logits, settings, text, model.kernels)
-    plain = fast_scores(context, logits, settings, text, "plain")
-    alone = fast_scores(context, logits, without_adapters(settings), text, "plain")
+    text = excerpt(context, settings, slot_of(settings).batch_windows)
+    forward = forward_pass(model, context.runtime)
+
+    def scores(settings: EvaluationSettings, kernels: str) -> dict[str, torch.Tensor]:
+        return columns_of(evaluator(context, Passes(forward, kernels), settings), text)
+
+    own, plain = scores(settings, model.kernels), scores(settings, "plain")
+    alone = scores(without_adapters(settings), "plain")
     difference = float((own["nll_after"] - plain["nll_after"]).abs().mean())
-    stride = settings.evaluation.stride_tokens
+    what = "with and without a fit"
     return (
-        slices_agree(context, own, alone["nll_before"], stride, "with and without a fit"),
+        slices_agree(context, own, alone["nll_before"], settings.stride_tokens, what),
         Agreement("loss after plain and fused fits, mean, nats", difference, KERNEL_TOLERANCE),
     )
 
 
 def slot_batch(context: Context) -> list[Row]:
-    """One delta for overlapping windows, as the record's code has it."""
-    settings = slot_settings(context, "published", evaluation={"lanes": 1}, slot={"scope": "batch"})
+    """One delta for overlapping windows, as the submission's code has it."""
+    settings = slot_alone(context, "leaky", scope="batch", context_logits="current")
+    settings = settings.changed(lanes=1)
     text = excerpt(context, settings, first_batches(settings, window_count(context, settings)))
     weights, found = context.trained_weights(), {}
     forward: dict[str, list[float]] = {"fast": [], "baseline": []}
@@ -118,7 +122,7 @@ def slot_batch(context: Context) -> list[Row]:
     )
 
 
-Scorer = Callable[[Callable, EvaluatorSettings, Excerpt], torch.Tensor]
+Scorer = Callable[[Callable, EvaluationSettings, Excerpt], torch.Tensor]
 """Nats of every target after the delta, float64 [n] on the CPU."""
 
 
@@ -128,16 +132,17 @@ Way = tuple[Callable, Scorer]
 def _way(context: Context, model: GPT | BaselineGPT) -> Way:
     """The forward pass of either model, and what scores a text with it."""
     if isinstance(model, BaselineGPT):
-        return record_logits(model, context.compiles_baseline), _record_scores
+        return baseline_logits(model, context.compiles_baseline), _baseline_scores
 
-    def scores(logits: Callable, settings: EvaluatorSettings, text: Excerpt) -> torch.Tensor:
-        return fast_scores(context, logits, settings, text, model.kernels)["nll_after"]
+    def scores(logits: Callable, settings: EvaluationSettings, text: Excerpt) -> torch.Tensor:
+        passes = Passes(logits, model.kernels)
+        return columns_of(evaluator(context, passes, settings), text)["nll_after"]
 
     return forward_pass(model, context.runtime), scores
 
 
-def _record_scores(logits: Callable, settings: EvaluatorSettings, text: Excerpt) -> torch.Tensor:
-    return record_slot(logits, text.tokens, settings).double().cpu()
+def _baseline_scores(logits: Callable, settings: EvaluationSettings, text: Excerpt) -> torch.Tensor:
+    return baseline_slot(logits, text.tokens, settings).double().cpu()
 
 
 def _measured(
@@ -159,11 +164,12 @@ def _measured(
 
 
 def _batch_fits_agree(
-    context: Context, ways: dict[str, Way], settings: EvaluatorSettings
+    context: Context, ways: dict[str, Way], settings: EvaluationSettings
 ) -> Agreement:
     """With a prior, so that there is one best delta to be found."""
-    prior = replace(settings, slot=replace(settings.slot, l2=AGREEMENT_L2))
-    windows = CHECKED_BATCHES * settings.slot.batch_windows
+    slot = slot_of(settings)
+    prior = settings.changed(adapters=[{"slot": slot.changed(l2=AGREEMENT_L2)}])
+    windows = CHECKED_BATCHES * slot.batch_windows
     text = excerpt(context, settings, min(windows, window_count(context, settings)))
     after = {name: scorer(logits, prior, text) for name, (logits, scorer) in ways.items()}
     difference = abs(float((after["fast"] - after["baseline"]).mean()))
@@ -175,20 +181,21 @@ def _batch_fits_agree(
 def _batch_rows(
     context, model, settings, text, sides: dict[str, Side], seconds, forward, found, agreement
 ) -> list[Row]:
-    batches = text.windows / settings.slot.batch_windows
+    batch_windows = slot_of(settings).batch_windows
+    batches = text.windows / batch_windows
     passes = {name: statistics.median(times) for name, times in forward.items()}
     fits = {name: seconds[name] - passes[name] for name in seconds}
     over = {name: seconds[name] / passes[name] for name in seconds}
     ratio = seconds["baseline"] / seconds["fast"]
     losses = ", ".join(f"{name} {float(found[name].mean()):.4f}" for name in ("fast", "baseline"))
-    per_batch = f"of {settings.slot.batch_windows} windows"
+    per_batch = f"of {batch_windows} windows"
     return [
         Row(
             "slot_batch", f"ms a batch {per_batch}", seconds["fast"] / batches * 1e3,
             seconds["baseline"] / batches * 1e3, ratio, "matmul",
             _ceiling_seconds(context, settings, text) / seconds["fast"],
             **peaks(sides), **ran(model),
-            bars=(Bar(">= 5x the record's way", ratio >= 5),),
+            bars=(Bar(">= 5x the submission's way", ratio >= 5),),
             agreements=(agreement,),
             note=f"{batches:.0f} batches; mean loss after the leaking delta, nats: {losses}",
         ),

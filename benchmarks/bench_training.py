@@ -1,29 +1,29 @@
-"""Benchmarks of train, of the optimiser inside it, and of ttt."""
+"""Benchmarks of train, of the optimizer inside it, and of ttt."""
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import torch
-from baseline import bank_gradients, record_attention
+from baseline import bank_gradients, baseline_attention
+from baseline_training import (
+    BaselineAverages,
+    BaselineOptimizer,
+    BaselineTrainer,
+    SequentialBatches,
+    baseline_ttt,
+    compiled,
+)
 from ceilings import NOMINAL_FLOPS_PER_SECOND, optimizer_floor_seconds, train_flops_per_token
 from context import Context, ran
-from record_training import (
-    RecordAverages,
-    RecordOptimizer,
-    RecordTrainer,
-    SequentialBatches,
-    compiled,
-    record_ttt,
-)
 from results import Agreement, Bar, Row
 from timing import Run, alternate, held_bytes, timed, warmed_up
 
 from fairway.data.dataset import read_split
 from fairway.errors import UserError
-from fairway.model.gpt import BANKS, GPT
+from fairway.model.gpt import GPT
+from fairway.model.spec import BANKS
 from fairway.training.averaging import WeightAverages
 from fairway.training.trainer import Trainer, TrainSettings
 from fairway.training.ttt import TTTSettings, adapt
@@ -35,12 +35,12 @@ GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 def train(context: Context) -> list[Row]:
-    """Whole steps: data, forward and backward passes, optimiser, averages."""
+    """Whole steps: data, forward and backward passes, optimizer, averages."""
     settings, device = context.train_settings(), context.device
     held = held_bytes(device)
     trainer = context.trainer(context.model(), settings)
     sides = {"fast": warmed_up(device, lambda: _fast_steps(trainer), held)}
-    sides["baseline"] = warmed_up(device, lambda: _record_steps(context, settings))
+    sides["baseline"] = warmed_up(device, lambda: _baseline_steps(context, settings))
     seconds = alternate(sides, context.options.repeats)
     context.step_seconds = seconds["fast"]
     peaks = {f"{name}_peak_bytes": side.peak_bytes for name, side in sides.items()}
@@ -76,7 +76,7 @@ def _fast_steps(trainer: Trainer) -> Run:
     def run() -> list[float]:
         done = len(trainer.progress.history)
         steps = trainer.progress.step + STEPS_PER_TURN
-        trainer.settings = replace(trainer.settings, max_steps=steps)
+        trainer.settings = trainer.settings.changed(max_steps=steps)
         trainer.run()
         clock = [0.0, *(row["seconds"] for row in trainer.progress.history)]
         return [after - before for before, after in pairwise(clock[done:])]
@@ -84,9 +84,9 @@ def _fast_steps(trainer: Trainer) -> Run:
     return run
 
 
-def _record_steps(context: Context, settings: TrainSettings) -> Run:
+def _baseline_steps(context: Context, settings: TrainSettings) -> Run:
     spans = context.dataset.splits["train"]
-    trainer = RecordTrainer(context.baseline(), settings, spans, context.compiles_baseline)
+    trainer = BaselineTrainer(context.baseline(), settings, spans, context.compiles_baseline)
     return lambda: [timed(context.device, trainer.step) for _ in range(STEPS_PER_TURN)]
 
 
@@ -101,7 +101,7 @@ def _gradients_agree(context: Context, trainer: Trainer) -> tuple[Agreement, ...
     trainer.model.load_state_dict(weights)
     fast_loss = trainer.backward(inputs, targets, 1.0)
     baseline, loss = context.baseline(weights), 0.0
-    with record_attention(context.device):
+    with baseline_attention(context.device):
         for row in range(rows):
             part = baseline.loss(inputs[row : row + 1], targets[row : row + 1]) / rows
             part.backward()
@@ -115,12 +115,12 @@ def _gradients_agree(context: Context, trainer: Trainer) -> tuple[Agreement, ...
 
 
 def optimizer(context: Context) -> list[Row]:
-    """Optimiser and averages alone, as a share of the whole step."""
+    """Optimizer and averages alone, as a share of the whole step."""
     settings, device = context.train_settings(), context.device
     whole = whole_step_seconds(context)
     sides = {
         "fast": warmed_up(device, lambda: _fast_update(context, settings)),
-        "baseline": warmed_up(device, lambda: _record_update(context, settings)),
+        "baseline": warmed_up(device, lambda: _baseline_update(context, settings)),
     }
     seconds = alternate(sides, 3 * context.options.repeats)
     floor = optimizer_floor_seconds(
@@ -173,14 +173,14 @@ def _fast_update(context: Context, settings: TrainSettings) -> Run:
     return lambda: [_timed_update(context.device, trainer.model, gradients, update)]
 
 
-def _record_update(context: Context, settings: TrainSettings) -> Run:
+def _baseline_update(context: Context, settings: TrainSettings) -> Run:
     model = context.baseline(context.scattered_weights())
-    record = RecordOptimizer(model, settings)
-    averages = RecordAverages(model, settings.ema_decays[:1])
+    optimizer = BaselineOptimizer(model, settings)
+    averages = BaselineAverages(model, settings.ema_decays[:1])
     gradients = _random_gradients(model, context.options.seed)
 
     def update() -> None:
-        record.step()
+        optimizer.step()
         averages.update()
 
     return lambda: [_timed_update(context.device, model, gradients, update)]
@@ -204,8 +204,8 @@ def _timed_update(device, model, gradients, update) -> float:
 
 def ttt(context: Context) -> list[Row]:
     """AdamW epochs on held-out text, the whole function that the stage calls."""
-    settings = replace(TTTSettings(**context.section("ttt")), epochs=1)
-    length, device = context.config["train"]["sequence_tokens"], context.device
+    settings = context.section("ttt").changed(epochs=1)
+    length, device = context.section("train").sequence_tokens, context.device
     available = (len(read_split(context.dataset, "adaptation")) - 1) // length
     steps = min(TTT_STEPS, available // settings.batch_sequences)
     if steps == 0:
@@ -226,7 +226,7 @@ def ttt(context: Context) -> list[Row]:
         )
     }
     sides["baseline"] = warmed_up(
-        device, lambda: _epochs(context, _record_ttt(context, settings), tokens, first_losses)
+        device, lambda: _epochs(context, _baseline_ttt(context, settings), tokens, first_losses)
     )
     seconds = alternate(sides, context.options.repeats)
     rates = {name: num_tokens / value for name, value in seconds.items()}
@@ -253,10 +253,10 @@ Epoch = Callable[[np.ndarray], list[float]]
 def _epochs(context: Context, epoch: Epoch, tokens: np.ndarray, first_losses: list[float]) -> Run:
     """Epochs over all of `tokens`, after one step whose loss, before any update, must agree.
 
-    Later losses need not: the record freezes other weights than Fairway does.
+    Later losses need not: the reference submission freezes other weights than Fairway does.
     """
-    length = context.config["train"]["sequence_tokens"]
-    step_tokens = context.config["ttt"]["batch_sequences"] * length
+    length = context.section("train").sequence_tokens
+    step_tokens = context.section("ttt").batch_sequences * length
     first_losses += epoch(tokens[: step_tokens + 1])
     return lambda: [timed(context.device, lambda: epoch(tokens))]
 
@@ -272,7 +272,7 @@ def _fast_ttt(context: Context, model: GPT, settings: TTTSettings) -> Epoch:
     )
 
 
-def _record_ttt(context: Context, settings: TTTSettings) -> Epoch:
+def _baseline_ttt(context: Context, settings: TTTSettings) -> Epoch:
     model = context.baseline(context.scattered_weights())
     loss_function = compiled(model.loss) if context.compiles_baseline else model.loss
     length = model.config.sequence_tokens
@@ -280,6 +280,6 @@ def _record_ttt(context: Context, settings: TTTSettings) -> Epoch:
     def epoch(tokens: np.ndarray) -> list[float]:
         stream = torch.from_numpy(tokens.astype("int64"))
         sequences = stream[:-1].view(-1, length), stream[1:].view(-1, length)
-        return record_ttt(model, loss_function, sequences, settings, context.options.seed)
+        return baseline_ttt(model, loss_function, sequences, settings, context.options.seed)
 
     return epoch

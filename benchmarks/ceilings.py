@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from timing import median_seconds
 
-from fairway.model.gpt import BANKS, GPTConfig, parameter_shapes
+from fairway.model.spec import BANKS, GPTConfig, parameters
 
 NOMINAL_FLOPS_PER_SECOND = 989e12
 """Dense bf16 of an H100 or H200 SXM, from the data sheet."""
@@ -68,8 +68,8 @@ def _copy_rate(device: torch.device, copied_bytes: int) -> float:
 
 def matrix_parameters(config: GPTConfig) -> int:
     """Numbers in the banks: each costs two operations a token, and four more in the backward."""
-    shapes = parameter_shapes(config)
-    return sum(math.prod(shapes[name]) for name in BANKS)
+    table = parameters(config)
+    return sum(math.prod(table[name].shape) for name in BANKS)
 
 
 def train_flops_per_token(config: GPTConfig) -> float:
@@ -81,7 +81,7 @@ def train_flops_per_token(config: GPTConfig) -> float:
 def window_flops(config: GPTConfig, window_tokens: int, needed_tokens: int) -> float:
     """One forward pass of a window whose last `needed_tokens` logits are wanted.
 
-    Of the last block only keys and values serve the other places.
+    Of the last block only keys and values serve the other positions.
     """
     block = matrix_parameters(config) // config.layers
     shared = 2 * config.kv_width * config.width
@@ -111,8 +111,8 @@ def optimizer_floor_seconds(
     twice, weight twice; AdamW: two more for the second moment; each average: three.
     """
     flops, moved = 0.0, 0.0
-    for name, shape in parameter_shapes(config).items():
-        numbers = math.prod(shape)
+    for name, parameter in parameters(config).items():
+        shape, numbers = parameter.shape, math.prod(parameter.shape)
         moved += 4 * numbers * ((6 if name in BANKS else 8) + 3 * trackers)
         if name in BANKS:
             matrices, small, large = shape[0], min(shape[1:]), max(shape[1:])
@@ -123,5 +123,6 @@ def optimizer_floor_seconds(
 
 def gptq_flops(config: GPTConfig, candidates: int) -> float:
     """Spreading each column's error over the columns still to come, for every clip candidate."""
-    shapes = (parameter_shapes(config)[name] for name in BANKS)
+    table = parameters(config)
+    shapes = (table[name].shape for name in BANKS)
     return sum(float(n * candidates * rows * columns**2) for n, rows, columns in shapes)

@@ -3,7 +3,9 @@
 import argparse
 import math
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +15,58 @@ from ceilings import Ceilings
 from results import Agreement
 from timing import release_memory
 
-from fairway.config import load_config, variant_config
 from fairway.data.dataset import Dataset, load_dataset, read_split
 from fairway.data.loader import CoprimeLoader
 from fairway.distributed import World, resolve_device
 from fairway.errors import UserError
-from fairway.model.gpt import GPT, GPTConfig, config_from_settings
-from fairway.model.runtime import RuntimeSettings, compiles, prepare, records_graphs
+from fairway.evaluation.adapters.slot import SlotSettings
+from fairway.evaluation.settings import EvaluationSettings
+from fairway.model.gpt import GPT
+from fairway.model.runtime import captures_graphs, compiles, prepare
+from fairway.model.settings import RuntimeSettings
+from fairway.model.spec import GPTConfig
+from fairway.plugins import search_beside
+from fairway.quantization.settings import quantizer_of
+from fairway.recipe import Config, complete, read_yaml
+from fairway.settings import Settings, merge
 from fairway.training.checkpoint import Checkpoints
 from fairway.training.trainer import Trainer, TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {
-    "toy": [ROOT / "config.yaml"],
-    "record": [ROOT / "config.yaml", ROOT / "config/record.yaml"],
-}
+SIZES = ("quickstart", "pr1350")
+"""Recipes: a toy, and the reference submission's."""
+
+UNHURRIED_SECONDS = 1e9
+"""Between checkpoints: none is ever written."""
+
 PRETRAINING_TOKENS = 131072
 """Of each step that makes the weights of the stages that need a model which predicts something."""
 
 LOSS_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
-"""In nats, on means over at least a window's scored slice (64 targets at the record's size)."""
+"""In nats, on means over at least a window's scored slice (64 targets at the submission's size)."""
 
 
 @dataclass
 class Context:
-    """One run of the benchmarks. config: the validated configuration, without a variant."""
+    """One run of the benchmarks."""
 
     options: argparse.Namespace
-    config: dict[str, Any]
+    config: Config
     dataset: Dataset
-    runtime: RuntimeSettings
     device: torch.device
     ceilings: Ceilings | None = None
     step_seconds: float | None = None
     """Of the library's own training step, once it was measured."""
     trained: dict[str, torch.Tensor] | None = None
 
+    @cached_property
+    def runtime(self) -> RuntimeSettings:
+        """The config's, for the device that was chosen."""
+        return self.section("runtime").changed(device=self.device.type)
+
     @property
     def compiles_baseline(self) -> bool:
-        """The record's way is a compiled one wherever there is a GPU."""
+        """The submission compiles wherever there is a GPU."""
         return self.runtime.compile != "off" and (
             self.runtime.compile == "on" or self.device.type == "cuda"
         )
@@ -64,15 +79,14 @@ class Context:
     def world(self) -> World:
         return World(rank=0, size=1, device=self.device)
 
-    def section(self, name: str, variant: str | None = None) -> dict[str, Any]:
-        """A section of the config, as `variant` sees it where the config knows that variant."""
-        known = variant in self.config["variants"]
-        seen = variant_config(self.config, variant) if known else self.config
-        return dict(seen[name])
+    def section(self, name: str, variant: str = "causal") -> Any:
+        """A section's settings as `variant` has them; of the first variant where it is unknown."""
+        variants = self.config.variants
+        return self.config.sections(variant if variant in variants else next(iter(variants)))[name]
 
     def train_settings(self, **changes: Any) -> TrainSettings:
         """The config's training without its ends: no clock, no late QAT, no checkpoints."""
-        settings = TrainSettings(**self.section("train"))
+        settings = self.section("train")
         rows = self.options.micro_batch_sequences or settings.micro_batch_sequences
         endless = {
             "micro_batch_sequences": rows,
@@ -80,24 +94,23 @@ class Context:
             "warmup_steps": 0,
             "warmdown_steps": 0,
             "late_qat_scale": 0.0,
-            "checkpoint_seconds": math.inf,
+            "checkpoint_seconds": UNHURRIED_SECONDS,
             "log_every_steps": 1,
         }
-        return replace(settings, **{**endless, **changes})
+        return settings.changed(**{**endless, **changes})
 
     def model_config(self) -> GPTConfig:
-        tokens = self.config["train"]["sequence_tokens"]
-        return config_from_settings(self.section("model"), self.dataset.vocab_size, tokens)
+        return model_config(self.section("model"), self.section("train"), self.dataset.vocab_size)
 
     def model(self, weights: dict[str, torch.Tensor] | None = None) -> GPT:
-        """The library's model as its stages prepare it; freshly initialised without `weights`."""
+        """The library's model as its stages prepare it; freshly initialized without `weights`."""
         model = GPT(self.model_config(), seed=self.options.seed)
         if weights is not None:
             model.load_state_dict(weights)
         return prepare(model.to(self.device), self.runtime)
 
     def baseline(self, weights: dict[str, torch.Tensor] | None = None) -> BaselineGPT:
-        """The record's model with the same weights."""
+        """The submission's model with the same weights."""
         return from_fairway(self.model(weights))
 
     def scattered_weights(self) -> dict[str, torch.Tensor]:
@@ -121,11 +134,10 @@ class Context:
         whole = self.train_settings()
         tokens = min(PRETRAINING_TOKENS, whole.batch_tokens)
         sequences = max(1, tokens // whole.sequence_tokens)
-        settings = replace(
-            whole,
+        settings = whole.changed(
             batch_tokens=sequences * whole.sequence_tokens,
             # The shape that TTT compiles for as well.
-            micro_batch_sequences=math.gcd(sequences, self.config["ttt"]["batch_sequences"]),
+            micro_batch_sequences=math.gcd(sequences, self.section("ttt").batch_sequences),
             max_steps=steps,
             warmdown_steps=steps // 2,
             log_every_steps=steps,
@@ -145,7 +157,7 @@ class Context:
             settings.batch_sequences,
             seed=self.options.seed,
         )
-        # Nothing is ever written there: the interval between checkpoints is infinite.
+        # Nothing is ever written there: UNHURRIED_SECONDS lie between checkpoints.
         checkpoints = Checkpoints(Path(tempfile.gettempdir()) / "fairway-benchmark", "none")
         return Trainer(
             model,
@@ -153,8 +165,9 @@ class Context:
             loader,
             self.world,
             checkpoints,
+            fake_quantize=quantizer_of(self.section("gptq")).fake,
             compile_model=self.compiles(model),
-            cuda_graphs=records_graphs(self.runtime, model),
+            cuda_graphs=captures_graphs(self.runtime, model),
         )
 
     def stream(self, split: str, num_tokens: int | None = None) -> torch.Tensor:
@@ -187,15 +200,33 @@ class Context:
 def make_context(options: argparse.Namespace) -> Context:
     """Read settings and data; UserError where they do not fit together."""
     device = resolve_device(options.device)
-    size = options.size or ("record" if device.type == "cuda" else "toy")
-    config = load_config([*SIZES[size], *options.config])
-    runtime = RuntimeSettings(**{**config["runtime"], "device": device.type})
-    options.size = size
-    context = Context(options, config, load_dataset(options.dataset), runtime, device)
+    options.size = options.size or ("pr1350" if device.type == "cuda" else "quickstart")
+    config = load_recipe(options.size, options.config)
+    context = Context(options, config, load_dataset(options.dataset), device)
     if context.compiles_baseline:
         # One process holds every stage's graphs; past the usual 8 a function would run uncompiled.
         torch._dynamo.config.recompile_limit = 64
     return context
+
+
+def load_recipe(size: str, overlays: Iterable[Path] = ()) -> Config:
+    """The recipe of a size with YAML files laid over it, one after the other."""
+    values: dict[str, Any] = {"recipe": size, "seeds": [0]}
+    for path in overlays:
+        search_beside([path.resolve().parent])
+        values = merge(values, read_yaml(path))
+    return complete(values, home=ROOT)
+
+
+def model_config(model: Settings, train: TrainSettings, vocab_size: int) -> GPTConfig:
+    """The model of the sections `model` and `train`."""
+    return GPTConfig(**dict(model), vocab_size=vocab_size, sequence_tokens=train.sequence_tokens)
+
+
+def slot_settings(evaluation: EvaluationSettings) -> SlotSettings:
+    """SLOT's as an evaluation lists it; where it does not, without logits of the whole window."""
+    listed = (choice.settings for choice in evaluation.adapters if choice.name == "slot")
+    return next(listed, SlotSettings(context_logits="scored"))
 
 
 def ran(model: GPT) -> dict[str, str]:

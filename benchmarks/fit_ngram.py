@@ -1,7 +1,7 @@
-"""Fit the weights of `ngram.caches` on held-out training text; validation is never read.
+"""Fit the weights of the n-gram caches on held-out training text; validation is never read.
 
     python benchmarks/fit_ngram.py --dataset results/data/embedded/manifest.json \\
-        --artifact results/quickstart/seed-42/causal/gptq/artifact.bin --config config.yaml
+        --artifact results/quickstart/seed-42/shared/gptq/artifact.bin --config config.yaml
 
 The text is scored with the other adapters that the config lists, and the caches are mixed in
 afterwards: L-BFGS finds the weights of least loss on every other document, and the gain on the
@@ -10,30 +10,41 @@ rest is printed for the config's own weights and for those found.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import yaml
 from context import say
-from held_out import add_arguments, held_out_text, score_held_out
+from held_out import add_arguments, first_sections, held_out_text, score_held_out
 from torch import Tensor
 
-from fairway.command import run
-from fairway.config import load_config, merge
 from fairway.errors import UserError
 from fairway.evaluation.adapters.ngram import (
     Cache,
     CacheSettings,
     NgramSettings,
     build_caches,
+    mixture_weight,
     recent_followers,
-    trust,
 )
-from fairway.evaluation.stream import EvaluationSettings, Stream, cut_stream
+from fairway.evaluation.text import Text, cut_text
 from fairway.evaluation.token_table import RankScores
+from fairway.recipe import load_config
+from fairway.stage import user_errors
 
-WEIGHTS = ("bias", "order_weight", "count_weight", "variety_weight")
+
+class Weights(NamedTuple):
+    """Of a cache, what is fitted: as in CacheSettings, or float64 tensors."""
+
+    bias: float | Tensor
+    order_weight: float | Tensor
+    count_weight: float | Tensor
+    variety_weight: float | Tensor
+
+    @classmethod
+    def of(cls, settings: CacheSettings) -> "Weights":
+        return cls(*(getattr(settings, name) for name in cls._fields))
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Evidence:
     order: int
     hits: Tensor
     number: Tensor
-    kinds: Tensor
+    distinct: Tensor
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,87 +63,84 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    config = load_config(options.config)
-    others = [name for name in config["evaluation"]["adapters"] if name != "ngram"]
+    sections = first_sections(load_config(options.config))
+    evaluation, runtime = sections["evaluation"], sections["runtime"]
+    listed = [one for one in evaluation.adapters if one.name == "ngram"]
+    others = evaluation.changed(adapters=[one for one in evaluation.adapters if one not in listed])
     dataset, tokens = held_out_text(options)
-    stream = cut_stream(
-        torch.from_numpy(tokens.astype("int64")),
-        EvaluationSettings(**config["evaluation"]),
-        dataset.bos_id,
-    )
-    fits = stream.documents[:-1] % 2 == 0
+    text = cut_text(torch.from_numpy(tokens.astype("int64")), evaluation, dataset.bos_id)
+    fits = text.documents[:-1] % 2 == 0
     if fits.all() or not fits.any():
         raise UserError("one document is not enough to fit and to measure: raise --tokens")
-    caches = build_caches(stream, NgramSettings(**config["ngram"]))
-    found = [(cache.settings, evidence(cache, stream)) for cache in caches]
-    without = merge(config, {"evaluation": {"adapters": others}})
-    loss = losses(score_held_out(options, without, dataset, tokens)[0])
-    fitted = fit(loss, found, fits)
-    for name, settings in (("config", [own for own, _ in found]), ("fitted", fitted)):
-        gain = loss + mixed(loss, found, settings).log()
+    caches = build_caches(text, listed[0].settings if listed else NgramSettings())
+    found = [evidence(cache, text) for cache in caches]
+    loss = losses(score_held_out(options, others, runtime, dataset, tokens)[0])
+    own = [Weights.of(cache.settings) for cache in caches]
+    fitted = fit(loss, found, own, fits)
+    for name, weights in (("config", own), ("fitted", fitted)):
+        gain = loss + mixed(loss, found, weights).log()
         say(
             f"{name}: gain {float(gain[fits].mean()):.5f} nats a token on the documents fitted to, "
             f"{float(gain[~fits].mean()):.5f} on the others"
         )
-    say(yaml.safe_dump({"ngram": {"caches": [vars(cache) for cache in fitted]}}, sort_keys=False))
+    settings = [
+        cache.settings.changed(**weights._asdict()).model_dump(mode="json")
+        for cache, weights in zip(caches, fitted, strict=True)
+    ]
+    overlay = {"evaluation": {"adapters": {"ngram": {"caches": settings}}}}
+    say(yaml.safe_dump(overlay, sort_keys=False))
 
 
 def losses(scores: RankScores) -> Tensor:
-    """Nats of every target in the stream's order, float64 [n]."""
+    """Nats of every target in the text's order, float64 [n]."""
     order = scores.columns["position"].argsort()
     return torch.from_numpy(scores.columns["nll_after"][order])
 
 
-def evidence(cache: Cache, stream: Stream) -> list[Evidence]:
-    targets = stream.tokens[1:]
-    places = torch.arange(len(targets), device=targets.device)
+def evidence(cache: Cache, text: Text) -> list[Evidence]:
+    """What each order of the cache finds for every target."""
+    targets = text.tokens[1:]
+    positions = torch.arange(len(targets), device=targets.device)
     parts = []
     for order, occurrences in cache.found.items():
-        followers, exists = recent_followers(occurrences, places, cache.settings.recent_occurrences)
+        followers, exists = recent_followers(
+            occurrences, positions, cache.settings.recent_occurrences
+        )
         hits = ((followers == targets.unsqueeze(1)) & exists).sum(1)
         ordered = torch.where(exists, followers, -1).sort(1).values
-        kinds = ((ordered.diff(dim=1) != 0) & (ordered[:, 1:] >= 0)).sum(1) + (ordered[:, 0] >= 0)
-        parts.append(Evidence(order, hits, exists.sum(1), kinds))
+        changes = (ordered.diff(dim=1) != 0) & (ordered[:, 1:] >= 0)
+        distinct = changes.sum(1) + (ordered[:, 0] >= 0)
+        parts.append(Evidence(order, hits, exists.sum(1), distinct))
     return parts
 
 
-def mixed(
-    loss: Tensor,
-    found: Sequence[tuple[CacheSettings, list[Evidence]]],
-    settings: Sequence[CacheSettings],
-) -> Tensor:
-    """The targets' probabilities, [n], under caches with these settings."""
+def mixed(loss: Tensor, found: Sequence[list[Evidence]], weights: Sequence[Weights]) -> Tensor:
+    """The targets' probabilities, [n], under caches with these weights."""
     p = torch.exp(-loss)
-    for (_, parts), cache in zip(found, settings, strict=True):
+    for parts, own in zip(found, weights, strict=True):
         for part in parts:
-            share = trust(part.order, part.number, part.kinds, cache)
+            share = mixture_weight(part.order, part.number, part.distinct, own)
             p = (1 - share) * p + share * part.hits / part.number.clamp(min=1)
     return p
 
 
 def fit(
-    loss: Tensor, found: Sequence[tuple[CacheSettings, list[Evidence]]], fits: Tensor
-) -> list[CacheSettings]:
-    """The caches with the weights of least mean loss where `fits`, bool [n]."""
-    start = [[getattr(own, name) for name in WEIGHTS] for own, _ in found]
+    loss: Tensor, found: Sequence[list[Evidence]], start: Sequence[Weights], fits: Tensor
+) -> list[Weights]:
+    """Each cache's weights of least mean loss where `fits`, bool [n], to two decimals."""
     weights = torch.tensor(start, dtype=torch.float64, device=loss.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
-    def settings(rows: Sequence[Sequence[Any]]) -> list[CacheSettings]:
-        return [
-            replace(own, **dict(zip(WEIGHTS, row, strict=True)))
-            for (own, _), row in zip(found, rows, strict=True)
-        ]
-
     def closure() -> Tensor:
         optimizer.zero_grad()
-        mean = -mixed(loss, found, settings(weights)).log()[fits].mean()
+        mean = -mixed(loss, found, [Weights(*row) for row in weights]).log()[fits].mean()
         mean.backward()
         return mean
 
     optimizer.step(closure)
-    return settings([[round(weight, 2) for weight in row] for row in weights.tolist()])
+    return [Weights(*(round(weight, 2) for weight in row)) for row in weights.tolist()]
 
 
 if __name__ == "__main__":
-    run(main)
+    with user_errors():
+        main()

@@ -17,23 +17,24 @@ from functools import partial
 import pandas as pd
 import torch
 from ceilings import Ceilings, measure_ceilings
-from context import SIZES, say
+from context import load_recipe, model_config, say, slot_settings
 from timing import median_seconds
 
-from fairway.command import run as run_command
-from fairway.config import load_config
 from fairway.distributed import resolve_device
 from fairway.evaluation.adapters.fit import logit_delta_kernel
+from fairway.evaluation.adapters.slot import SlotSettings
 from fairway.model.attention import attend, available_backends
+from fairway.model.functional import rotary_angles
 from fairway.model.fused import exclusion, heads, mlp, residual
 from fairway.model.fused.loss import cross_entropy
-from fairway.model.gpt import GPTConfig, config_from_settings, rotary_angles
 from fairway.model.runtime import select_kernels
+from fairway.model.spec import GPTConfig
+from fairway.stage import user_errors
 
 REPEATS = 20
 VOCABULARY = 1024
-SLOT_PLACES = 64
-"""Of each window of a batch: with the record's focal tokens, those that are not scored."""
+SLOT_POSITIONS = 64
+"""Of each window of a batch: with the submission's focal tokens, those that are not scored."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", help="parts of names, separated by commas")
     options = parser.parse_args(arguments)
     device = resolve_device(options.device)
-    select_kernels("fused", device)
     is_cuda = device.type == "cuda"
-    config = load_config(SIZES["record" if is_cuda else "toy"])
-    model = config_from_settings(config["model"], VOCABULARY, config["train"]["sequence_tokens"])
+    config = load_recipe("pr1350" if is_cuda else "quickstart").sections("causal")
+    model = model_config(config["model"], config["train"], VOCABULARY)
+    select_kernels("fused", model, device)
+    slot = slot_settings(config["evaluation"])
     sequences = options.sequences or (96 if is_cuda else 2)
     ceilings = measure_ceilings(device, seed=0)
     rows = []
-    for case in cases(model, sequences, device, config["slot"]):
+    for case in cases(model, sequences, device, slot):
         if options.only and not any(part in case.name for part in options.only.split(",")):
             continue
         rows.append(measure(case, device, ceilings, REPEATS if is_cuda else 1))
@@ -80,7 +82,9 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, repeats: int) 
     return {"kernel": case.name, "ms": seconds * 1e3, "of floor": floor / seconds}
 
 
-def cases(config: GPTConfig, sequences: int, device: torch.device, slot: dict) -> Iterator[Case]:
+def cases(
+    config: GPTConfig, sequences: int, device: torch.device, slot: SlotSettings
+) -> Iterator[Case]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     random = partial(torch.randn, device=device, dtype=dtype)
     rows = sequences * config.sequence_tokens
@@ -201,20 +205,20 @@ def _attention_cases(config, sequences, random, device) -> Iterator[Case]:
             partial(both, deterministic=True),
             flops=3.5 * flops,
         )
-        yield Case(f"attention, {backend}: the last 64 places", last, moved(keys, values))
+        yield Case(f"attention, {backend}: the last 64 positions", last, moved(keys, values))
 
 
 def _fit_cases(config, device, slot) -> Iterator[Case]:
-    options = {key: slot[key] for key in ("l2", "clamp", "iterations", "history")}
+    options = {key: getattr(slot, key) for key in ("l2", "clamp", "iterations", "history")}
     small = device.type == "cpu"
-    for name, rows, places in (
-        ("slot: one fit of 32 windows", 1, 32 * SLOT_PLACES),
+    for name, rows, positions in (
+        ("slot: one fit of 32 windows", 1, 32 * SLOT_POSITIONS),
         ("slot: 128 fits of a window", 128, config.sequence_tokens - 64),
     ):
-        rows, places = (1, 16) if small else (rows, places)
-        logits = 2.5 * torch.randn(rows, places, VOCABULARY, device=device)
+        rows, positions = (1, 16) if small else (rows, positions)
+        logits = 2.5 * torch.randn(rows, positions, VOCABULARY, device=device)
         probabilities = logit_delta_kernel.compact_softmax(logits)
-        targets = torch.randint(0, VOCABULARY, (rows, places), device=device)
+        targets = torch.randint(0, VOCABULARY, (rows, positions), device=device)
         counted, start = (
             torch.ones_like(targets, dtype=torch.bool),
             logits.new_zeros(rows, VOCABULARY),
@@ -229,4 +233,5 @@ def _fit_cases(config, device, slot) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    with user_errors():
+        main()

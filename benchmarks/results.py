@@ -11,7 +11,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Bar:
-    """What is asked of one H200 at the record's size."""
+    """What is asked of one H200 at the reference submission's size."""
 
     text: str
     reached: bool

@@ -1,7 +1,7 @@
-"""Measure Fairway's stages against the record's way of doing them, and against the hardware.
+"""Measure Fairway's stages against the reference submission (PR #1350) and against the hardware.
 
     python benchmarks/run.py --dataset results/data/embedded/manifest.json
-    python benchmarks/run.py --dataset ... --size record --stages train,sliding --output bench.json
+    python benchmarks/run.py --dataset ... --size pr1350 --stages train,sliding --output bench.json
 
 Each stage prints its rows when it is done; the last lines are the table of all of them. Exits with
 1 where two ways of a stage disagree or a stage fails. benchmarks/README.md tells how to read it.
@@ -24,9 +24,9 @@ from ceilings import measure_ceilings
 from context import SIZES, Context, make_context, say
 from results import Row, disagreements, number, table, write_results
 
-from fairway.command import run as run_command
 from fairway.errors import UserError
 from fairway.provenance import git_commit, package_versions
+from fairway.stage import user_errors
 
 STAGES = {
     stage.__name__: stage
@@ -65,9 +65,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--stages", type=stage_names, default=list(STAGES),
         help=f"separated by commas; all: {','.join(STAGES)}",
     )  # fmt: skip
-    parser.add_argument("--size", choices=SIZES, help="default: record on CUDA, toy on a CPU")
     parser.add_argument(
-        "--config", type=Path, nargs="+", default=[], help="overlays over the size's files"
+        "--size", choices=SIZES, help="the recipe; default: pr1350 on CUDA, quickstart on a CPU"
+    )
+    parser.add_argument(
+        "--config", type=Path, nargs="+", default=[], help="YAML files over the recipe"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--output", type=Path, help="JSON, written anew after each stage")
@@ -126,8 +128,8 @@ def device_name(context: Context) -> str:
 
 
 def bars_apply(context: Context) -> bool:
-    """The bars are for the record's size on one H200."""
-    return context.options.size == "record" and "H200" in device_name(context)
+    """The bars are for the reference submission's size on one H200."""
+    return context.options.size == "pr1350" and "H200" in device_name(context)
 
 
 def about(context: Context, failed: list[str], seconds: float) -> dict:
@@ -139,7 +141,7 @@ def about(context: Context, failed: list[str], seconds: float) -> dict:
         "seed": context.options.seed,
         "repeats": context.options.repeats,
         "baseline_compiled": context.compiles_baseline,
-        "runtime": asdict(context.runtime),
+        "runtime": context.runtime.as_read(),
         "ceilings": asdict(context.ceilings),
         "commit": git_commit(),
         "versions": package_versions(),
@@ -149,4 +151,5 @@ def about(context: Context, failed: list[str], seconds: float) -> dict:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    with user_errors():
+        main()

@@ -54,9 +54,9 @@ def held_bytes(device: torch.device) -> int:
 
 
 def warmed_up(device: torch.device, build: Callable[[], Run], held: int | None = None) -> Side:
-    """Build a side and run it twice: the first run compiles, or records what later ones replay.
+    """Build a side and run it twice: the first run compiles, or captures what later ones replay.
 
-    The memory is that of both, for a CUDA graph's is allocated only while it is recorded.
+    The memory is that of both, for a CUDA graph's is allocated only while it is captured.
     held: `held_bytes` before anything of this side was made; None where `build` makes it all.
     """
     held = held_bytes(device) if held is None else held

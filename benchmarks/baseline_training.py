@@ -1,15 +1,15 @@
-"""Training, optimiser and TTT as the record does them, on the baseline model."""
+"""Training, optimizer and TTT as the reference submission has them, on the baseline model."""
 
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from baseline import BaselineGPT, record_attention
+from baseline import BaselineGPT, baseline_attention
 from torch import Tensor
 
 from fairway.data.dataset import Span
-from fairway.model.gpt import BANKS
+from fairway.model.spec import BANKS
 from fairway.training.trainer import TrainSettings
 from fairway.training.ttt import TTTSettings
 
@@ -21,7 +21,7 @@ ENOUGH_TOKENS = 50_000_000
 
 
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
-    """Muon's orthogonalisation of a bank [n, out, in], in bfloat16 on CUDA."""
+    """Muon's orthogonalization of a bank [n, out, in], in bfloat16 on CUDA."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     transposed = x.size(-2) > x.size(-1)
@@ -34,7 +34,7 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     return x.mT if transposed else x
 
 
-class RecordOptimizer:
+class BaselineOptimizer:
     """Muon bank by bank, fused AdamW for the rest, clipping by PyTorch's own function."""
 
     def __init__(self, model: BaselineGPT, settings: TrainSettings) -> None:
@@ -52,7 +52,7 @@ class RecordOptimizer:
                 {"params": embeddings, "lr": settings.embedding_learning_rate},
                 {"params": scalars, "lr": settings.scalar_learning_rate},
             ],
-            betas=tuple(settings.adam_betas),
+            betas=settings.adam_betas,
             weight_decay=settings.weight_decay,
             fused=True,
         )
@@ -73,7 +73,7 @@ class RecordOptimizer:
         self.model.zero_grad(set_to_none=True)
 
 
-class RecordAverages:
+class BaselineAverages:
     """One moving average per decay, tensor after tensor."""
 
     def __init__(self, model: BaselineGPT, decays: Sequence[float]) -> None:
@@ -115,8 +115,8 @@ class SequentialBatches:
         return stream[:-1].view(rows, length), stream[1:].view(rows, length)
 
 
-class RecordTrainer:
-    """The record's training loop on one GPU."""
+class BaselineTrainer:
+    """The submission's training loop on one GPU."""
 
     def __init__(
         self,
@@ -127,8 +127,8 @@ class RecordTrainer:
     ) -> None:
         self.model, self.settings = model, settings
         self.device = model.smear_gate.device
-        self.optimizer = RecordOptimizer(model, settings)
-        self.averages = RecordAverages(model, settings.ema_decays[:1])
+        self.optimizer = BaselineOptimizer(model, settings)
+        self.averages = BaselineAverages(model, settings.ema_decays[:1])
         self.batches = SequentialBatches(spans, self.device)
         self.loss = compiled(model.loss) if compile_model else model.loss
 
@@ -140,7 +140,7 @@ class RecordTrainer:
         total = torch.zeros((), device=self.device)
         for _ in range(micro_batches):
             inputs, targets = self.batches.next(rows, settings.sequence_tokens)
-            with record_attention(self.device):
+            with baseline_attention(self.device):
                 loss = self.loss(inputs, targets)
                 (loss / micro_batches).backward()
             total += loss.detach()
@@ -150,18 +150,18 @@ class RecordTrainer:
 
 
 def compiled(function: Callable) -> Callable:
-    """As the record compiles: one shape, one graph."""
+    """As the submission compiles: one shape, one graph."""
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def record_ttt(
+def baseline_ttt(
     model: BaselineGPT,
     loss_function: Callable,
     sequences: tuple[Tensor, Tensor],
     settings: TTTSettings,
     seed: int,
 ) -> list[float]:
-    """The record's test-time training: each epoch's mean loss in nats.
+    """The submission's test-time training: each epoch's mean loss in nats.
 
     sequences: inputs and targets int64 [S, T] on the CPU. Blocks are frozen as in its code, where
     that holds the blocks' own small parameters and not their matrices.
@@ -182,7 +182,7 @@ def record_ttt(
             fall = 0.5 * (1 + math.cos(math.pi * first / count))
             floor = settings.final_learning_rate_fraction
             optimizer.param_groups[0]["lr"] = settings.learning_rate * (floor + (1 - floor) * fall)
-            with record_attention(device):
+            with baseline_attention(device):
                 loss = loss_function(inputs, targets)
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(moving, settings.gradient_clip)

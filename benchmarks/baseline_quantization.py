@@ -1,4 +1,4 @@
-"""GPTQ and compression as the record does them: matrix by matrix on the CPU; LZMA."""
+"""GPTQ and compression as the reference submission has them: matrix by matrix on the CPU; LZMA."""
 
 import lzma
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ LARGEST_CODE = 31
 SMALLEST_SCALE = 2.0**-24
 
 
-def record_gptq(
+def baseline_gptq(
     weights: Tensor, hessian: Tensor, percentiles: Sequence[float], block: int, dampening: float
 ) -> tuple[Tensor, Tensor]:
     """int6 codes [rows, columns] and fp16 scales [rows] of one matrix, on the CPU.
@@ -64,7 +64,7 @@ def output_error(difference: Tensor, hessian: Tensor) -> float:
     return float(((difference @ hessian) * difference).sum())
 
 
-def record_archive(tensors: Mapping[str, Stored]) -> bytes:
+def baseline_archive(tensors: Mapping[str, Stored]) -> bytes:
     """One byte a code, everything else as it is, through LZMA at preset 9."""
     parts = []
     for name in sorted(tensors):

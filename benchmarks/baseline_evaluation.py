@@ -1,4 +1,4 @@
-"""Sliding windows, SLOT and sampling as the record does them, on the baseline model.
+"""Sliding windows, SLOT and sampling as the reference submission has them, on the baseline model.
 
 Shapes: B windows of a batch, T tokens of a window, V vocabulary.
 """
@@ -8,40 +8,44 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from baseline import BaselineGPT, record_attention
+from baseline import BaselineGPT, baseline_attention
 from torch import Tensor
 
 from fairway.evaluation.adapters.slot import SlotSettings
-from fairway.evaluation.evaluator import EvaluatorSettings
+from fairway.evaluation.settings import EvaluationSettings
 from fairway.evaluation.windows import Windows, sliding_windows
 
 Logits = Callable[[Tensor], Tensor]
 """tokens int64 [B, T] → logits float32 [B, T, V]."""
 
 
-def record_logits(model: BaselineGPT, compile_model: bool) -> Logits:
-    """The forward pass as the record evaluates it: compiled, logits of every position."""
+def baseline_logits(model: BaselineGPT, compile_model: bool) -> Logits:
+    """The forward pass of the submission's evaluation: compiled, logits of every position."""
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compile_model else model
     device = model.smear_gate.device
 
     @torch.no_grad()
     def logits(tokens: Tensor) -> Tensor:
-        with record_attention(device):
+        with baseline_attention(device):
             return forward(tokens)
 
     return logits
 
 
-def cut_windows(stream: Tensor, settings: EvaluatorSettings) -> Windows:
+def cut_windows(stream: Tensor, settings: EvaluationSettings) -> Windows:
     """Those that score `stream` int64 [n + 1]."""
-    cut = settings.evaluation
-    return sliding_windows(len(stream) - 1, cut.window_tokens, cut.stride_tokens)
+    return sliding_windows(len(stream) - 1, settings.window_tokens, settings.stride_tokens)
 
 
-def focal_places(settings: EvaluatorSettings) -> int:
+def slot_of(settings: EvaluationSettings) -> SlotSettings:
+    """SLOT's own settings in an evaluation that lists it."""
+    return next(choice.settings for choice in settings.adapters if choice.name == "slot")
+
+
+def focal_positions(settings: EvaluationSettings) -> int:
     """The last positions of a window that a delta may be fitted to."""
-    focal = settings.slot.focal_tokens
-    return settings.evaluation.window_tokens if focal == "all" else int(focal)
+    focal = slot_of(settings).focal_tokens
+    return settings.window_tokens if focal == "all" else int(focal)
 
 
 def batches_of(windows: Windows, size: int) -> list[range]:
@@ -73,40 +77,43 @@ def scored_slices(losses: Tensor, windows: Windows, batch: range) -> list[Tensor
 
 
 @torch.no_grad()
-def record_sliding(logits: Logits, stream: Tensor, settings: EvaluatorSettings) -> Tensor:
-    """Nats of every target of `stream` int64 [n + 1], float32 [n]."""
+def baseline_sliding(logits: Logits, stream: Tensor, settings: EvaluationSettings) -> Tensor:
+    """Nats of every target of `stream` int64 [n + 1], float32 [n].
+
+    settings: list SLOT, whose batches of windows the forward passes take.
+    """
     windows = cut_windows(stream, settings)
     parts: list[Tensor] = []
-    for batch in batches_of(windows, settings.slot.batch_windows):
+    for batch in batches_of(windows, slot_of(settings).batch_windows):
         inputs, targets = window_rows(stream, windows, batch)
         parts += scored_slices(all_losses(logits(inputs), targets), windows, batch)
     return torch.cat(parts)
 
 
-def record_slot(logits: Logits, stream: Tensor, settings: EvaluatorSettings) -> Tensor:
+def baseline_slot(logits: Logits, stream: Tensor, settings: EvaluationSettings) -> Tensor:
     """Nats of every target with one delta fitted to each batch of windows, float32 [n].
 
     The delta of a batch is where the next one's fit begins.
     """
     windows = cut_windows(stream, settings)
     delta, parts = None, []
-    for batch in batches_of(windows, settings.slot.batch_windows):
+    for batch in batches_of(windows, slot_of(settings).batch_windows):
         inputs, targets = window_rows(stream, windows, batch)
         base = logits(inputs)
         if delta is None:
             delta = torch.zeros(1, 1, base.size(-1), device=base.device)
         mask = context_mask(windows, batch, settings, base.device)
-        delta = record_fit(base, targets, mask, delta, settings.slot)
+        delta = baseline_fit(base, targets, mask, delta, slot_of(settings))
         with torch.no_grad():
             parts += scored_slices(all_losses(base + delta, targets), windows, batch)
     return torch.cat(parts)
 
 
 def context_mask(
-    windows: Windows, batch: range, settings: EvaluatorSettings, device: torch.device
+    windows: Windows, batch: range, settings: EvaluationSettings, device: torch.device
 ) -> Tensor:
     """float32 [B, T]: one where a focal position precedes its window's scored slice."""
-    focal = focal_places(settings)
+    focal = focal_positions(settings)
     mask = torch.zeros(len(batch), windows.length, device=device)
     for row, index in enumerate(batch):
         last = windows.length - int(windows.scored[index])
@@ -114,10 +121,10 @@ def context_mask(
     return mask
 
 
-def record_fit(
+def baseline_fit(
     logits: Tensor, targets: Tensor, mask: Tensor, initial: Tensor, settings: SlotSettings
 ) -> Tensor:
-    """The record's fit: every closure call runs over all positions of all windows."""
+    """The submission's fit: every closure call runs over all positions of all windows."""
     delta = initial.clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [delta],
@@ -131,7 +138,7 @@ def record_fit(
         optimizer.zero_grad()
         losses = all_losses(logits + delta, targets)
         loss = (losses * mask).sum() / mask.sum()
-        if settings.l2:  # the record has none
+        if settings.l2:  # the submission has none
             loss = loss + settings.l2 / 2 * delta.square().sum() / mask.sum()
         loss.backward()
         return loss
@@ -141,11 +148,11 @@ def record_fit(
 
 
 @torch.no_grad()
-def record_next_tokens(
+def baseline_next_tokens(
     model: BaselineGPT, prefix: Tensor, temperature: float, generator: torch.Generator
 ) -> Tensor:
     """Without a cache: the whole prefix int64 [B, n] again for one new token each, int64 [B]."""
-    with record_attention(prefix.device):
+    with baseline_attention(prefix.device):
         logits = model(prefix)[:, -1]
     probabilities = torch.softmax(logits / temperature, dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)

@@ -43,7 +43,7 @@ def test_settings_of_an_adapter_are_checked_with_windows_that_are_not_its_own():
     ("adapters", "message"),
     [
         (["ema"], "evaluation.adapters.0: found 'ema', expected one of lora, ngram, slot"),
-        (["lorra"], "did you mean lora?; known: lora, ngram, slot"),
+        (["lorra"], "lora, ngram, slot, or module:Name of your own; did you mean lora?"),
         (["ngram", "slot"], "evaluation.adapters.slot changes logits, so it must come before"),
         (["slot", "lora"], "evaluation.adapters.lora computes logits anew"),
         (["lora", "slot", "lora"], "names lora twice, expected each once: found"),

@@ -1,4 +1,4 @@
-"""One process or many: what torchrun started, behind a small record."""
+"""One process or many: what torchrun started, behind one small object."""
 
 import os
 import platform

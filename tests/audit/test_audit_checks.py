@@ -109,7 +109,7 @@ def test_random_flips_come_one_from_each_section():
 def test_the_excerpt_holds_the_most_documents():
     tokens = torch.full((1000,), 5)
     tokens[[0, 300, 310, 320, 900]] = BOS_ID
-    tokens[400] = 6  # no other excerpt of 101 tokens holds it at this place
+    tokens[400] = 6  # no other excerpt of 101 tokens holds it at this position
     assert torch.equal(choose_excerpt(tokens, 100, BOS_ID), tokens[300:401])
     assert torch.equal(choose_excerpt(tokens, 5000, BOS_ID), tokens)
     ties = torch.tensor([BOS_ID, 5, BOS_ID, 6, BOS_ID, 7])

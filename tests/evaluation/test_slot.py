@@ -74,7 +74,7 @@ def check_against_reference(tokens, settings, columns, windows):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 if index else 1e-5)
 
 
-def test_the_fit_minimizes_the_penalised_cross_entropy():
+def test_the_fit_minimizes_the_penalized_cross_entropy():
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(3, 40, VOCABULARY, generator=generator)
     targets = torch.randint(0, VOCABULARY, (3, 40), generator=generator)

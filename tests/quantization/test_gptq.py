@@ -31,7 +31,7 @@ def random_problem(seed, matrices=3, rows=6, columns=20, correlation=0.8):
 
 
 def reference_codes(weights, hessian, scale, dampening_fraction):
-    """Optimal brain quantisation, one column and one row at a time, with explicit inverses.
+    """Optimal brain quantization, one column and one row at a time, with explicit inverses.
 
     weights [R, C], hessian [C, C], scale [R]: all float64. The textbook form: the inverse Hessian
     of the columns still to come is found afresh for every column, with no Cholesky and no blocks.

@@ -25,7 +25,7 @@ HOPPER = (9, 0)
 
 BACKENDS = ("flash_attn_4", "cudnn", "flash_attn_3", "flash_attn_2", "sdpa")
 """`auto` takes the first of these that can run. The first two and the last were measured on an
-H200: docs/LOG.md, 2026-11-24."""
+H200: docs/log.md, 2026-11-24."""
 
 
 def available_backends(device: torch.device) -> list[str]:

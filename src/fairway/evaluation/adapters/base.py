@@ -28,7 +28,7 @@ The rules for a score that counts:
    them later ones. What a row learned changes that row's distributions only. So a sum, a norm or a
    step length over rows is a leak; keep state [B, …] and index it with `batch.row`.
 4. *The whole distribution.* `scored` are logits over the whole vocabulary, which one softmax
-   normalises. A mixture of probabilities returns their logarithm, and says `is_mixture = True`.
+   normalizes. A mixture of probabilities returns their logarithm, and says `is_mixture = True`.
 
 `fairway audit` tests the first three by replacing tokens, and the fourth by adding up. An example
 that passes is docs/examples/unigram_cache.py; its twin that fails is leaking_cache.py there.

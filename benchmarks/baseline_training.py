@@ -188,6 +188,6 @@ def baseline_ttt(
             torch.nn.utils.clip_grad_norm_(moving, settings.gradient_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total += float(loss) * len(rows)
+            total += float(loss.detach()) * len(rows)
         losses.append(total / count)
     return losses

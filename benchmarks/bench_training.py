@@ -105,7 +105,7 @@ def _gradients_agree(context: Context, trainer: Trainer) -> tuple[Agreement, ...
         for row in range(rows):
             part = baseline.loss(inputs[row : row + 1], targets[row : row + 1]) / rows
             part.backward()
-            loss += float(part)
+            loss += float(part.detach())
     ours, theirs = bank_gradients(trainer.model), bank_gradients(baseline)
     largest = max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in BANKS)
     return (

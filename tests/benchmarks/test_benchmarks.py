@@ -2,18 +2,25 @@
 
 import json
 import math
-import os
 import re
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from fairway.config import merge, validated
+from fairway.data.dataset import load_dataset
+from fairway.quantization.artifact import quantizable, storable, write_artifact
+from fairway.quantization.integers import round_to_nearest
+from fairway.recipe import complete, load_config
+from fairway.settings import merge
+from scattered import scattered_model
 from tiny import ROOT
+from trainings import SMALL, run_here
 
 BENCHMARKS = ROOT / "benchmarks"
 STAGES = (
@@ -25,23 +32,36 @@ sys.path.append(str(BENCHMARKS))
 
 
 def run_program(name, *arguments):
-    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    """Run a program in this process, which has imported torch already."""
+    stdout, stderr, code = StringIO(), StringIO(), 0
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            run_here(str(BENCHMARKS / name), *arguments)
+        except SystemExit as exit:
+            code = exit.code
+    return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 def run_benchmarks(dataset, config, *arguments):
     return run_program(
-        "run.py", "--device", "cpu", "--size", "toy", "--repeats", 1, "--train-steps", 3,
-        "--dataset", dataset, "--config", config, *arguments,
+        "run.py", "--device", "cpu", "--size", "quickstart", "--repeats", 1, "--train-steps", 3,
+        "--dataset", dataset, "--config", *config, *arguments,
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_dataset, tiny_config_file, tmp_path_factory):
-    """The process that ran every stage, and the JSON that it wrote."""
+@pytest.fixture(scope="session")
+def overlays(tiny_config_file, tmp_path_factory):
+    """The tiny configuration, and batches of as few windows as its two lanes make."""
+    path = tmp_path_factory.mktemp("overlay") / "batches.yaml"
+    path.write_text("evaluation: {adapters: {slot: {batch_windows: 4}}}\n", encoding="utf-8")
+    return [tiny_config_file, path]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_dataset, overlays, tmp_path_factory):
+    """The run of every stage, and the JSON that it wrote."""
     output = tmp_path_factory.mktemp("benchmarks") / "bench.json"
-    done = run_benchmarks(tiny_dataset, tiny_config_file, "--output", output)
+    done = run_benchmarks(tiny_dataset, overlays, "--output", output)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done, json.loads(output.read_text())
 
@@ -92,45 +112,28 @@ def test_the_adapters_measured_follow_the_config():
 @pytest.mark.parametrize(("chunk_tokens", "windows"), [(64, 6), (256, 8), (512, 8), (1024, 16)])
 def test_every_lane_learns_in_whole_chunks(chunk_tokens, windows):
     from bench_adapters import windows_per_lane
+    from context import load_recipe
 
-    from fairway.config import load_config
-    from fairway.evaluation.evaluator import evaluator_settings
-
-    sections = load_config([ROOT / "config.yaml", ROOT / "config/record.yaml"])
-    sections["lora"]["chunk_tokens"] = chunk_tokens
-    sections["lora"]["context_tokens"] = 1024
-    assert windows_per_lane(evaluator_settings(sections)) == windows
+    evaluation = load_recipe("pr1350").sections("causal")["evaluation"]
+    lora = {"chunk_tokens": chunk_tokens, "context_tokens": 1024}
+    assert windows_per_lane(evaluation.changed(adapters=[{"lora": lora}])) == windows
 
 
-def test_an_unknown_stage_is_refused(tiny_dataset, tiny_config_file):
-    done = run_benchmarks(tiny_dataset, tiny_config_file, "--stages", "train,nonsense")
+def test_an_unknown_stage_is_refused(tiny_dataset, overlays):
+    done = run_benchmarks(tiny_dataset, overlays, "--stages", "train,nonsense")
     assert done.returncode == 2
     assert "unknown stage nonsense: choose from train" in done.stderr
-
-
-def tiny_model(seed: int = 0):
-    from fairway.model.gpt import GPT, GPTConfig
-
-    config = GPTConfig(
-        vocab_size=64, sequence_tokens=32, layers=5, width=32, heads=4, kv_heads=2, mlp_width=64,
-        rotary_dimensions=4, rope_base=10000.0, rope_trained_tokens=16, bigram_buckets=64,
-        bigram_width=8, value_width=8, value_layers=(3, 4), logit_softcap=30.0, query_gain=5.0,
-    )  # fmt: skip
-    model = GPT(config, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def test_the_baseline_is_the_same_function():
     """Every parameter away from its initial value: logits and all gradients of the banks."""
     from baseline import bank_gradients, from_fairway
 
-    model = tiny_model()
+    model = scattered_model(SMALL, deviation=0.1)
     baseline = from_fairway(model)
-    tokens = torch.randint(64, (3, 33), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        SMALL.vocab_size, (3, SMALL.sequence_tokens + 1), generator=torch.Generator().manual_seed(1)
+    )
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     torch.testing.assert_close(baseline(inputs), model(inputs), rtol=1e-4, atol=1e-4)
     model.loss(inputs, targets).backward()
@@ -142,21 +145,22 @@ def test_the_baseline_is_the_same_function():
     assert count == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_record_optimizer_takes_the_librarys_step():
+def test_the_baselines_optimizer_takes_the_librarys_step():
     """Clipping, Muon, AdamW and the average: one step of each from the same gradients."""
     from baseline import from_fairway
-    from record_training import RecordAverages, RecordOptimizer
+    from baseline_training import BaselineAverages, BaselineOptimizer
+    from context import load_recipe
 
-    from fairway.config import load_config
     from fairway.training.averaging import WeightAverages
     from fairway.training.optimizers import Optimizer
-    from fairway.training.trainer import TrainSettings
 
-    settings = TrainSettings(**load_config([ROOT / "config.yaml"])["train"])
-    model = tiny_model()
+    settings = load_recipe("quickstart").sections("causal")["train"]
+    model = scattered_model(SMALL, deviation=0.1)
     baseline = from_fairway(model)
-    averages = WeightAverages(model, [0.9], 50, 0.0), RecordAverages(baseline, [0.9])
-    tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(1))
+    averages = WeightAverages(model, [0.9], 50, 0.0), BaselineAverages(baseline, [0.9])
+    tokens = torch.randint(
+        SMALL.vocab_size, (2, SMALL.sequence_tokens + 1), generator=torch.Generator().manual_seed(1)
+    )
     for one in (model, baseline):
         one.loss(tokens[:, :-1], tokens[:, 1:]).backward()
     library = Optimizer(
@@ -166,13 +170,13 @@ def test_the_record_optimizer_takes_the_librarys_step():
             "embedding": settings.embedding_learning_rate,
             "scalar": settings.scalar_learning_rate,
         },
-        betas=tuple(settings.adam_betas),
+        betas=settings.adam_betas,
         weight_decay=settings.weight_decay,
         newton_schulz_steps=settings.newton_schulz_steps,
         gradient_clip=settings.gradient_clip,
     )
     library.step(1.0, settings.muon_momentum)
-    RecordOptimizer(baseline, settings).step()
+    BaselineOptimizer(baseline, settings).step()
     averages[0].update(0, 1.0)
     averages[1].update()
     expected = from_fairway(model).state_dict()
@@ -186,15 +190,13 @@ def test_the_record_optimizer_takes_the_librarys_step():
     )
 
 
-def test_operations_per_token_at_the_records_size():
+def test_operations_per_token_at_the_reference_submissions_size():
     """By hand: 6 · 25.95 M of matrices, 3 M of the head, 69 M of causal attention."""
     from ceilings import matrix_parameters, train_flops_per_token, window_flops
+    from context import load_recipe, model_config
 
-    from fairway.config import load_config
-    from fairway.model.gpt import config_from_settings
-
-    settings = load_config([ROOT / "config.yaml", ROOT / "config/record.yaml"])["model"]
-    config = config_from_settings(settings, vocab_size=1024, sequence_tokens=2048)
+    sections = load_recipe("pr1350").sections("causal")
+    config = model_config(sections["model"], sections["train"], vocab_size=1024)
     assert matrix_parameters(config) == 25_952_256
     flops = train_flops_per_token(config)
     assert flops == pytest.approx(6 * 25.95e6 + 3.1e6 + 69.2e6, rel=1e-3)
@@ -212,13 +214,15 @@ def test_a_disagreement_is_named_and_nan_is_one():
 
 
 @pytest.fixture
-def with_artifact(tiny_config, tiny_dataset, tiny_config_file, tmp_path):
+def with_artifact(tiny_dataset, tiny_config_file, tmp_path):
     """Runs a program on held-out text and the artifact of a random model."""
-    from test_slot_eval import write_random_artifact
+    from context import model_config
 
-    defaults = {"rope_base": 10000.0, "logit_softcap": 30.0, "query_gain": 5.0}
-    vocab_size = tiny_config["data"]["vocab_size"]
-    write_random_artifact(tmp_path, {**defaults, **tiny_config["model"]}, vocab_size)
+    sections = load_config([tiny_config_file]).sections("causal")
+    vocab_size = load_dataset(tiny_dataset).vocab_size
+    model = scattered_model(model_config(sections["model"], sections["train"], vocab_size), 0.1)
+    banks = {name: round_to_nearest(bank, bits=6) for name, bank in quantizable(model).items()}
+    write_artifact(tmp_path / "artifact.bin", model.config, storable(model, banks))
 
     def run(program, *arguments):
         return run_program(
@@ -230,13 +234,18 @@ def with_artifact(tiny_config, tiny_dataset, tiny_config_file, tmp_path):
 
 
 def test_adapters_are_tuned_on_training_text(with_artifact):
-    overlays = ("{evaluation: {adapters: []}}", "{lora: {learning_rate: 0.003}}")
+    overlays = (
+        "{evaluation: {adapters: []}}",
+        "{evaluation: {adapters: {lora: {learning_rate: 0.003}}}}",
+    )
     tries = ["--tokens", 400, *(word for overlay in overlays for word in ("--try", overlay))]
     done = with_artifact("tune_adapters.py", *tries)
     assert done.returncode == 0, done.stderr
     assert "gain_lora_nats" in done.stdout and "tokens_per_second" in done.stdout
-    wrong = with_artifact("tune_adapters.py", *tries, "--try", "{lora: {rank: 0}}")
-    assert wrong.returncode == 1 and "lora.rank" in wrong.stderr
+    wrong = with_artifact(
+        "tune_adapters.py", *tries, "--try", "{evaluation: {adapters: {lora: {rank: 0}}}}"
+    )
+    assert wrong.returncode == 1 and "evaluation.adapters.lora.rank" in wrong.stderr
     assert not wrong.stdout, "all settings are checked before any is tried"
 
 
@@ -247,18 +256,17 @@ def test_ngram_weights_are_fitted_on_training_text(with_artifact, tiny_config):
     assert len(gains) == 2 and gains[1] > gains[0], (
         "fitted weights gain more where they were fitted"
     )
-    found = yaml.safe_load(done.stdout[done.stdout.index("ngram:") :])
-    assert validated(merge(tiny_config, found))["ngram"] == found["ngram"]
+    found = yaml.safe_load(done.stdout[done.stdout.index("evaluation:") :])
+    evaluation = complete(merge(tiny_config, found)).sections("causal")["evaluation"]
+    settings = next(one.settings for one in evaluation.adapters if one.name == "ngram")
+    assert settings.model_dump(mode="json") == found["evaluation"]["adapters"]["ngram"]
     short = with_artifact("fit_ngram.py", "--tokens", 20)
     assert short.returncode == 1 and "raise --tokens" in short.stderr
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton's interpreter")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, or its interpreter")
 def test_kernels_are_timed_one_by_one(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    done = run_program(
-        "kernels.py", "--device", "cpu", "--sequences", 1, "--only", "mlp: up,forward"
-    )
+    done = run_program("kernels.py", "--sequences", 1, "--only", "mlp: up,forward")
     assert done.returncode == 0, done.stderr[-3000:]
     timed = dict(re.findall(r"^(.+): (\d+\.\d+) ms$", done.stdout, re.MULTILINE))
     assert {"mlp: up and activation", "attention, sdpa: forward"} <= set(timed)

@@ -6,24 +6,33 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
-from fairway.config import merge
+from fairway.settings import merge
+from fairway.stages import STAGES
 from tiny import ROOT, TINY_CONFIG, synthetic_documents, write_jsonl
 
 CONFIG_FILE = "tiny.yaml"
 TEXT = "text/documents.jsonl"
 SEED = TINY_CONFIG["seeds"][0]
 RESULTS = f"results/{TINY_CONFIG['run']}"
+FOLDERS = {"shared": "train", "leaky": "ttt"}
+"""TINY_CONFIG's folders under a seed's, each with the first stage that lies in it."""
+ALL = " ".join(STAGES)
 # Snakemake with the interpreter that runs the tests, and one thread, as the results are compared.
 COMMAND = (sys.executable, "-m", "snakemake", "--configfile", CONFIG_FILE, "--cores", "2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Compiled modules are kept and copied with a project, as every user has them.
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# Started once: loading Snakemake takes longer than a dry run. Each request is a forked process.
+# Started once: loading Snakemake, and what the settings' classes import, takes longer than a dry
+# run. Each request is a forked process, which imports fairway itself from its folder's checkout.
 DRY_RUN_SERVER = """
 import json, os, sys
+import pandas, pydantic, safetensors.torch, scipy.stats, torch
 from snakemake.cli import main
 
 for line in sys.stdin:
@@ -65,13 +74,10 @@ class DryRuns:
         print(output)  # for pytest to show where a test fails
         return code, output
 
-    def jobs(self, folder: Path, *arguments: str) -> set[str]:
-        """Each job that `snakemake -n` with the tiny configuration lists, by its message.
-
-        A message starts `stage: seed 7, causal`; tokenize and report have no seed.
-        """
+    def jobs(self, folder: Path, *arguments: str, config: str = CONFIG_FILE) -> set[str]:
+        """Each job that `snakemake -n` with a configuration, by default the tiny one, lists."""
         # Targets come first: --configfile takes any number of files.
-        code, output = self.run(folder, *arguments, "--configfile", CONFIG_FILE)
+        code, output = self.run(folder, *arguments, "--configfile", config)
         assert code == 0, output
         return parse_jobs(output)
 
@@ -81,22 +87,28 @@ class DryRuns:
 
 
 def parse_jobs(output: str) -> set[str]:
-    """Jobs in Snakemake's output, as `train 7`, `ttt 7 causal`, `tokenize`, `report`."""
-    messages = re.findall(r"^Job \d+: (\w+): (?:seed (\d+))?(?:, (\w+)$)?", output, re.MULTILINE)
+    """Jobs in Snakemake's output, by their messages: `tokenize`, `report`, `ttt 7 leaky`."""
+    messages = re.findall(r"^Job \d+: (\w+): (?:seed (\d+), ([\w.-]+))?", output, re.MULTILINE)
     return {" ".join(part for part in message if part) for message in messages}
 
 
-def jobs_of(stages: str, seed: int = SEED, variants=tuple(TINY_CONFIG["variants"])) -> set[str]:
-    """The jobs of `stages` (names with spaces between) for one seed and the given variants."""
-    jobs = set()
-    for stage in stages.split():
-        if stage in ("tokenize", "report"):
-            jobs.add(stage)
-        elif stage in ("train", "ema"):
-            jobs.add(f"{stage} {seed}")
-        else:
-            jobs |= {f"{stage} {seed} {variant}" for variant in variants}
-    return jobs
+def jobs_of(stages: str, folders: Mapping[str, str] = FOLDERS, seed: int = SEED) -> set[str]:
+    """The jobs of `stages` (names with spaces between) for one seed.
+
+    folders: those under the seed's, each with the first stage that lies in it.
+    """
+    order = list(STAGES)
+    return {
+        f"{stage} {seed} {folder}" if STAGES[stage].per == "variant" else stage
+        for stage in stages.split()
+        for folder, first in folders.items()
+        if STAGES[stage].per != "variant" or order.index(stage) >= order.index(first)
+    }
+
+
+def from_stage(stage: str) -> str:
+    """`stage` and every stage after it."""
+    return ALL[ALL.index(stage) :]
 
 
 def copy_checkout(folder: Path) -> Path:
@@ -117,15 +129,22 @@ def make_project(folder: Path, **changes) -> Path:
     copy_checkout(folder)
     (folder / TEXT).parent.mkdir()
     write_jsonl(folder / TEXT, synthetic_documents(60))
-    audit = {"flips": 2, "stream_tokens": 64, "null_tokens": 64}
-    write_config(
-        folder,
-        merge(
-            {**TINY_CONFIG, "data": {**TINY_CONFIG["data"], "paths": [TEXT]}, "audit": audit},
-            changes,
-        ),
-    )
+    write_config(folder, merge(project_config(), changes))
     return folder
+
+
+def project_config() -> dict:
+    """TINY_CONFIG with the project's text, no recipe under it, and as short an audit as may be."""
+    return {
+        "recipe": None,
+        **TINY_CONFIG,
+        "data": {**TINY_CONFIG["data"], "paths": [TEXT]},
+        "audit": {"flips": 2, "stream_tokens": 64, "null_tokens": 64},
+    }
+
+
+def read_config(folder: Path) -> dict:
+    return yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
 def write_config(folder: Path, config: dict) -> None:
@@ -134,8 +153,7 @@ def write_config(folder: Path, config: dict) -> None:
 
 def change_config(folder: Path, changes: dict) -> None:
     """Merge `changes` over the project's configuration."""
-    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    write_config(folder, merge(config, changes))
+    write_config(folder, merge(read_config(folder), changes))
 
 
 def snakemake(folder: Path, *arguments: str, check: bool = True, **environment: str):

@@ -1,6 +1,6 @@
 rule audit:
     input:
-        get_targets("audit"),
+        get_target("audit"),
     localrule: True
 
 

@@ -6,6 +6,8 @@ variant.
 
 import hashlib
 import json
+import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -14,24 +16,51 @@ from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
 HOME = Path(str(workflow.current_basedir)).resolve().parents[1]
+if not (HOME / "src/fairway").is_dir():
+    raise WorkflowError(
+        "Fairway's rules run the library and scripts beside them: clone it, and name the path of "
+        "its workflow/Snakefile"
+    )
 sys.path.insert(0, str(HOME / "src"))
 
 from fairway.code_hash import code_hash
 from fairway.errors import UserError
 from fairway.plugins import search_beside
-from fairway.recipe import canonical, complete, plugin_files
+from fairway.recipe import canonical, complete, plugin_files, read_files, typed_values
+from fairway.settings import merge
 from fairway.stages import STAGES, stages_per
 
-# Where modules of the user's own are found: the working directory, and beside the config's files.
-PLUGIN_FOLDERS = list(
-    dict.fromkeys(
-        map(str, [Path.cwd(), *(Path(file).parent for file in workflow.configfiles)])
-    )
-)
-search_beside(PLUGIN_FOLDERS)
+
+def get_config():
+    """What the config's files and `--config` say, each over the ones before, as it was typed.
+
+    Snakemake's own `config` has 202311 for `run=2023_11`, and where a mapping should change an
+    entry of a list it replaces the list. To a module it is all that there is.
+    """
+    if workflow.modifier.is_module:
+        return config
+    settings = workflow.config_settings
+    own = workflow.configfiles[len(settings.configfiles) :]
+    files = [
+        *(own if not settings.replace_workflow_config else []),
+        *settings.configfiles,
+    ]
+    return merge(read_files(files), typed_values(settings.config_args or []))
+
+
+def get_plugin_folders(values):
+    """Where modules of the user's own lie: the working directory, and beside the config's files."""
+    recipe = str(values.get("recipe"))
+    files = [*workflow.configfiles, *([recipe] if recipe.endswith(".yaml") else [])]
+    folders = [Path.cwd(), *(Path(file).resolve().parent for file in files)]
+    return list(dict.fromkeys(map(str, folders)))
+
 
 try:
-    CONFIG = complete(config, home=HOME)
+    VALUES = get_config()
+    PLUGIN_FOLDERS = get_plugin_folders(VALUES)
+    search_beside(PLUGIN_FOLDERS)
+    CONFIG = complete(VALUES, home=HOME)
     FOLDERS = CONFIG.folders
 except UserError as error:
     raise WorkflowError(str(error)) from None
@@ -49,29 +78,46 @@ USERS = {
     for stage, folder in folders.items()
 }
 DATASETS = {CONFIG.dataset(variant): variant for variant in reversed(CONFIG.variants)}
+# A stage's target → the rule of its jobs, as a workflow that uses this one as a module names them.
+JOB_RULES = {
+    workflow.modifier.modify_rulename(stage): workflow.modifier.modify_rulename(
+        f"run_{stage}"
+    )
+    for stage in STAGES
+}
 
 
 wildcard_constraints:
     seed=r"\d+",
-    folder="|".join(sorted({folder for _, folder in USERS})),
-    dataset="|".join(sorted(DATASETS)),
+    folder="|".join(sorted({re.escape(folder) for _, folder in USERS})),
+    dataset="|".join(sorted(map(re.escape, DATASETS))),
 
 
-def get_shell_prefix():
-    """Where the sources are, in the environment: a path in `params` would rerun a moved checkout."""
-    python_path = ":".join([str(HOME / "src"), *PLUGIN_FOLDERS])
-    exports = [
-        f"FAIRWAY_HOME={shlex.quote(str(HOME))}",
-        f"PYTHONPATH={shlex.quote(python_path)}",
-        # Or glibc hands every large tensor's memory back to the kernel: a tenth of train's time.
-        "MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824",
+def get_environment_variables():
+    """What the stages' commands find in the environment.
+
+    A path in a command or its params would rerun every stage of a checkout that was moved, and a
+    shell prefix would be that of all rules of a workflow that uses this one as a module.
+    """
+    python_path = [
+        str(HOME / "src"),
+        *PLUGIN_FOLDERS,
+        *filter(None, [os.environ.get("PYTHONPATH")]),
     ]
+    variables = {
+        "FAIRWAY_HOME": str(HOME),
+        "PYTHONPATH": os.pathsep.join(python_path),
+        # Or glibc hands every large tensor's memory back to the kernel: a tenth of train's time.
+        "MALLOC_MMAP_THRESHOLD_": "1073741824",
+        "MALLOC_TRIM_THRESHOLD_": "1073741824",
+    }
     if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
-        exports.append(f'PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
-    return f"export {' '.join(exports)}; "
+        path = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        variables["PATH"] = os.pathsep.join(path)
+    return variables
 
 
-shell.prefix(get_shell_prefix())
+os.environ.update(get_environment_variables())
 
 
 def get_user(stage, wildcards):
@@ -204,9 +250,32 @@ def get_options(stage):
 def get_command(stage, launcher="python", more_options=""):
     """The shell command of a stage that runs once a seed and folder."""
     return (
-        f"{launcher} $FAIRWAY_HOME/workflow/scripts/{STAGES[stage].script}"
+        f'{launcher} "$FAIRWAY_HOME/workflow/scripts/{STAGES[stage].script}"'
         f" --settings {{params.settings:q}} {{params.options}}{more_options} > {{log:q}} 2>&1"
     )
+
+
+def get_target(stage):
+    """An input function of the stage's target: all of the stage's files."""
+
+    def files(wildcards):
+        extend_to_jobs()
+        return get_targets(stage)
+
+    return files
+
+
+def extend_to_jobs():
+    """`--forcerun train` and `--omit-from train` mean the stage's jobs.
+
+    To Snakemake they mean the target, which has no file to make again, and no dependents.
+    """
+    settings = workflow.dag_settings
+    for name, job in JOB_RULES.items():
+        if name in settings.forcerun:
+            workflow.dag.forcerules.add(workflow.get_rule(job))
+        if name in settings.omit_from:
+            workflow.dag.omitrules.add(job)
 
 
 def get_targets(stage):
@@ -225,8 +294,9 @@ def get_targets(stage):
     ]
 
 
-def get_all_targets():
+def get_all_files(wildcards):
     """Every stage's files: the report's, and those of stages that nothing builds on."""
+    extend_to_jobs()
     return [path for stage in STAGES for path in get_targets(stage)]
 
 
@@ -272,14 +342,3 @@ def get_source_files(wildcards):
     """Local files that a dataset is made from."""
     data = CONFIG.sections(DATASETS[wildcards.dataset])["data"]
     return list(map(str, data.files()))
-
-
-def force_whole_stages(settings):
-    """`--forcerun train` forces the jobs of the stage: its target has no output to make again."""
-    settings.forcerun = {
-        f"run_{name}" if name in STAGES else name for name in settings.forcerun
-    }
-
-
-if workflow.dag_settings is not None:
-    force_whole_stages(workflow.dag_settings)

@@ -1,6 +1,6 @@
 rule ema:
     input:
-        get_targets("ema"),
+        get_target("ema"),
     localrule: True
 
 

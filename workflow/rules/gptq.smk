@@ -1,6 +1,6 @@
 rule gptq:
     input:
-        get_targets("gptq"),
+        get_target("gptq"),
     localrule: True
 
 

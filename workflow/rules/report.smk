@@ -1,6 +1,6 @@
 rule report:
     input:
-        get_targets("report"),
+        get_target("report"),
     localrule: True
 
 
@@ -37,6 +37,6 @@ rule run_report:
     message:
         "report: {output.page}"
     shell:
-        "python $FAIRWAY_HOME/workflow/scripts/report.py --settings {params.settings:q}"
+        'python "$FAIRWAY_HOME/workflow/scripts/report.py" --settings {params.settings:q}'
         " --run {params.run:q} --seeds {params.seeds}"
         " --variants {params.variants:q} --output {params.run:q}/report > {log:q} 2>&1"

@@ -1,6 +1,6 @@
 rule slot_eval:
     input:
-        get_targets("slot_eval"),
+        get_target("slot_eval"),
     localrule: True
 
 

@@ -1,6 +1,6 @@
 rule train:
     input:
-        get_targets("train"),
+        get_target("train"),
     localrule: True
 
 

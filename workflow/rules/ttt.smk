@@ -1,6 +1,6 @@
 rule ttt:
     input:
-        get_targets("ttt"),
+        get_target("ttt"),
     localrule: True
 
 

@@ -1,0 +1,46 @@
+"""One tiny run that is made for real, and the server of the dry runs that ask about it."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from checkouts import DryRuns, make_project, snakemake
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A project whose results are all there, one for all of pytest-xdist's workers; read only."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    # A space, so that every command is tried with one in its paths.
+    folder, done = root / "a project", root / "project is finished"
+    with FileLock(root / "project.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make_project(folder)
+            snakemake(folder)
+            done.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory) -> Path:
+    """A project without results; read only."""
+    return make_project(tmp_path_factory.mktemp("empty") / "project")
+
+
+@pytest.fixture(scope="session")
+def dry_runs(tmp_path_factory):
+    runs = DryRuns(tmp_path_factory.mktemp("dry_runs"))
+    yield runs
+    runs.close()
+
+
+@pytest.fixture
+def project(finished, tmp_path) -> Path:
+    """A copy of the finished project, to be changed: a moved checkout with its mtimes."""
+    return shutil.copytree(finished, tmp_path / "moved", symlinks=True)

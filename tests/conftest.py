@@ -1,4 +1,4 @@
-"""Fixtures: a tiny dataset and tiny settings."""
+"""Fixtures: tiny settings, a tiny dataset, a tiny run."""
 
 import json
 import os
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny import TINY_CONFIG, run_script, synthetic_documents, write_jsonl
+from runs import run_stages, tokenize
+from tiny import TINY_CONFIG, synthetic_documents, write_jsonl
 
 # Triton reads this when it is imported: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -38,6 +39,15 @@ def tiny_config_file(tiny_config, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_dataset(tiny_config_file, tmp_path_factory) -> Path:
     """The manifest of the tiny dataset."""
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    run_script("tokenize_text.py", "--config", tiny_config_file, "--output", folder)
-    return folder / "manifest.json"
+    return tokenize(tiny_config_file, tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config, tiny_dataset, tmp_path_factory) -> Path:
+    """The folder of a finished run of one seed and one variant."""
+    audit = {"flips": 2, "stream_tokens": 64, "null_tokens": 64}
+    config = {**tiny_config, "variants": {"causal": {}}, "audit": audit}
+    folder = tmp_path_factory.mktemp("run")
+    file = folder / "tiny.yaml"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    return run_stages(file, tiny_dataset, folder / "results/tiny")

@@ -28,7 +28,7 @@ from fairway.plugins import search_beside
 from fairway.recipe import complete, plugin_files
 from fairway.stages import STAGES
 
-home, values, edits = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
+home, values, edits = Path(sys.argv[1]), *json.load(sys.stdin)
 search_beside([home])
 config = complete(values)
 
@@ -65,10 +65,10 @@ print(json.dumps(loaded))
 """
 
 
-def python(code: str, *arguments: str, sources: Path = ROOT / "src"):
-    """What a new process prints, as JSON."""
+def python(code: str, *arguments: str, sources: Path = ROOT / "src", given: str = ""):
+    """What a new process prints, as JSON; it reads what is `given`."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", code, *arguments], input=given,
         env={"PYTHONPATH": str(sources)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -85,8 +85,8 @@ def checkout(tmp_path):
 
 def hashes(checkout: Path, edits: list[dict[str, str]], **changes) -> list[dict[str, str]]:
     """stage → its hash in the checkout: before all edits (file → its new text), and after each."""
-    values = json.dumps(merge(CONFIG, changes))
-    return python(HASHES, str(checkout), values, json.dumps(edits), sources=checkout / "src")
+    given = json.dumps([merge(CONFIG, changes), edits])
+    return python(HASHES, str(checkout), sources=checkout / "src", given=given)
 
 
 def added(checkout: Path, name: str, text: str = "\nADDED = 1\n") -> dict[str, str]:

@@ -37,7 +37,7 @@ def get_config():
     Snakemake's own `config` has 202311 for `run=2023_11`, and where a mapping should change an
     entry of a list it replaces the list. To a module it is all that there is.
     """
-    if workflow.modifier.is_module:
+    if workflow.modifier.skip_configfile:
         return config
     settings = workflow.config_settings
     own = workflow.configfiles[len(settings.configfiles) :]
@@ -112,7 +112,7 @@ def get_environment_variables():
         "MALLOC_TRIM_THRESHOLD_": "1073741824",
     }
     if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
-        path = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         variables["PATH"] = os.pathsep.join(path)
     return variables
 

@@ -141,8 +141,8 @@ def run_stage(
     with user_errors():
         options = parser.parse_args(arguments)
         settings = stage_settings(stage, options)
-        device = settings.get("runtime", {}).get("device", "cpu")
-        with distributed_world(device) as world:
+        runtime = sections_of(settings).get("runtime")
+        with distributed_world(runtime.device if runtime else "cpu") as world:
             work(StageRun(stage, options, settings, world))
             barrier(world)
 

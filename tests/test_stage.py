@@ -1,0 +1,282 @@
+"""The frame of every stage script: options, settings, seconds, metrics.json, provenance.json."""
+
+import argparse
+import json
+import signal
+import time
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from fairway.distributed import World
+from fairway.errors import UserError
+from fairway.files import sha256_of, write_json
+from fairway.metrics import METRICS, Metrics, checked_metrics
+from fairway.recipe import complete
+from fairway.settings import merge
+from fairway.stage import StageRun, run_stage, stage_parser, stage_settings, user_errors
+from fairway.stages import STAGES, Stage, chain, evaluation_stage, stages_per
+from tiny import TINY_CONFIG
+
+CONFIG = merge(TINY_CONFIG, {"data": {"paths": ["text.jsonl"]}})
+OWN = Stage("own", "A stage of mine", sections=("ttt",), needs=("tokenize", "ema"), products=("x",))
+WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """Scripts change what a closed pipe does."""
+    on_pipe = signal.getsignal(signal.SIGPIPE)
+    yield
+    signal.signal(signal.SIGPIPE, on_pipe)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+def arguments(stage: Stage, folder, *source) -> list[str]:
+    """The options of a stage whose inputs lie in `folder`."""
+    options = [*source, "--output", folder / "shared" / stage.name]
+    if stage.per == "variant":
+        options += ["--seed", 7]
+    for name in stage.needs if stage.per != "run" else ():
+        options += [f"--{name}", folder / name]
+    return [str(one) for one in options]
+
+
+# Options and settings
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stages_options_follow_from_its_row(name, tmp_path, config_file):
+    stage = STAGES[name]
+    options = stage_parser(stage, "What it does.").parse_args(
+        arguments(stage, tmp_path, "--config", config_file)
+    )
+    takes = set(stage.needs) if stage.per != "run" else set()
+    assert {one for one in STAGES if hasattr(options, one)} == takes
+    assert hasattr(options, "seed") == (stage.per == "variant")
+    settings = stage_settings(stage, options)
+    assert settings == complete(CONFIG).stage_settings(name, "causal")
+    told = arguments(stage, tmp_path, "--settings", json.dumps(settings))
+    assert stage_settings(stage, stage_parser(stage, None).parse_args(told)) == settings
+
+
+def test_settings_are_those_of_the_variant(tmp_path, config_file):
+    stage = STAGES["ttt"]
+    given = arguments(stage, tmp_path, "--variant", "leaky", "--config", config_file)
+    options = stage_parser(stage, None).parse_args(given)
+    assert stage_settings(stage, options)["ttt"]["data"] == "val"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "--settings is not JSON: "),
+        ("5", "--settings: found 5, expected the sections ['runtime', 'ttt']"),
+        ("[]", "--settings: found [], expected the sections"),
+        ("{}", "--settings: found [], expected the sections"),
+        ('{"ttt": {}}', "--settings: found ['ttt'], expected the sections ['runtime', 'ttt']"),
+        ('{"ttt": {}, "runtime": {}, "ema": {}}', "found ['ema', 'runtime', 'ttt'], expected"),
+        ('{"ttt": {"epoch": 1}, "runtime": {}}', "ttt: unknown key epoch; did you mean epochs?"),
+        ('{"ttt": 5, "runtime": {}}', "ttt: found 5, expected a mapping of keys"),
+        ('{"ttt": {}, "runtime": 5}', "runtime: found 5, expected a mapping of keys"),
+    ],
+)
+def test_settings_that_are_not_the_stages_are_told_in_one_line(text, message, tmp_path, capsys):
+    def work(stage):
+        raise AssertionError("it must not start")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_stage("ttt", work, None, arguments(STAGES["ttt"], tmp_path, "--settings", text))
+    assert exit_.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_exactly_one_source_of_settings(tmp_path, config_file, capsys):
+    stage = STAGES["ttt"]
+    for source in ([], ["--config", config_file, "--settings", "{}"]):
+        with pytest.raises(SystemExit) as exit_:
+            stage_parser(stage, None).parse_args(arguments(stage, tmp_path, *source))
+        assert exit_.value.code == 2
+        assert "--settings" in capsys.readouterr().err
+
+
+def test_a_script_may_add_options_and_gets_settings_as_objects(tmp_path, config_file):
+    seen = []
+    given = arguments(STAGES["ttt"], tmp_path, "--config", config_file)
+    run_stage(
+        "ttt", seen.append, "Words.", [*given, "--more", "3"],
+        add_options=lambda parser: parser.add_argument("--more", type=int),
+    )  # fmt: skip
+    (stage,) = seen
+    assert stage.options.more == 3
+    assert (stage.seed, stage.folder) == (7, "shared")
+    assert stage.settings.ttt.epochs == 1 and stage.settings.runtime.device == "cpu"
+    assert not hasattr(stage.settings, "train")
+    assert stage.inputs == {name: tmp_path / name for name in ("tokenize", "ema")}
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("rank", "start"), [(None, "error: "), ("0", "error: "), ("3", "(rank 3): ")]
+)
+def test_a_users_error_is_one_line(rank, start, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as exit_, user_errors():
+        raise UserError("no such thing")
+    assert exit_.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert start in line and line.endswith("no such thing")
+
+
+def test_any_other_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), user_errors():
+        print(1 // 0)
+
+
+# Seconds, metrics, provenance
+
+
+def parent(folder, name: str, splits: list[str]):
+    """A stage's folder with a product and the provenance that says which splits it knows."""
+    write_json(folder / name / "provenance.json", {"stage": name, "splits": splits})
+    (folder / name / "product").write_text(name)
+    return folder / name
+
+
+@pytest.fixture
+def own_run(tmp_path):
+    """A run of OWN whose inputs know training text."""
+    parent(tmp_path, "tokenize", [])
+    parent(tmp_path, "ema", ["train"])
+    settings = {"ttt": complete(CONFIG).stage_settings("ttt")["ttt"]}
+    options = argparse.Namespace(
+        seed=7, output=tmp_path / "shared/own", tokenize=tmp_path / "tokenize", ema=tmp_path / "ema"
+    )
+    options.output.mkdir(parents=True)
+    return StageRun(OWN, options, settings, WORLD)
+
+
+def test_seconds_are_charged_to_budgets(own_run):
+    with own_run.charge("training"):
+        time.sleep(0.02)
+    with own_run.charge("training"):
+        time.sleep(0.02)
+    own_run.add_seconds("training", 5.0)
+    own_run.add_seconds("evaluation", 3.0)
+    (own_run.output / "x").write_text("made")
+    own_run.finish({})
+    metrics = json.loads((own_run.output / "metrics.json").read_text())
+    assert 5.04 <= metrics["training_seconds"] < 6
+    assert metrics["evaluation_seconds"] == 3.0
+    assert 0.04 <= metrics["seconds"] < 5
+    with pytest.raises(KeyError):
+        own_run.add_seconds("lunch", 1.0)
+
+
+def test_a_stage_of_ones_own_says_what_it_likes(own_run):
+    (own_run.output / "x").write_text("made")
+    own_run.finish({"mine": [1, 2], "processes": 4})
+    metrics = json.loads((own_run.output / "metrics.json").read_text())
+    assert metrics["mine"] == [1, 2]
+    assert metrics["processes"] == 4  # a stage knows better
+    assert set(Metrics.model_fields) <= set(metrics)
+    assert (metrics["stage"], metrics["seed"], metrics["folder"]) == ("own", 7, "shared")
+
+
+def test_provenance_says_what_went_in_and_what_came_out(own_run, tmp_path):
+    taken = own_run.take("ema", "product")
+    outside = tmp_path / "text.jsonl"
+    outside.write_text("{}")
+    own_run.note_inputs([outside])
+    for name in ("x", "more"):
+        (own_run.output / name).write_text(name)
+    own_run.finish({}, splits_read=["val"], products=["more"])
+    found = json.loads((own_run.output / "provenance.json").read_text())
+    parents = [str(tmp_path / name / "provenance.json") for name in ("tokenize", "ema")]
+    assert (found["stage"], found["seed"]) == ("own", 7)
+    assert found["settings"] == own_run.plain_settings
+    assert found["parents"] == parents
+    assert set(found["inputs"]) == {str(taken), str(outside), *parents}
+    assert set(found["outputs"]) == {"x", "more", "metrics.json"}
+    assert all(sha256_of(path) == digest for path, digest in found["inputs"].items())
+    assert all(sha256_of(own_run.output / name) == found["outputs"][name] for name in ("x", "more"))
+    assert found["splits"] == ["train", "val"]  # its parents' and its own
+    assert found["splits_read"] == ["val"]
+
+
+def test_a_missing_input_names_the_stage_that_makes_it(own_run):
+    with pytest.raises(UserError, match="the ema stage; run `snakemake --cores 2 ema`"):
+        own_run.take("ema", "weights.safetensors")
+
+
+# metrics.json
+
+
+COMMON = {
+    "seed": 7, "folder": "shared", "device": "cpu", "processes": 1, "peak_memory_bytes": 1,
+    "seconds": 1.0,
+}  # fmt: skip
+TTT = {
+    "kernels": "plain", "attention_backend": "sdpa", "precision": "float32", "val_loss": 1.0,
+    "val_bpb": 1.0, "tokens": 1, "bytes": 1, "data": "train", "epoch_losses": [1.0],
+}  # fmt: skip
+
+
+def test_metrics_are_held_against_their_stages_class():
+    values = checked_metrics({"stage": "ttt", **COMMON, **TTT})
+    assert values["training_seconds"] == 0.0 and values["kernels_reason"] is None
+    assert json.loads(json.dumps(values)) == values
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mine": 1}, {"val_loss": "low"}, {"val_loss": float("nan")}, {"tokens": 1.5}]
+)
+def test_what_a_known_stage_does_not_declare_is_the_programmers_fault(changes):
+    with pytest.raises(ValidationError):
+        checked_metrics({"stage": "ttt", **COMMON, **TTT, **changes})
+
+
+def test_a_missing_metric_is_the_programmers_fault():
+    for name in ("val_loss", "epoch_losses"):
+        left = {key: value for key, value in TTT.items() if key != name}
+        with pytest.raises(ValidationError):
+            checked_metrics({"stage": "ttt", **COMMON, **left})
+
+
+def test_every_stage_that_scores_has_a_score_in_its_metrics():
+    assert set(METRICS) == set(STAGES) - {"report"}
+    for stage in STAGES.values():
+        fields = METRICS.get(stage.name, Metrics).model_fields
+        assert stage.scores == ("val_bpb" in fields)
+
+
+# The table of stages
+
+
+def test_a_chain_is_all_that_a_stage_builds_on():
+    names = {name: [one.name for one in chain(name)] for name in STAGES}
+    assert names["tokenize"] == ["tokenize"]
+    assert names["gptq"] == ["tokenize", "train", "ema", "ttt", "gptq"]
+    assert names["report"] == list(STAGES)
+    for name, chained in names.items():
+        assert chained[-1] == name or name == "audit"
+        assert set(STAGES[name].needs) <= set(chained)
+
+
+def test_who_runs_how_often():
+    assert [one.name for one in stages_per("dataset")] == ["tokenize"]
+    assert [one.name for one in stages_per("run")] == ["report"]
+    assert len(stages_per("variant")) == 6
+    assert evaluation_stage().name == "slot_eval"

@@ -1,7 +1,6 @@
 """Bad input as a user meets it: one clear line, a non-zero status, no traceback, no long work."""
 
 import errno
-import importlib.util
 import json
 import os
 import shutil
@@ -11,21 +10,14 @@ import subprocess
 import pytest
 import torch
 
-from checkouts import CONFIG_FILE, DryRuns, change_config, make_project
+from checkouts import CONFIG_FILE, change_config, make_project
 from fairway import files
-from fairway.command import run
-from fairway.config import merge
 from fairway.data.shards import read_shard, write_shard
-from tiny import SCRIPTS, run_script, synthetic_documents, write_jsonl
+from fairway.settings import merge
+from tiny import run_script, synthetic_documents, write_jsonl
+from trainings import run_here
 
 # --- the configuration, at Snakemake's parse time ----------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def dry_runs(tmp_path_factory):
-    runs = DryRuns(tmp_path_factory.mktemp("dry_runs"))
-    yield runs
-    runs.close()
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +36,27 @@ def project(checkout):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sead": 1}, "config: unknown key sead; allowed: run"),
-        ({"variants": {"causal": {"slot": {"l3": 1}}}}, "variants.causal: slot: unknown key l3"),
-        ({"train": {"matrix_learning_rate": "1e-3"}}, "YAML reads 1e-3 as text: write 1.0e-3"),
+        ({"seds": [1]}, "config: unknown key seds; did you mean seeds?; allowed: run"),
+        ({"recipe": "quikstart"}, "did you mean quickstart?"),
+        ({"train": {"max_stepz": 1}}, "train: unknown key max_stepz; did you mean max_steps?"),
+        (
+            {"variants": {"causal": {"evaluation": {"adapters": {"slot": {"l3": 1}}}}}},
+            "variants.causal: evaluation.adapters.slot: unknown key l3; allowed: scope",
+        ),
+        (
+            {"evaluation": {"adapters": {"lorra": {}}}},
+            "evaluation.adapters.3: found 'lorra', expected one of lora, ngram, slot",
+        ),
+        ({"variants": {"causal": {"modle": {}}}}, "unknown key modle; did you mean model?"),
+        ({"sweep": {"gptq": [1]}}, "sweep: found gptq: [1], expected section.key: [values]"),
+        ({"train": {"matrix_learning_rate": "fast"}}, "found 'fast', expected a number"),
+        ({"run": 1.5}, "run: found the number 1.5, expected text: quote it"),
+        ({"variants": {"causal": None, "leaky": None}}, "variants: none is left"),
         ({"model": {"heads": 3}}, "model.heads 3 does not divide model.width 32"),
         ({"evaluation": {"stride_tokens": 33}}, "evaluation.stride_tokens"),
         ({"ttt": {"frozen_blocks": 4}}, "ttt.frozen_blocks"),
         ({"data": {"paths": []}}, "data.source is 'jsonl' but data.paths is empty: list the files"),
-        ({"data": {"paths": ["nowhere.jsonl"]}}, "Missing input files for rule tokenize_text"),
+        ({"data": {"paths": ["nowhere.jsonl"]}}, "Missing input files for rule run_tokenize"),
     ],
     ids=str,
 )  # fmt: skip
@@ -67,16 +72,13 @@ def test_a_configs_fault_stops_snakemake_before_any_job(project, dry_runs, chang
 
 
 @pytest.fixture
-def fails(capsys, monkeypatch):
+def fails(capsys):
     """Run a script that must fail; returns its one line."""
     handler = signal.getsignal(signal.SIGPIPE)
 
     def call(name: str, *arguments) -> str:
-        specification = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / name)
-        script = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(script)
         with pytest.raises(SystemExit) as stopped:
-            run(lambda: script.main([str(argument) for argument in arguments]))
+            run_here(name, *arguments)
         assert stopped.value.code == 1
         lines = capsys.readouterr().err.splitlines()
         assert lines[-1].startswith("error: ") and "Traceback" not in "".join(lines)
@@ -101,7 +103,7 @@ def configured(tiny_config, tmp_path):
 
 def train_arguments(config, dataset, folder):
     return [
-        "--config", config, "--dataset", dataset, "--seed", 7,
+        "--config", config, "--tokenize", dataset, "--seed", 7,
         "--output", folder / "train", "--checkpoints", folder / "checkpoints",
     ]  # fmt: skip
 
@@ -135,6 +137,8 @@ def shards_in_place(configured, tiny_dataset, folder, **changes):
         "source": "shards",
         "folder": str(folder),
         "tokenizer": str(folder / "tokenizer.model"),
+        "paths": [],
+        "val_docs": 50_000,
         **changes,
     }
     return configured({"data": data})
@@ -164,7 +168,7 @@ def test_a_damaged_shard(fails, configured, tiny_dataset, tmp_path, damage, mess
     line = fails("tokenize_text.py", "--config", config, "--output", tmp_path / "out")
     assert "train_000000.bin" in line and message in line
     # The same damage after tokenizing is found before training.
-    arguments = train_arguments(config, tmp_path / "shards/manifest.json", tmp_path)
+    arguments = train_arguments(config, tmp_path / "shards", tmp_path)
     assert "train_000000.bin" in fails("train.py", *arguments)
     assert not (tmp_path / "train").exists()
 
@@ -181,7 +185,7 @@ def test_a_folder_that_cannot_be_written(fails, tiny_config_file, tiny_dataset, 
         "tokenize_text.py", "--config", tiny_config_file, "--output", tmp_path / "file/out"
     )
     assert "choose another `results` folder" in line
-    arguments = train_arguments(tiny_config_file, tiny_dataset, tmp_path / "file")
+    arguments = train_arguments(tiny_config_file, tiny_dataset.parent, tmp_path / "file")
     assert "choose another `results` folder" in fails("train.py", *arguments)
 
 
@@ -190,7 +194,7 @@ def test_a_full_disk(fails, tiny_config_file, tiny_dataset, tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    line = fails("train.py", *train_arguments(tiny_config_file, tiny_dataset, tmp_path))
+    line = fails("train.py", *train_arguments(tiny_config_file, tiny_dataset.parent, tmp_path))
     assert "could not be written (No space left on device): free disk space" in line
 
 
@@ -212,7 +216,7 @@ def test_a_disk_that_fills_up(fails, configured, tiny_dataset, tmp_path, small_d
     folders = {"output": tmp_path / "train", "checkpoints": tmp_path / "checkpoints"}
     folders[full] = small_disk / "folder"
     line = fails(
-        "train.py", "--config", config, "--dataset", tiny_dataset, "--seed", 7,
+        "train.py", "--config", config, "--tokenize", tiny_dataset.parent, "--seed", 7,
         "--output", folders["output"], "--checkpoints", folders["checkpoints"],
     )  # fmt: skip
     assert "could not be written" in line and "free disk space" in line
@@ -222,19 +226,19 @@ def test_a_disk_that_fills_up(fails, configured, tiny_dataset, tmp_path, small_d
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(fails, configured, tiny_dataset, tmp_path):
     config = configured({"runtime": {"device": "cuda"}})
-    line = fails("train.py", *train_arguments(config, tiny_dataset, tmp_path))
+    line = fails("train.py", *train_arguments(config, tiny_dataset.parent, tmp_path))
     assert "runtime.device is 'cuda' but PyTorch sees no GPU" in line
 
 
 def test_flash_attention_that_is_not_there(fails, configured, tiny_dataset, tmp_path):
     config = configured({"runtime": {"attention": "flash_attn", "precision": "bfloat16"}})
-    line = fails("train.py", *train_arguments(config, tiny_dataset, tmp_path))
+    line = fails("train.py", *train_arguments(config, tiny_dataset.parent, tmp_path))
     assert "runtime.attention" in line
 
 
 def test_a_dataset_that_was_not_made(fails, tiny_config_file, tmp_path):
-    line = fails("train.py", *train_arguments(tiny_config_file, tmp_path / "no.json", tmp_path))
-    assert "no.json is missing: rerun the stage that makes it" in line
+    line = fails("train.py", *train_arguments(tiny_config_file, tmp_path / "no", tmp_path))
+    assert "no/manifest.json is missing" in line and "the tokenize stage" in line
 
 
 @pytest.mark.parametrize("contents", [b"", b"FAIRWAY\0" + bytes(100)])
@@ -242,14 +246,14 @@ def test_an_artifact_that_is_damaged(fails, tiny_config_file, tiny_dataset, tmp_
     (tmp_path / "artifact.bin").write_bytes(contents)
     line = fails(
         "slot_eval.py", "--config", tiny_config_file, "--variant", "causal", "--seed", 7,
-        "--dataset", tiny_dataset, "--artifact", tmp_path, "--output", tmp_path / "slot",
+        "--tokenize", tiny_dataset.parent, "--gptq", tmp_path, "--output", tmp_path / "slot_eval",
     )  # fmt: skip
     assert "does not match its checksum" in line and "rerun the gptq stage" in line
 
 
 def test_a_stage_whose_predecessor_is_missing(fails, tiny_config_file, tiny_dataset, tmp_path):
     line = fails(
-        "ema.py", "--config", tiny_config_file, "--seed", 7, "--dataset", tiny_dataset,
+        "ema.py", "--config", tiny_config_file, "--seed", 7, "--tokenize", tiny_dataset.parent,
         "--train", tmp_path / "train", "--output", tmp_path / "ema",
     )  # fmt: skip
     assert str(tmp_path / "train") in line and "missing" in line
@@ -257,8 +261,8 @@ def test_a_stage_whose_predecessor_is_missing(fails, tiny_config_file, tiny_data
 
 def test_a_report_of_results_that_are_not_there(fails, tiny_config_file, tmp_path):
     line = fails(
-        "report.py", "--config", tiny_config_file, "--run-folder", tmp_path, "--seeds", 7,
-        "--data-folder", tmp_path, "--variants", "causal", "--output", tmp_path / "report",
+        "report.py", "--config", tiny_config_file, "--run", tmp_path,
+        "--output", tmp_path / "report",
     )  # fmt: skip
     assert "missing" in line
 
@@ -266,9 +270,9 @@ def test_a_report_of_results_that_are_not_there(fails, tiny_config_file, tmp_pat
 def test_a_variant_that_the_config_does_not_have(fails, tiny_config_file, tiny_dataset, tmp_path):
     line = fails(
         "ttt.py", "--config", tiny_config_file, "--variant", "legal", "--seed", 7,
-        "--dataset", tiny_dataset, "--ema", tmp_path, "--output", tmp_path / "ttt",
+        "--tokenize", tiny_dataset.parent, "--ema", tmp_path, "--output", tmp_path / "ttt",
     )  # fmt: skip
-    assert "no variant 'legal': the config has causal, published" in line
+    assert "no variant 'legal': the config has causal, leaky" in line
 
 
 def test_settings_that_are_no_json(fails, tmp_path):

@@ -14,7 +14,7 @@ from pydantic import Field
 from fairway.settings import Settings
 
 SHARED = "shared"
-"""The folder of the stages that run as the recipe has them, for every variant that leaves them so."""
+"""The folder of a stage as the recipe has it, for all variants that change nothing in it."""
 
 RECORDS = ("metrics.json", "provenance.json")
 """What every stage leaves besides its products; provenance.json is written last."""
@@ -40,7 +40,7 @@ class Stage:
     title: str
     """For people."""
     sections: tuple[str, ...]
-    """Sections of the config that it may read, or `section.key`; a change elsewhere reruns nothing."""
+    """Sections that it may read, or `section.key`: a change elsewhere in the config reruns nothing."""
     needs: tuple[str, ...]
     """Stages whose products it takes."""
     products: tuple[str, ...]

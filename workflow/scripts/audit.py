@@ -2,7 +2,8 @@
 
     python workflow/scripts/audit.py --config config.yaml --variant leaky --seed 42 \\
         --tokenize results/data/embedded \\
-        --train results/quickstart/seed-42/shared/train --ema results/quickstart/seed-42/shared/ema \\
+        --train results/quickstart/seed-42/shared/train \\
+        --ema results/quickstart/seed-42/shared/ema \\
         --ttt results/quickstart/seed-42/leaky/ttt --gptq results/quickstart/seed-42/leaky/gptq \\
         --slot_eval results/quickstart/seed-42/leaky/slot_eval \\
         --output results/quickstart/seed-42/leaky/audit

@@ -2,7 +2,8 @@
 
     python workflow/scripts/ema.py --config config.yaml --seed 42 \\
         --tokenize results/data/embedded \\
-        --train results/quickstart/seed-42/shared/train --output results/quickstart/seed-42/shared/ema
+        --train results/quickstart/seed-42/shared/train \\
+        --output results/quickstart/seed-42/shared/ema
 """
 
 from safetensors.torch import load_file

@@ -248,6 +248,20 @@ def test_what_a_known_stage_does_not_declare_is_the_programmers_fault(changes):
         checked_metrics({"stage": "ttt", **COMMON, **TTT, **changes})
 
 
+def test_slot_eval_may_add_the_gain_of_each_adapter_and_no_more():
+    own = METRICS["slot_eval"].model_fields
+    numbers = {name: 1.0 for name, field in own.items() if field.annotation is float}
+    whole = {name: 1 for name, field in own.items() if field.annotation is int}
+    values = {
+        **TTT, **numbers, **whole, **COMMON, "stage": "slot_eval", "adapters": [],
+        "shares_batches": False,
+    }  # fmt: skip
+    values = {key: value for key, value in values.items() if key in own}
+    assert checked_metrics({**values, "gain_slot_nats": 0.1})["gain_slot_nats"] == 0.1
+    with pytest.raises(ValidationError, match="unknown keys gains_slot"):
+        checked_metrics({**values, "gains_slot": 0.1})
+
+
 def test_a_missing_metric_is_the_programmers_fault():
     for name in ("val_loss", "epoch_losses"):
         left = {key: value for key, value in TTT.items() if key != name}

@@ -1,12 +1,13 @@
 """The schema of metrics.json: what every stage says of its run, and what each adds.
 
-`docs/reference/metrics.md` is generated from these classes. Losses are in nats per token, val_bpb in
-bits per byte; a key that a stage cannot know is null.
+`docs/reference/metrics.md` is generated from these classes. Losses are in nats per token, val_bpb
+in bits per byte; a key that a stage cannot know is null.
 """
 
-from typing import Any
+import re
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Metrics(BaseModel):
@@ -25,7 +26,7 @@ class Metrics(BaseModel):
     training_seconds: float = 0.0
     """Of them, seconds that count towards budgets.training_seconds."""
     evaluation_seconds: float = 0.0
-    """Of them, seconds of evaluation; of slot_eval, what counts towards budgets.evaluation_seconds."""
+    """Of them, seconds of evaluation; those of slot_eval count towards budgets.evaluation_seconds."""
     device: str
     """Name of the GPU, or the processor's architecture and number of threads."""
     processes: int
@@ -144,7 +145,7 @@ class GptqMetrics(_Score):
 
 
 class SlotEvalMetrics(_Score):
-    """Of slot_eval: sums over tokens.parquet; and gain_<adapter>_nats, which add up to gain_nats."""
+    """Of slot_eval: sums over tokens.parquet; each gain_<adapter>_nats is a part of gain_nats."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -166,6 +167,15 @@ class SlotEvalMetrics(_Score):
     """Seconds of the model's own forward passes."""
     adapter_seconds: float
     """Seconds of everything else in the scoring."""
+
+    @model_validator(mode="after")
+    def _only_gains_are_extra(self) -> Self:
+        unknown = [
+            name for name in self.model_extra or {} if not re.fullmatch("gain_.+_nats", name)
+        ]
+        if unknown:
+            raise ValueError(f"unknown keys {', '.join(unknown)}")
+        return self
 
 
 class AuditMetrics(_Model):

@@ -26,7 +26,7 @@ class Metrics(BaseModel):
     training_seconds: float = 0.0
     """Of them, seconds that count towards budgets.training_seconds."""
     evaluation_seconds: float = 0.0
-    """Of them, seconds of evaluation, which count towards budgets.evaluation_seconds in slot_eval."""
+    """Of them, seconds of evaluation; slot_eval's count towards budgets.evaluation_seconds."""
     device: str
     """Name of the GPU, or the processor's architecture and number of threads."""
     processes: int

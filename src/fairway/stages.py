@@ -40,7 +40,7 @@ class Stage:
     title: str
     """For people."""
     sections: tuple[str, ...]
-    """Sections that it may read, or `section.key`: a change elsewhere in the config reruns nothing."""
+    """Sections of the config that it may read, or `section.key`; others do not rerun it."""
     needs: tuple[str, ...]
     """Stages whose products it takes."""
     products: tuple[str, ...]

@@ -50,7 +50,7 @@ class Distributions:
 class Evaluator:
     """A model and how it is evaluated.
 
-        model = load_artifact("results/quickstart/seed-42/causal/gptq/artifact.bin", "cpu")
+        model = load_artifact("results/quickstart/seed-42/shared/gptq/artifact.bin", "cpu")
         evaluator = Evaluator(model, EvaluationSettings(adapters=["ngram"]), bos_id=1)
         tokenizer = load_tokenizer("results/data/embedded/tokenizer.model")
         table = evaluator.score_documents(["To be, or not to be: that is the question."], tokenizer)

@@ -23,7 +23,9 @@ FOLDERS = {"shared": "train", "leaky": "ttt"}
 """TINY_CONFIG's folders under a seed's, each with the first stage that lies in it."""
 ALL = " ".join(STAGES)
 # Snakemake with the interpreter that runs the tests, and one thread, as the results are compared.
-COMMAND = (sys.executable, "-m", "snakemake", "--configfile", CONFIG_FILE, "--cores", "2")
+SNAKEMAKE = (sys.executable, "-m", "snakemake", "--cores", "2")
+# Before targets there must be an option, as --configfile takes any number of files.
+COMMAND = (*SNAKEMAKE, "--configfile", CONFIG_FILE, "--show-failed-logs")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # Compiled modules are kept and copied with a project, as every user has them.
 ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -156,10 +158,12 @@ def change_config(folder: Path, changes: dict) -> None:
     write_config(folder, merge(read_config(folder), changes))
 
 
-def snakemake(folder: Path, *arguments: str, check: bool = True, **environment: str):
-    """Run Snakemake for real; targets come first among the arguments."""
+def snakemake(
+    folder: Path, *arguments: str, config: str = CONFIG_FILE, check: bool = True, **environment: str
+):
+    """Run Snakemake for real, by default with the tiny configuration; targets come first."""
     done = subprocess.run(
-        [*COMMAND, *arguments],
+        [*SNAKEMAKE, *arguments, "--configfile", config],
         cwd=folder, capture_output=True, text=True, check=False,
         env={**ENVIRONMENT, **environment},
     )  # fmt: skip

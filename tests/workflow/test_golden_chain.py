@@ -39,7 +39,7 @@ def machine() -> dict[str, str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the tensors and columns, as they decode, in every such file under a seed's folder."""
+    """SHA-256 of the decoded tensors and the columns of every such file under a seed's folder."""
     readers = {
         "weights.safetensors": load_file,
         "averages.safetensors": load_file,

@@ -33,7 +33,8 @@ def import_closure(*files: str | Path) -> tuple[Path, ...]:
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            waiting.extend(_imported_files(path))
+            names, _ = _read(path)
+            waiting.extend(file for name in names if (file := _module_file(name, path)))
     return tuple(sorted(found))
 
 
@@ -47,22 +48,11 @@ def code_hash(*files: str | Path) -> str:
         if path.parent == PACKAGE and path.stem in PLUMBING:
             continue
         digest.update(path.name.encode())
-        digest.update(_meaning(path))
+        digest.update(_read(path)[1])
     return digest.hexdigest()
 
 
 @cache
-def _imported_files(path: Path) -> tuple[Path, ...]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return tuple(sorted({file for name in names if (file := _module_file(name, path))}))
-
-
 def _module_file(name: str, importer: Path) -> Path | None:
     package, *parts = name.split(".")
     if package == PACKAGE.name:
@@ -78,17 +68,22 @@ def _module_file(name: str, importer: Path) -> Path | None:
 
 
 @cache
-def _meaning(path: Path) -> bytes:
+def _read(path: Path) -> tuple[frozenset[str], bytes]:
+    """The modules, and names in modules, that a file imports; and its syntax tree as bytes."""
+    names: set[str] = set()
     tree = ast.parse(path.read_bytes())
     for node in ast.walk(tree):
-        documented = isinstance(
-            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        )
-        if documented and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-        if isinstance(node, ast.ClassDef | ast.Module):
-            node.body = [one for one in node.body if not _is_description(one)]
-    return ast.dump(tree).encode()
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
+            if isinstance(node, ast.ClassDef | ast.Module):
+                node.body = [one for one in node.body if not _is_description(one)]
+    return frozenset(names), ast.dump(tree).encode()
 
 
 def _is_description(node: ast.stmt) -> bool:

@@ -64,8 +64,10 @@ class StageRun:
 
     def take(self, stage: str, name: str) -> Path:
         """A product of an earlier stage, noted as an input; UserError where it is missing."""
+        # Snakemake does not look into a dataset's folder.
+        target = f"--forcerun {stage}" if STAGES[stage].per == "dataset" else stage
         path = require_file(
-            self.inputs[stage] / name, f"the {stage} stage; run `snakemake --cores 2 {stage}`"
+            self.inputs[stage] / name, f"the {stage} stage; run `snakemake --cores 2 {target}`"
         )
         self._taken[path] = None
         return path

@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+import yaml
 
 from checkouts import (
     ALL,
@@ -21,6 +22,7 @@ from checkouts import (
 )
 from fairway.data.dataset import load_dataset
 from fairway.stages import STAGES
+from tiny import ROOT
 
 # --- stages and files --------------------------------------------------------------------------
 
@@ -137,7 +139,7 @@ def test_a_users_file_goes_over_each_recipe(empty, dry_runs, recipe):
     for command in commands:
         code, output = dry_runs.run(empty, "ttt", *command, "--printshellcmds")
         assert code == 0
-        plans.append(re.findall(r"^Shell command: (.*)$", output, re.MULTILINE))
+        plans.append(re.findall(r"^Shell command: (python .*)$", output, re.MULTILINE))
     assert len(plans[0]) == 4 and all(plan == plans[0] for plan in plans)
     assert f"results/{recipe}/seed-1/shared/ttt" in plans[0][-1] and '"epochs": 3' in plans[0][-1]
 
@@ -175,6 +177,13 @@ def test_every_shipped_configuration_and_profile_plans_its_run(empty, dry_runs, 
     launched = output.count('torchrun --standalone --nproc_per_node=8 "$FAIRWAY_HOME/')
     # train once, ttt and slot_eval for each variant.
     assert launched == (3 * 5 if "--workflow-profile" in arguments else 0)
+
+
+def test_profiles_name_the_rules_of_stages():
+    for path in ROOT.glob("profiles/*/*.yaml"):
+        profile = yaml.safe_load(path.read_text())
+        for key in ("set-resources", "set-threads"):
+            assert {f"run_{stage}" for stage in STAGES} >= set(profile.get(key, {})), path
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,10 @@ resume: setup  ## go on after a run was killed
 	$(SNAKEMAKE)
 
 test: setup  ## the tests
-	$(BIN)/python -m pytest -q -m 'not slow' -n $(CORES) --dist loadgroup --durations=15
+	$(BIN)/python -m pytest -q -m 'not slow' -n $(CORES) --dist loadfile --durations=15
 
 test-all: setup  ## the tests, slow ones too
-	$(BIN)/python -m pytest -q -n $(CORES) --dist loadgroup --durations=25
+	$(BIN)/python -m pytest -q -n $(CORES) --dist loadfile --durations=25
 
 lint: setup  ## formatting and lint of Python and Snakemake
 	$(BIN)/ruff check .

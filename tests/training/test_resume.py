@@ -79,7 +79,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(caught, uninterrupted, number):
     if number != signal.SIGKILL:
         # The signal's own checkpoint: training ended with it.
         assert f"train: {stopped_after}/{TRAIN['max_steps']} step" in (folder / LOG).read_text()
-    assert resume(folder, "train") == {f"train {SEED}"}
+    assert resume(folder, "train") == {f"train {SEED} shared"}
     assert resumed_after(folder) == stopped_after
     assert products(folder) == uninterrupted
 
@@ -99,7 +99,7 @@ def test_a_restart_cannot_collide_with_an_orphan(caught, uninterrupted):
     folder, process = caught
     process.kill()
     process.wait()
-    assert resume(folder, "train") == {f"train {SEED}"}
+    assert resume(folder, "train") == {f"train {SEED} shared"}
     assert products(folder) == uninterrupted
     assert not list((folder / CHECKPOINTS).glob("*/step-*"))
 
@@ -125,7 +125,7 @@ def test_a_run_killed_in_a_later_stage_redoes_no_finished_one(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     finished = finished_jobs((folder / "output.txt").read_text())
-    assert {"tokenize", f"train {SEED}", f"ema {SEED} shared", f"gptq {SEED} shared"} <= finished
+    assert {"tokenize", f"train {SEED} shared", f"ema {SEED} shared", f"gptq {SEED} shared"} <= finished
     jobs = resume(folder)
     assert {f"slot_eval {SEED} shared", f"audit {SEED} shared", "report"} <= jobs
     assert not jobs & finished

@@ -102,6 +102,14 @@ def test_a_runs_folder_is_what_was_typed(empty, dry_runs, run):
     assert code == 0 and f"report: results/{run}/report/report.html" in output
 
 
+def test_a_files_text_is_what_was_written_too(empty, dry_runs):
+    """In YAML 1.1, which Snakemake reads, 2023_11 is 202311 and 010 is 8."""
+    (empty / "written.yaml").write_text("run: 2023_11\nseeds: [010]\nvariants: {leaky: null}\n")
+    code, output = dry_runs.run(empty, "--configfile", CONFIG_FILE, "written.yaml")
+    assert code == 0 and "report: results/2023_11/report/report.html" in output
+    assert parse_jobs(output) == jobs_of(ALL, {"shared": "train"}, seed=10)
+
+
 def test_text_on_the_command_line_is_what_each_key_makes_of_it(empty, dry_runs):
     jobs = dry_runs.jobs(
         empty, "--config", "run=tiny", "seeds=[010]", "variants=[causal]", "recipe=null",
@@ -139,7 +147,7 @@ def test_a_users_file_goes_over_each_recipe(empty, dry_runs, recipe):
     for command in commands:
         code, output = dry_runs.run(empty, "ttt", *command, "--printshellcmds")
         assert code == 0
-        plans.append(re.findall(r"^Shell command: (python .*)$", output, re.MULTILINE))
+        plans.append(re.findall(r"^Shell command: (PYTHONPATH=.*)$", output, re.MULTILINE))
     assert len(plans[0]) == 4 and all(plan == plans[0] for plan in plans)
     assert f"results/{recipe}/seed-1/shared/ttt" in plans[0][-1] and '"epochs": 3' in plans[0][-1]
 

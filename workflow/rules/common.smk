@@ -99,14 +99,9 @@ def get_environment_variables():
     A path in a command or its params would rerun every stage of a checkout that was moved, and a
     shell prefix would be that of all rules of a workflow that uses this one as a module.
     """
-    python_path = [
-        str(HOME / "src"),
-        *PLUGIN_FOLDERS,
-        *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]
+    python_path = [str(HOME / "src"), *PLUGIN_FOLDERS]
     variables = {
         "FAIRWAY_HOME": str(HOME),
-        "PYTHONPATH": os.pathsep.join(python_path),
         # Or glibc hands every large tensor's memory back to the kernel: a tenth of train's time.
         "MALLOC_MMAP_THRESHOLD_": "1073741824",
         "MALLOC_TRIM_THRESHOLD_": "1073741824",
@@ -114,7 +109,9 @@ def get_environment_variables():
     if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
         path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         variables["PATH"] = os.pathsep.join(path)
-    return variables
+        python_path += filter(None, [os.environ.get("PYTHONPATH")])
+    # As PYTHONPATH, Snakemake would take it away from a job in a conda environment.
+    return {**variables, "FAIRWAY_PYTHONPATH": os.pathsep.join(python_path)}
 
 
 os.environ.update(get_environment_variables())
@@ -247,12 +244,16 @@ def get_options(stage):
     return options
 
 
+def get_call(script, launcher="python"):
+    """The first words of a stage's command."""
+    script = f'"$FAIRWAY_HOME/workflow/scripts/{script}"'
+    return f'PYTHONPATH="$FAIRWAY_PYTHONPATH" {launcher} {script} --settings {{params.settings:q}}'
+
+
 def get_command(stage, launcher="python", more_options=""):
     """The shell command of a stage that runs once a seed and folder."""
-    return (
-        f'{launcher} "$FAIRWAY_HOME/workflow/scripts/{STAGES[stage].script}"'
-        f" --settings {{params.settings:q}} {{params.options}}{more_options} > {{log:q}} 2>&1"
-    )
+    call = get_call(STAGES[stage].script, launcher)
+    return f"{call} {{params.options}}{more_options} > {{log:q}} 2>&1"
 
 
 def get_target(stage):

@@ -37,6 +37,5 @@ rule run_report:
     message:
         "report: {output.page}"
     shell:
-        'python "$FAIRWAY_HOME/workflow/scripts/report.py" --settings {params.settings:q}'
-        " --run {params.run:q} --seeds {params.seeds}"
+        get_call("report.py") + " --run {params.run:q} --seeds {params.seeds}"
         " --variants {params.variants:q} --output {params.run:q}/report > {log:q} 2>&1"

@@ -28,6 +28,6 @@ rule run_tokenize:
     message:
         "tokenize: making the dataset {output.dataset}"
     shell:
-        'python "$FAIRWAY_HOME/workflow/scripts/tokenize_text.py" --settings {params.settings:q}'
-        " --threads {threads} --output {output.dataset:q} > {log:q} 2>&1"
+        get_call("tokenize_text.py")
+        + " --threads {threads} --output {output.dataset:q} > {log:q} 2>&1"
         " && cp {output.dataset:q}/manifest.json {output.manifest:q}"

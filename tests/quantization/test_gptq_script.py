@@ -13,6 +13,7 @@ from fairway.evaluation.plain import evaluate_split
 from fairway.files import sha256_of, write_json
 from fairway.model.spec import BANKS, GPTConfig
 from fairway.model.weights import save_model
+from fairway.plugins import built_in_files
 from fairway.quantization.artifact import load_artifact, stream_table
 from fairway.quantization.pruning import code_bytes
 from fairway.recipe import load_config
@@ -27,7 +28,11 @@ def weights(tiny_config_file, tiny_dataset, tmp_path_factory):
     """A folder as ttt leaves it, with a model that was never trained."""
     sections = load_config([tiny_config_file]).sections("causal")
     vocab_size = load_dataset(tiny_dataset).vocab_size
-    config = GPTConfig.of(sections["model"], vocab_size, sections["train"].sequence_tokens)
+    config = GPTConfig(
+        **dict(sections["model"]),
+        vocab_size=vocab_size,
+        sequence_tokens=sections["train"].sequence_tokens,
+    )
     folder = tmp_path_factory.mktemp("ttt")
     save_model(folder / "weights.safetensors", scattered_model(config, deviation=0.1))
     write_json(folder / "provenance.json", {"splits": ["train"]})
@@ -66,7 +71,9 @@ def test_metrics_are_those_of_the_artifact_on_disk(finished, tiny_dataset):
     for key, value in score.as_metrics().items():
         assert metrics[key] == value, key
     assert metrics["artifact_bytes"] == (finished / "artifact.bin").stat().st_size
-    assert metrics["code_bytes"] == code_bytes(import_closure(SCRIPTS / "slot_eval.py")) > 0
+    adapters = built_in_files("fairway.evaluation.adapters")
+    code = code_bytes(import_closure(SCRIPTS / "slot_eval.py", *adapters))
+    assert metrics["code_bytes"] == code > code_bytes(adapters)
     assert metrics["total_bytes"] == metrics["artifact_bytes"] + metrics["code_bytes"]
     table = stream_table((finished / "artifact.bin").read_bytes())
     assert metrics["codecs"] == {name: codec for name, (codec, _) in table.items()}

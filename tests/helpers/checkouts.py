@@ -34,8 +34,10 @@ ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
 # run. Each request is a forked process, which imports fairway itself from its folder's checkout.
 DRY_RUN_SERVER = """
 import json, os, sys
-import pandas, pydantic, safetensors.torch, scipy.stats, torch
-from snakemake.cli import main
+import pandas, pyarrow.parquet, pydantic, requests, safetensors.torch, scipy.stats, torch
+from snakemake.cli import get_argument_parser, main
+
+get_argument_parser()  # imports plugins
 
 for line in sys.stdin:
     folder, arguments, output = json.loads(line)

@@ -47,8 +47,6 @@ def project(checkout):
             {"evaluation": {"adapters": {"lorra": {}}}},
             "evaluation.adapters.3: found 'lorra', expected one of lora, ngram, slot",
         ),
-        ({"variants": {"causal": {"modle": {}}}}, "unknown key modle; did you mean model?"),
-        ({"sweep": {"gptq": [1]}}, "sweep: found gptq: [1], expected section.key: [values]"),
         ({"train": {"matrix_learning_rate": "fast"}}, "found 'fast', expected a number"),
         ({"run": 1.5}, "run: found the number 1.5, expected text: quote it"),
         ({"variants": {"causal": None, "leaky": None}}, "variants: none is left"),

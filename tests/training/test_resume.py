@@ -125,7 +125,12 @@ def test_a_run_killed_in_a_later_stage_redoes_no_finished_one(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     finished = finished_jobs((folder / "output.txt").read_text())
-    assert {"tokenize", f"train {SEED} shared", f"ema {SEED} shared", f"gptq {SEED} shared"} <= finished
+    assert {
+        "tokenize",
+        f"train {SEED} shared",
+        f"ema {SEED} shared",
+        f"gptq {SEED} shared",
+    } <= finished
     jobs = resume(folder)
     assert {f"slot_eval {SEED} shared", f"audit {SEED} shared", "report"} <= jobs
     assert not jobs & finished

@@ -33,7 +33,7 @@ SECTIONS = {
     "evaluation": "fairway.evaluation.settings:EvaluationSettings",
     "audit": "fairway.audit.runner:AuditSettings",
     "budgets": "fairway.stages:Budgets",
-    "report": "fairway.report.tables:ReportSettings",
+    "report": "fairway.report.settings:ReportSettings",
     "runtime": "fairway.model.settings:RuntimeSettings",
 }
 """The class of each section, by name because the classes lie in packages above this module."""

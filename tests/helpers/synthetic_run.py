@@ -15,7 +15,7 @@ import pandas as pd
 
 from fairway.report.page import write_report
 from fairway.report.results import Results, read_results
-from fairway.report.tables import ReportSettings
+from fairway.report.settings import ReportSettings
 
 SEEDS = (1337, 42, 2025)
 STAGES = ("train", "ema", "ttt", "gptq", "slot_eval", "audit")

@@ -11,7 +11,8 @@ from scipy import stats
 
 from fairway.errors import UserError
 from fairway.report.results import input_files
-from fairway.report.tables import ReportSettings, batch_reach_tokens, budgets_table, read_run
+from fairway.report.settings import ReportSettings
+from fairway.report.tables import batch_reach_tokens, budgets_table, read_run
 from fairway.report.token_sums import TEXT_PARTS, gain_nats, read_token_sums
 from fairway.settings import validated
 from synthetic_run import (

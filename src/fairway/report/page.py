@@ -11,7 +11,8 @@ from fairway.files import atomic_path
 from fairway.report.content import page_content
 from fairway.report.figures import write_figures
 from fairway.report.results import Results
-from fairway.report.tables import ReportSettings, RunTables, make_tables
+from fairway.report.settings import ReportSettings
+from fairway.report.tables import RunTables, make_tables
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 

@@ -5,16 +5,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
 
 from fairway.errors import UserError
 from fairway.evaluation.bits_per_byte import bits_per_byte
 from fairway.files import require_file, write_table
 from fairway.report.results import FINAL_STAGE, SLIDING, Results
+from fairway.report.settings import ReportSettings
 from fairway.report.statistics import (
     Bootstrap,
     SeedTest,
@@ -24,7 +23,6 @@ from fairway.report.statistics import (
     welch_test,
 )
 from fairway.report.token_sums import TokenSums, gain_nats, saved_nats
-from fairway.settings import Settings
 from fairway.stages import STAGES, Budgets
 
 ALL_ADAPTERS = "all"
@@ -60,26 +58,6 @@ CHANGE_METRICS = {
 """A seed's bootstrap as metrics of the final stage, and their columns in the comparisons."""
 NOT_SUMMARIZED = tuple(metric for metric in CHANGE_METRICS if metric != "change_bpb")
 """A mean of these over seeds would say nothing."""
-
-
-class Baseline(Settings):
-    """What a run must beat."""
-
-    name: str = Field(min_length=1)
-    """What the page calls it."""
-    losses: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
-    """Nats per token, one of each seed."""
-
-
-class ReportSettings(Settings):
-    """The test against a published score (section `report`); variants are compared without it."""
-
-    baseline: Baseline | None = None
-    """A published score to beat; null: no such test."""
-    minimum_gain_nats: float = Field(0.005, ge=0)
-    """By how many nats per token it must be beaten."""
-    significance: float = Field(0.01, gt=0, lt=1)
-    """The one-sided p below which the page says that it is."""
 
 
 @dataclass(frozen=True)

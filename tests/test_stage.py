@@ -11,12 +11,13 @@ from pydantic import ValidationError
 
 from fairway.distributed import World
 from fairway.errors import UserError
-from fairway.files import sha256_of, write_json
+from fairway.files import sha256_of
 from fairway.metrics import METRICS, Metrics, checked_metrics
 from fairway.recipe import complete
 from fairway.settings import merge
 from fairway.stage import StageRun, run_stage, stage_parser, stage_settings, user_errors
 from fairway.stages import STAGES, Stage, chain, evaluation_stage, stages_per
+from producers import write_record
 from tiny import TINY_CONFIG
 
 CONFIG = merge(TINY_CONFIG, {"data": {"paths": ["text.jsonl"]}})
@@ -150,8 +151,9 @@ def test_any_other_error_keeps_its_traceback():
 
 def parent(folder, name: str, splits: list[str]):
     """A stage's folder with a product and the provenance that says which splits it knows."""
-    write_json(folder / name / "provenance.json", {"stage": name, "splits": splits})
+    (folder / name).mkdir()
     (folder / name / "product").write_text(name)
+    write_record(folder / name, splits)
     return folder / name
 
 
@@ -219,6 +221,67 @@ def test_provenance_says_what_went_in_and_what_came_out(own_run, tmp_path):
 def test_a_missing_input_names_the_stage_that_makes_it(own_run):
     with pytest.raises(UserError, match="the ema stage; run `snakemake --cores 2 ema`"):
         own_run.take("ema", "weights.safetensors")
+
+
+def flip_a_bit(path):
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+def rewrite(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("product", flip_a_bit, "product has changed since it was made: found SHA-256 "),
+        ("product", lambda path: path.write_bytes(b""), "found SHA-256 e3b0c44298fc, "),
+        ("product", lambda path: path.write_text("emaema"), "has changed since it was made"),
+        ("provenance.json", lambda path: path.unlink(), "provenance.json is missing"),
+        ("provenance.json", lambda path: rewrite(path, outputs={}), "lists no such file"),
+        ("provenance.json", lambda path: rewrite(path, outputs=[]), "lists no such file"),
+        ("provenance.json", lambda path: rewrite(path, outputs={"product": 5}), "no such file"),
+        ("provenance.json", lambda path: path.write_text("[]"), "lists no such file"),
+        ("provenance.json", lambda path: path.write_text("{"), "is not JSON"),
+    ],
+)
+def test_what_is_not_as_its_stage_left_it_is_not_taken(own_run, name, damage, message):
+    damage(own_run.inputs["ema"] / name)
+    with pytest.raises(UserError) as caught:
+        own_run.take("ema", "product")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not own_run.taken
+
+
+def test_both_hashes_and_the_command_are_named(own_run):
+    product = own_run.inputs["ema"] / "product"
+    listed = sha256_of(product)
+    product.write_text("other")
+    with pytest.raises(UserError) as caught:
+        own_run.take("ema", "product")
+    for words in (
+        str(product), f"found SHA-256 {sha256_of(product)[:12]}", f"lists {listed[:12]}",
+        "run `snakemake --cores 2 --forcerun ema`",
+    ):  # fmt: skip
+        assert words in str(caught.value)
+
+
+def test_a_file_is_hashed_when_it_is_taken_and_not_again(own_run):
+    taken = own_run.take("ema", "product")
+    digest = sha256_of(taken)
+    taken.write_text("changed while the stage ran")
+    assert own_run.take("ema", "product") == taken
+    (own_run.output / "x").write_text("made")
+    own_run.finish({})
+    found = json.loads((own_run.output / "provenance.json").read_text())
+    assert found["inputs"][str(taken)] == digest == own_run.taken[taken]
+
+
+def test_the_audit_takes_a_changed_file_to_fail_it(own_run):
+    product = own_run.inputs["ema"] / "product"
+    product.write_text("other")
+    assert own_run.take("ema", "product", check=False) == product
+    assert own_run.taken[product] == sha256_of(product)
 
 
 # metrics.json

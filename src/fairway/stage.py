@@ -27,10 +27,10 @@ from typing import Any
 
 from fairway.distributed import World, barrier, device_name, distributed_world, peak_memory_bytes
 from fairway.errors import UserError
-from fairway.files import require_file, write_json
+from fairway.files import require_file, sha256_of, write_json
 from fairway.metrics import checked_metrics
 from fairway.plugins import search_beside
-from fairway.provenance import write_provenance
+from fairway.provenance import PROVENANCE, check_product, write_provenance
 from fairway.recipe import load_config, sections_of
 from fairway.stages import STAGES, Stage
 
@@ -41,6 +41,7 @@ class StageRun:
     stage: its row of the table. settings: the sections that it may read, as objects
     (`settings.train.max_steps`). plain_settings: the same as JSON values. inputs: stage → folder of
     its products. output: folder for its own. seed: None for a stage that runs once a run.
+    taken: SHA-256 of the inputs noted so far.
     """
 
     def __init__(
@@ -55,26 +56,31 @@ class StageRun:
         }
         self._started = time.perf_counter()
         self._seconds = {"training": 0.0, "evaluation": 0.0}
-        self._taken: dict[Path, None] = {}
+        self.taken: dict[Path, str] = {}
 
     @property
     def folder(self) -> str | None:
         """`shared` or a variant's name, from where the output lies; None for one of a run."""
         return self.output.parent.name if self.stage.per == "variant" else None
 
-    def take(self, stage: str, name: str) -> Path:
-        """A product of an earlier stage, noted as an input; UserError where it is missing."""
+    def take(self, stage: str, name: str, *, check: bool = True) -> Path:
+        """A product of an earlier stage, noted as an input.
+
+        check: whether its SHA-256 must be the one in its stage's provenance.json. Only the audit,
+        which has a verdict for other files, does without.
+        Raises UserError where the file is missing, unfinished or another.
+        """
         # Snakemake does not look into a dataset's folder.
         target = f"--forcerun {stage}" if STAGES[stage].per == "dataset" else stage
-        path = require_file(
-            self.inputs[stage] / name, f"the {stage} stage; run `snakemake --cores 2 {target}`"
-        )
-        self._taken[path] = None
+        path = require_file(self.inputs[stage] / name, _made_by(stage, target))
+        if path not in self.taken:
+            made_by = _made_by(stage, f"--forcerun {stage}")
+            self.taken[path] = check_product(path, made_by) if check else sha256_of(path)
         return path
 
     def note_inputs(self, paths: Iterable[Path]) -> None:
         """Note files from outside the workflow as inputs."""
-        self._taken |= dict.fromkeys(paths)
+        self.taken |= {path: sha256_of(path) for path in paths}
 
     @contextmanager
     def charge(self, budget: str) -> Iterator[None]:
@@ -118,11 +124,15 @@ class StageRun:
             stage=self.stage.name,
             settings=self.plain_settings,
             seed=self.seed,
-            inputs=self._taken,
+            inputs=self.taken,
             outputs=[self.output / name for name in names],
             splits_read=splits_read,
-            parents=[folder / "provenance.json" for folder in self.inputs.values()],
+            parents=[folder / PROVENANCE for folder in self.inputs.values()],
         )
+
+
+def _made_by(stage: str, target: str) -> str:
+    return f"the {stage} stage; run `snakemake --cores 2 {target}`"
 
 
 def run_stage(

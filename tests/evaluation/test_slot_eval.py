@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 
 from fairway.data.dataset import load_dataset, read_split
-from fairway.files import write_json
 from fairway.model.spec import GPTConfig
 from fairway.quantization.artifact import quantizable, storable, write_artifact
 from fairway.quantization.integers import round_to_nearest
 from fairway.recipe import load_config
+from producers import write_record
 from scattered import scattered_model
 from tiny import run_script
 
@@ -25,7 +25,7 @@ def write_random_artifact(folder, model_settings, vocab_size: int) -> None:
         name: round_to_nearest(matrices, bits=6) for name, matrices in quantizable(model).items()
     }
     write_artifact(folder / "artifact.bin", model.config, storable(model, quantized))
-    write_json(folder / "provenance.json", {"splits": ["train"]})
+    write_record(folder, ["train"])
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from fairway.files import sha256_of
 from fairway.provenance import write_provenance
 
 STAGES = ("tokenize", "train", "ttt", "gptq", "slot_eval")
@@ -21,7 +22,7 @@ def make_chain(folder: Path, ttt_data: str = "train") -> Path:
             output,
             stage=stage,
             settings={stage: {"data": ttt_data}} if stage == "ttt" else {},
-            inputs=inputs,
+            inputs={path: sha256_of(path) for path in inputs},
             outputs=[output / "product"],
             splits_read=read,
             seed=1,

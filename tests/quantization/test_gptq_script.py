@@ -10,13 +10,14 @@ import pytest
 from fairway.code_hash import import_closure
 from fairway.data.dataset import load_dataset
 from fairway.evaluation.plain import evaluate_split
-from fairway.files import sha256_of, write_json
+from fairway.files import sha256_of
 from fairway.model.spec import BANKS, GPTConfig
 from fairway.model.weights import save_model
 from fairway.plugins import built_in_files
 from fairway.quantization.artifact import load_artifact, stream_table
 from fairway.quantization.pruning import code_bytes
 from fairway.recipe import load_config
+from producers import write_record
 from scattered import scattered_model
 from tiny import SCRIPTS, run_script
 
@@ -35,7 +36,7 @@ def weights(tiny_config_file, tiny_dataset, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("ttt")
     save_model(folder / "weights.safetensors", scattered_model(config, deviation=0.1))
-    write_json(folder / "provenance.json", {"splits": ["train"]})
+    write_record(folder, ["train"])
     return folder
 
 

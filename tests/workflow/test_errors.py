@@ -14,6 +14,7 @@ from checkouts import CONFIG_FILE, change_config, make_project
 from fairway import files
 from fairway.data.shards import read_shard, write_shard
 from fairway.settings import merge
+from producers import write_record
 from tiny import run_script, synthetic_documents, write_jsonl
 from trainings import run_here
 
@@ -242,6 +243,7 @@ def test_a_dataset_that_was_not_made(fails, tiny_config_file, tmp_path):
 @pytest.mark.parametrize("contents", [b"", b"FAIRWAY\0" + bytes(100)])
 def test_an_artifact_that_is_damaged(fails, tiny_config_file, tiny_dataset, tmp_path, contents):
     (tmp_path / "artifact.bin").write_bytes(contents)
+    write_record(tmp_path, ["train"])
     line = fails(
         "slot_eval.py", "--config", tiny_config_file, "--variant", "causal", "--seed", 7,
         "--tokenize", tiny_dataset.parent, "--gptq", tmp_path, "--output", tmp_path / "slot_eval",

@@ -21,7 +21,7 @@ from fairway.data.dataset import Dataset, load_dataset
 from fairway.data.loader import CoprimeLoader
 from fairway.distributed import gather_objects
 from fairway.evaluation.plain import val_metrics
-from fairway.files import atomic_path, read_json, sha256_of, sha256_of_json, write_table
+from fairway.files import atomic_path, read_json, sha256_of_json, write_table
 from fairway.model.gpt import GPT
 from fairway.model.runtime import captures_graphs, compiles, prepare
 from fairway.model.spec import GPTConfig
@@ -61,7 +61,7 @@ def run_identity(stage: StageRun, manifest: Path) -> str:
         {
             "settings": stage.plain_settings,
             "seed": stage.seed,
-            "dataset": sha256_of(manifest),
+            "dataset": stage.taken[manifest],
             "code": code_hash(__file__, *plugin_files("train", stage.plain_settings)),
         }
     )

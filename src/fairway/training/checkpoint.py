@@ -2,8 +2,9 @@
 
 They lie beside the stage's declared outputs, never inside, because a workflow deletes the outputs
 of a failed job. A checkpoint is a folder `step-<n>`, written under another name and renamed when it
-is whole. `identity` (a hash of settings, data, seed and code) names the folder above it, so a
-checkpoint from other settings, data, seed or code is never resumed.
+is whole, and one checksum covers its tensors and its state. `identity` (a hash of settings, data,
+seed and code) names the folder above it and is part of the checksum, so a checkpoint from other
+settings, data, seed or code is never resumed.
 """
 
 import re
@@ -21,29 +22,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fairway.errors import UserError
-from fairway.files import read_json, sha256_of, write_json
+from fairway.files import read_json, sha256_of, sha256_of_json, write_json
 
 KEPT = 2
 WAIT_MESSAGE_SECONDS = 10.0
+TENSORS, STATE, CHECKSUM = "tensors.safetensors", "state.json", "checksum"
 
 
 class Checkpoints:
     """The checkpoints of one run of one stage, under `folder`/`identity`."""
 
     def __init__(self, folder: str | Path, identity: str) -> None:
-        self.folder = Path(folder) / identity[:16]
+        self.folder, self.identity = Path(folder) / identity[:16], identity
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
-        """Write a checkpoint, then drop all but the newest two. Returns its folder."""
+        """Write a checkpoint, keep it and the one before it, drop all others. Returns its folder.
+
+        Training goes on from the newest intact one, so those of later steps are damaged.
+        """
         target = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{step:08d}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(on_cpu, partial / "tensors.safetensors")
-            digest = sha256_of(partial / "tensors.safetensors")
-            write_json(partial / "state.json", {**state, "step": step, "tensors_sha256": digest})
+            save_file(on_cpu, partial / TENSORS)
+            write_json(partial / STATE, {**state, "step": step})
+            (partial / CHECKSUM).write_text(self._checksum(partial), encoding="ascii")
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         except (OSError, SafetensorError) as error:
@@ -51,23 +56,28 @@ class Checkpoints:
                 f"checkpoint {target} could not be written ({error}): free disk space and start "
                 f"again; {self.describe_latest()}"
             ) from error
-        for old in self._complete()[:-KEPT]:
-            shutil.rmtree(old)
+        complete = self._complete()
+        newest = complete.index(target) + 1
+        for other in (*complete[: max(0, newest - KEPT)], *complete[newest:]):
+            shutil.rmtree(other)
         return target
 
     def load_latest(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Tensors (CPU) and state of the newest intact checkpoint; None where there is none."""
         for folder in reversed(self._complete()):
-            state = read_json(folder / "state.json")
-            if sha256_of(folder / "tensors.safetensors") == state["tensors_sha256"]:
-                return load_file(folder / "tensors.safetensors"), state
-            print(f"{folder} is damaged and is not used", file=sys.stderr)
+            if self._is_intact(folder):
+                return load_file(folder / TENSORS), read_json(folder / STATE)
+            print(
+                f"checkpoint {folder} is damaged (its checksum is another) and is passed over",
+                file=sys.stderr,
+                flush=True,
+            )
         return None
 
     def describe_latest(self) -> str:
         """Half a sentence for error messages."""
-        complete = self._complete()
-        return f"the last good checkpoint is {complete[-1]}" if complete else "no checkpoint yet"
+        newest = next(filter(self._is_intact, reversed(self._complete())), None)
+        return f"the last good checkpoint is {newest}" if newest else "no checkpoint yet"
 
     def remove(self) -> None:
         """Delete them all: the stage's products are on disk."""
@@ -76,7 +86,23 @@ class Checkpoints:
     def _complete(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        return sorted(path for path in self.folder.iterdir() if re.match(r"step-\d+$", path.name))
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if re.fullmatch(r"step-\d+", path.name) and path.is_dir()
+        )
+
+    def _is_intact(self, folder: Path) -> bool:
+        try:
+            return (folder / CHECKSUM).read_text("ascii") == self._checksum(folder)
+        except (OSError, UnicodeDecodeError):  # a file is missing, or is none
+            return False
+
+    def _checksum(self, folder: Path) -> str:
+        """One SHA-256 of whose run the checkpoint is, its tensors and its state."""
+        return sha256_of_json(
+            [self.identity, sha256_of(folder / TENSORS), sha256_of(folder / STATE)]
+        )
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

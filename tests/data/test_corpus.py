@@ -4,9 +4,12 @@ import gzip
 import hashlib
 import json
 import lzma
+import random
+import struct
 import subprocess
 import sys
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -82,12 +85,88 @@ def test_an_empty_file_is_an_error(tmp_path, contents):
         list(read_jsonl(path))
 
 
-@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
-def test_a_truncated_archive_is_an_error(tmp_path, suffix, compress):
+def zstandard_flushed(data: bytes) -> bytes:
+    """One frame, flushed after every line."""
+    compressor = zstandard.ZstdCompressor(write_checksum=True).compressobj()
+    parts = []
+    for line in data.splitlines(keepends=True):
+        parts.append(compressor.compress(line))
+        parts.append(compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    return b"".join([*parts, compressor.flush()])
+
+
+def zstandard_long(data: bytes) -> bytes:
+    """A frame as `zstd --long=31` makes it of a text whose length it does not know."""
+    wide = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=False, hash_log=6,
+                                               chain_log=6)  # fmt: skip
+    compressor = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    return compressor.compress(data) + compressor.flush()
+
+
+def skippable(data: bytes) -> bytes:
+    """A skippable frame, as pzstd puts before the others."""
+    return struct.pack("<2I", 0x184D2A50, len(data)) + data
+
+
+ZSTD = zstandard.ZstdCompressor().compress
+PADDING = {".gz": 1, ".xz": 4, ".zst": 1}
+STREAMS = {
+    "gz": (".gz", [gzip.compress, gzip.compress]),
+    "gz padded": (".gz", [gzip.compress, lambda data: bytes(7), gzip.compress]),
+    "xz": (".xz", [lzma.compress, lzma.compress]),
+    "xz padded": (".xz", [lzma.compress, lambda data: bytes(8), lzma.compress, lambda _: bytes(4)]),
+    "xz much padded": (".xz", [lzma.compress, lambda data: bytes(20_000), lzma.compress]),
+    "zst": (".zst", [ZSTD, ZSTD, ZSTD]),
+    "zst flushed": (".zst", [zstandard_flushed, zstandard_flushed]),
+    "zst skippable": (".zst", [lambda data: skippable(b"1234"), ZSTD, ZSTD]),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_streams_behind_one_another_are_one_text_and_no_cut_goes_unseen(tmp_path, name):
+    suffix, makers = STREAMS[name]
     path = tmp_path / f"text.jsonl{suffix}"
-    path.write_bytes(compress(jsonl(TEXTS * 1000))[:-20])
+    parts = [make(jsonl(TEXTS)) for make in makers]
+    whole, ends = b"".join(parts), set(accumulate(map(len, parts)))
+    path.write_bytes(whole)
+    texts = list(read_jsonl(path))
+    assert texts == TEXTS * (len(texts) // len(TEXTS)) and len(texts) > len(TEXTS)
+    if "much" in name:
+        return
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        behind = whole[max((end for end in ends if end <= length), default=0) : length]
+        if length and not behind.strip(b"\0") and len(behind) % PADDING[suffix] == 0:
+            continue  # what is left is a whole file, and nothing tells that there was more
+        with pytest.raises(UserError, match="is truncated") as caught:
+            list(read_jsonl(path))
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_window_of_any_size_is_read(tmp_path):
+    path = tmp_path / "text.jsonl.zst"
+    path.write_bytes(zstandard_long(jsonl(TEXTS)))
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << 31
+    assert list(read_jsonl(path)) == TEXTS
+
+
+@pytest.mark.parametrize("name", [name for name in STREAMS if "padded" not in name])
+def test_foreign_bytes_behind_a_stream_are_an_error(tmp_path, name):
+    suffix, makers = STREAMS[name]
+    path = tmp_path / f"text.jsonl{suffix}"
+    path.write_bytes(makers[-1](jsonl(TEXTS)) + b"foreign bytes")
     with pytest.raises(UserError, match="is damaged"):
         list(read_jsonl(path))
+
+
+@pytest.mark.parametrize("name", ["gz", "xz", "zst"])
+def test_a_text_of_many_blocks_is_read_line_by_line(tmp_path, name):
+    suffix, (compress, *_) = STREAMS[name]
+    generator = random.Random(5)
+    texts = [generator.randbytes(generator.randrange(3000)).hex() for _ in range(300)]
+    path = tmp_path / f"text.jsonl{suffix}"
+    path.write_bytes(compress(jsonl(texts[:200])) + compress(jsonl(texts[200:])))
+    assert list(read_jsonl(path)) == texts
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])

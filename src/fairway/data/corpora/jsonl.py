@@ -1,17 +1,45 @@
 """Local files of one `{"text": …}` a line."""
 
-import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
 from fairway.data.corpora.base import Corpus
 from fairway.errors import UserError
+
+MAX_WINDOW_BYTES = 1 << 31
+"""`zstd --long=31` makes windows of this size, the largest that there are."""
+COMPRESSED_BYTES = 1 << 12
+"""A block that is decompressed at once: it becomes 128 MiB at most."""
+
+
+@dataclass(frozen=True)
+class _Compression:
+    """A format whose files are streams one after the other, as `cat` and parallel tools make them.
+
+    new_stream: makes what decompresses one stream: `decompress`, `eof`, `unused_data`.
+    padding: zeros may stand behind a stream, a multiple of this; 0 where none may.
+    """
+
+    new_stream: Callable[[], Any]
+    padding: int
+
+
+COMPRESSIONS = {
+    ".gz": _Compression(lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS), padding=1),
+    ".xz": _Compression(lzma.LZMADecompressor, padding=4),
+    ".zst": _Compression(
+        lambda: zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj(),
+        padding=0,
+    ),
+}
 
 
 class Jsonl(Corpus):
@@ -38,7 +66,7 @@ class Jsonl(Corpus):
 def read_jsonl(path: Path) -> Iterator[str]:
     """The `text` of each line of a .jsonl file, plain or .gz, .xz, .zst; empty lines are skipped.
 
-    Raises UserError as file:line for a bad line, and for a damaged or empty file.
+    Raises UserError as file:line for a bad line, and for a damaged, truncated or empty file.
     """
     number = documents = 0
     try:
@@ -47,7 +75,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield _parse_line(line, f"{path}:{number}")
                     documents += 1
-    except (gzip.BadGzipFile, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+    except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
         raise UserError(
             f"{path} is damaged after line {number} ({error}): expected a complete "
             f"{path.suffix} file; fetch it again"
@@ -82,15 +110,59 @@ def _is_unicode(text: str) -> bool:
 
 
 def _open_binary(path: Path) -> BinaryIO:
-    openers: dict[str, Callable[[Path], BinaryIO]] = {
-        ".gz": gzip.open,
-        ".xz": lzma.open,
-        ".zst": _open_zstandard,
-    }
-    return openers.get(path.suffix, lambda plain: plain.open("rb"))(path)
+    file, compression = path.open("rb"), COMPRESSIONS.get(path.suffix)
+    return io.BufferedReader(_Decompressed(file, compression)) if compression else file
 
 
-def _open_zstandard(path: Path) -> BinaryIO:
-    # A file may be several frames one after the other, as pzstd and `cat` make them.
-    reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-    return io.BufferedReader(reader)
+class _Decompressed(io.RawIOBase):
+    """The bytes of a compressed file. EOFError where it ends within a stream, or before the first.
+
+    Python's own readers of these formats take some files that were cut short for whole ones.
+    """
+
+    def __init__(self, file: BinaryIO, compression: _Compression) -> None:
+        self._file, self._blocks = file, _decompress(file, compression)
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._rest = memoryview(block)
+        target = memoryview(buffer)
+        taken = self._rest[: len(target)]
+        self._rest = self._rest[len(target) :]
+        target[: len(taken)] = taken
+        return len(taken)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _decompress(file: BinaryIO, compression: _Compression) -> Iterator[bytes]:
+    stream, zeros = compression.new_stream(), 0
+    while block := file.read(COMPRESSED_BYTES):
+        while block:
+            if stream.eof:
+                padded = len(block)
+                block = block.lstrip(b"\0") if compression.padding else block
+                zeros += padded - len(block)
+                if not block:
+                    break
+                _check_padding(zeros, compression)
+                stream, zeros = compression.new_stream(), 0
+            yield stream.decompress(block)
+            block = stream.unused_data
+    if not stream.eof:
+        raise EOFError("it is truncated")
+    _check_padding(zeros, compression)
+
+
+def _check_padding(zeros: int, compression: _Compression) -> None:
+    if zeros and zeros % compression.padding:
+        raise EOFError("it is truncated, or damaged in its padding")

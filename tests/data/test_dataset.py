@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,98 @@ def test_damage_after_tokenizing_is_found_when_loading(made, damage, complaint):
     damage(made / "train_000001.bin")
     with pytest.raises(UserError, match=complaint):
         load_dataset(made / "manifest.json")
+
+
+def edited(made: Path, keys: tuple, value) -> Path:
+    """The manifest with another value of one field; None takes it out."""
+    path = made / "manifest.json"
+    manifest = json.loads(path.read_text())
+    holder = manifest
+    for key in keys[:-1]:
+        holder = holder[key]
+    if value is None:
+        del holder[keys[-1]]
+    else:
+        holder[keys[-1]] = value
+    path.write_text(json.dumps(manifest))
+    return path
+
+
+def leaves(value, keys=()) -> Iterator[tuple[tuple, object]]:
+    """Every number and text of a JSON value, with its keys."""
+    if isinstance(value, dict | list):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(one, (*keys, key))
+    else:
+        yield keys, value
+
+
+FREE = {"name", "source", "bytes", "documents"}
+"""Fields that no other field of the manifest tells."""
+TRAIN, VAL = ("splits", "train"), ("splits", "val")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "complaint"),
+    [
+        ((*TRAIN, "spans", 0, "stop"), 5000, r"train.spans.0.stop: found 5000, expected at most"),
+        ((*TRAIN, "spans", 0, "start"), -1, "train.spans.0.start: found -1, expected at least 0"),
+        ((*TRAIN, "spans", 0, "start"), 1024, "spans.0.start: found 1024, expected less than"),
+        ((*TRAIN, "spans", 0, "start"), 1, "splits.train.tokens: found .*, expected"),
+        ((*TRAIN, "spans", 0, "path"), "val_000000.bin", "spans.0.path: found 'val_000000.bin'"),
+        ((*TRAIN, "spans", 0, "path"), "x.bin", "path: found 'x.bin', expected one of `shards`"),
+        ((*TRAIN, "spans"), [], r"splits.train.spans: found \[\], expected at least one"),
+        ((*VAL, "spans", 0, "path"), "train_000000.bin", "splits.val.*a shard of validation text"),
+        ((*VAL, "tokens"), 7, "splits.val.tokens: found 7, expected"),
+        ((*VAL, "documents"), -3, "splits.val.documents: found -3, expected at least 0"),
+        ((*VAL, "bytes"), None, "splits.val: missing key bytes"),
+        (VAL, None, "splits: missing key val"),
+        (("bos_id",), 2, "bos_id: found 2, expected 1, as .*tokenizer.model has"),
+        (("bos_id",), 320, "bos_id: found 320, expected an id under vocab_size 320"),
+        (("vocab_size",), 321, "vocab_size: found 321, expected 320, as .*tokenizer.model has"),
+        (("vocab_size",), True, "vocab_size: found True, expected a whole number"),
+        (("tokenizer", "sha256"), "0" * 64, "tokenizer.model has changed since it was made"),
+        (("tokenizer", "sha256"), "none", "tokenizer.sha256: found 'none', expected text matching"),
+        (("shards",), {}, "expected one of `shards`"),
+        (("more",), 1, "more"),
+    ],
+)
+def test_a_manifest_is_held_against_itself(made, keys, value, complaint):
+    path = edited(made, keys, value)
+    with pytest.raises(UserError, match=complaint) as caught:
+        load_dataset(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [-1, 2.0, 1.5, True, "x", [], {}, [1], {"a": 1}, 10**30])
+def test_a_field_of_another_type_is_refused_by_name(made, value):
+    original = (made / "manifest.json").read_text()
+    for keys, before in leaves(json.loads(original)):
+        if isinstance(value, str | int) and type(value) is type(before) and keys[-1] in FREE:
+            continue
+        with pytest.raises(UserError) as caught:
+            load_dataset(edited(made, keys, value))
+        assert ".".join(map(str, keys)) in str(caught.value) or value in (-1, 10**30, "x")
+        (made / "manifest.json").write_text(original)
+
+
+def test_spans_that_overlap_are_refused(made):
+    manifest = json.loads((made / "manifest.json").read_text())
+    selection = manifest["splits"]["selection"]
+    first = selection["spans"][0]
+    first["start"] -= 1
+    selection["tokens"] += 1
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"selection.spans.0.start: found .* the stop of splits.tr"):
+        load_dataset(made / "manifest.json")
+
+
+def test_a_tokenizer_that_was_changed_is_refused_but_by_the_audit(made):
+    path = made / "tokenizer.model"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"tokenizer.model has changed since it was made: found"):
+        load_dataset(made / "manifest.json")
+    assert load_dataset(made / "manifest.json", check_tokenizer=False).vocab_size == 320
 
 
 def test_a_folder_without_a_dataset(tmp_path):

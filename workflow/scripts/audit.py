@@ -51,7 +51,7 @@ def audit(stage: StageRun) -> None:
 
     runtime = stage.settings.runtime
     model = prepare(load_artifact(artifact, stage.world.device), runtime)
-    dataset = load_dataset(manifest)
+    dataset = load_dataset(manifest, check_tokenizer=False)
     evaluator = Evaluator(
         model, stage.settings.evaluation, bos_id=dataset.bos_id, seed=stage.seed, runtime=runtime
     )

@@ -11,8 +11,8 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from fairway.data.corpora.base import Corpus
-from fairway.data.dataset import FORMAT
-from fairway.data.manifest import TRAINING_SPLITS, describe_dataset
+from fairway.data.manifest import describe_dataset
+from fairway.data.manifest_fields import FORMAT, TRAINING_SPLITS
 from fairway.data.settings import DataSettings
 from fairway.data.shards import TOKEN_TYPE, ShardWriter
 from fairway.data.tokenizer import load_tokenizer, train_tokenizer

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fairway.data.manifest_fields import SPLITS, Manifest, ShardFields, read_manifest, refuse
 from fairway.data.shards import check_vocabulary, read_shard, shard_token_count
+from fairway.data.tokenizer import load_tokenizer
 from fairway.errors import UserError
-from fairway.files import read_json, require_file
-
-FORMAT = 1
-SPLITS = ("train", "selection", "adaptation", "val")
+from fairway.files import require_file, sha256_of
 
 
 @dataclass(frozen=True)
@@ -44,45 +43,61 @@ class Dataset:
     splits: dict[str, tuple[Span, ...]]
 
 
-def load_dataset(manifest_path: str | Path) -> Dataset:
-    """Read manifest.json, and check every shard that it names.
+def load_dataset(manifest_path: str | Path, *, check_tokenizer: bool = True) -> Dataset:
+    """Read manifest.json; check it against itself, its tokenizer and every shard that it names.
 
-    Raises UserError for a missing or foreign manifest, and for a shard that is missing, truncated,
-    of another length than when the manifest was written, or has ids outside the vocabulary.
+    check_tokenizer: whether the tokenizer must be the one that the manifest describes. Only the
+    audit, which has a verdict for another one, does without.
+    Raises UserError for a missing, foreign or contradictory manifest, for another tokenizer, and
+    for a shard that is missing, truncated, of another length than when the manifest was written, or
+    has ids outside the vocabulary.
     """
     manifest_path = Path(manifest_path)
-    manifest = read_json(manifest_path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{manifest_path} is not a dataset manifest of format {FORMAT}: rerun tokenize"
-        )
-    folder = manifest_path.parent
-    vocab_size = manifest["vocab_size"]
+    manifest, folder = read_manifest(manifest_path), manifest_path.parent
+    tokenizer_path = require_file(folder / manifest.tokenizer.path, "tokenize")
+    if check_tokenizer:
+        _check_tokenizer(tokenizer_path, manifest, manifest_path)
 
-    def check(entry: tuple[str, dict]) -> None:
+    def check(entry: tuple[str, ShardFields]) -> None:
         path, shard = folder / entry[0], entry[1]
         tokens = shard_token_count(path)
-        if tokens != shard["tokens"]:
+        if tokens != shard.tokens:
             raise UserError(
-                f"shard {path} holds {tokens} tokens, expected {shard['tokens']} as "
+                f"shard {path} holds {tokens} tokens, expected {shard.tokens} as "
                 f"{manifest_path} says: rerun tokenize"
             )
-        check_vocabulary(path, vocab_size)
+        check_vocabulary(path, manifest.vocab_size)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(check, manifest["shards"].items()))
+        list(pool.map(check, manifest.shards.items()))
     return Dataset(
-        vocab_size=vocab_size,
-        bos_id=manifest["bos_id"],
-        tokenizer_path=require_file(folder / manifest["tokenizer"]["path"], "tokenize"),
+        vocab_size=manifest.vocab_size,
+        bos_id=manifest.bos_id,
+        tokenizer_path=tokenizer_path,
         splits={
             split: tuple(
-                Span(folder / span["path"], span["start"], span["stop"])
-                for span in manifest["splits"][split]["spans"]
+                Span(folder / span.path, span.start, span.stop)
+                for span in manifest.split(split).spans
             )
             for split in SPLITS
         },
     )
+
+
+def _check_tokenizer(path: Path, manifest: Manifest, manifest_path: Path) -> None:
+    found = sha256_of(path)
+    if found != manifest.tokenizer.sha256:
+        raise UserError(
+            f"{path} has changed since it was made: found SHA-256 {found[:12]}, {manifest_path} "
+            f"lists {manifest.tokenizer.sha256[:12]}; rerun tokenize"
+        )
+    tokenizer = load_tokenizer(path)
+    for field, expected in (
+        ("vocab_size", tokenizer.vocab_size()),
+        ("bos_id", tokenizer.bos_id()),
+    ):
+        if getattr(manifest, field) != expected:
+            refuse(manifest_path, field, getattr(manifest, field), f"{expected}, as {path} has")
 
 
 def read_split(dataset: Dataset, split: str) -> np.ndarray:

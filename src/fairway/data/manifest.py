@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fairway.data.dataset import FORMAT, Span
+from fairway.data.dataset import Span
+from fairway.data.manifest_fields import FORMAT, TRAINING_SPLITS
 from fairway.data.settings import DataSettings
 from fairway.data.shards import CHUNK_TOKENS, check_vocabulary, shard_token_count
 from fairway.data.token_bytes import ByteCounts, byte_counts, token_bytes
 from fairway.data.tokenizer import load_tokenizer
 from fairway.errors import UserError
 from fairway.files import sha256_of
-
-TRAINING_SPLITS = ("train", "selection", "adaptation")
 
 
 def describe_dataset(

@@ -233,6 +233,26 @@ def test_foreign_shards_are_checked_before_they_are_used(
     assert not (tmp_path / "described/manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "new_name", "complaint"),
+    [
+        ("train_000000", None, "train_000001.bin where fineweb_train_000000.bin was expected"),
+        ("train_000001", None, "train_000002.bin where fineweb_train_000001.bin was expected"),
+        ("val_000000", "val_000001", "val_000001.bin where fineweb_val_000000.bin was expected"),
+        ("train_000001", "train_1a", "train_1a.bin where"),
+        ("train_000001", "train_00000", "where fineweb_train_000001.bin was expected"),
+        ("train_000001", "train_-00001", "train_-00001.bin where"),
+    ],
+)
+def test_a_shard_that_is_lost_is_missed(made, settings, tmp_path, name, new_name, complaint):
+    folder = challenge_folder(made, tmp_path / "challenge")
+    path = folder / f"fineweb_{name}.bin"
+    path.unlink() if new_name is None else path.rename(folder / f"fineweb_{new_name}.bin")
+    with pytest.raises(UserError, match=complaint):
+        make_dataset(in_place_settings(settings, made, folder), tmp_path / "described", threads=2)
+    assert not (tmp_path / "described/manifest.json").exists()
+
+
 def test_a_dataset_is_not_written_over_its_source(made, settings):
     before = sorted((path.name, sha256_of(path)) for path in made.iterdir())
     with pytest.raises(UserError, match="is where the dataset would be written"):

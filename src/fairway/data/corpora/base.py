@@ -9,7 +9,8 @@ A corpus of your own is one class in a file beside the config, which the config 
 docs/examples/text_folder.py is a whole one.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -88,7 +89,10 @@ class Corpus:
 
 
 def finished_shards(folder: Path, tokenizer: Path) -> FinishedShards:
-    """The shards in a folder of the challenge's layout; UserError where a split has none."""
+    """The shards in a folder of the challenge's layout.
+
+    Raises UserError where a split has none, or where their numbers are not 0, 1, 2, … without gaps.
+    """
     return FinishedShards(_require(folder, "train"), _require(folder, "val"), tokenizer)
 
 
@@ -108,7 +112,26 @@ def _require(folder: Path, split: str) -> tuple[Path, ...]:
             f"{folder} holds no {split} shards: expected {' or '.join(_patterns(split))}; "
             "check data.folder"
         )
+    for pattern in _patterns(split):
+        _check_numbers(folder, pattern, [path for path in paths if path.match(pattern)])
     return paths
+
+
+def _check_numbers(folder: Path, pattern: str, paths: Sequence[Path]) -> None:
+    """Require that shards of one pattern are numbered from 0 on, each once: none may be lost."""
+    prefix, suffix = pattern.split("*")
+
+    def number(path: Path) -> int:
+        digits = path.name.removeprefix(prefix).removesuffix(suffix)
+        return int(digits) if re.fullmatch("[0-9]+", digits) else -1
+
+    for expected, path in enumerate(sorted(paths, key=number)):
+        if number(path) != expected:
+            raise UserError(
+                f"{folder} holds {path.name} where {prefix}{expected:06d}{suffix} was expected: "
+                "shards are numbered from 0 without gaps; fetch the missing ones, or remove those "
+                "of another data set"
+            )
 
 
 def _patterns(split: str) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from fairway.errors import UserError
 from fairway.files import read_json, require_file, sha256_of, write_json
 
 PROVENANCE = "provenance.json"
-"""Its name in a stage's folder; it is written last, so what it lists is whole."""
+"""Its name in a stage's folder; it goes before the first product
+changes and comes after the last, so what it lists is whole."""
 
 PACKAGES = ("fairway", "torch", "numpy", "sentencepiece", "safetensors", "pandas", "scipy")
 
@@ -55,6 +56,18 @@ def check_product(path: Path, made_by: str) -> str:
             f"{expected}; expected the file made by {made_by}"
         )
     return found
+
+
+def remove_provenance(folder: str | Path) -> None:
+    """Remove an older provenance.json, before the first of the files that it lists changes."""
+    path = Path(folder) / PROVENANCE
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be removed ({error.strerror}): make its folder writable or choose "
+            "another `results` folder"
+        ) from error
 
 
 def write_provenance(

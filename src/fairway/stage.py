@@ -6,7 +6,7 @@ A script is a function of a `StageRun` and one call:
         model = load_model(stage.take("ema", "weights.safetensors"), stage.world.device)
         with stage.charge("training"):
             ...
-        save_model(stage.output / "weights.safetensors", model)
+        save_model(stage.product("weights.safetensors"), model)
         stage.finish({"average": "swa"})
 
     if __name__ == "__main__":
@@ -30,7 +30,7 @@ from fairway.errors import UserError
 from fairway.files import require_file, sha256_of, write_json
 from fairway.metrics import checked_metrics
 from fairway.plugins import search_beside
-from fairway.provenance import PROVENANCE, check_product, write_provenance
+from fairway.provenance import PROVENANCE, check_product, remove_provenance, write_provenance
 from fairway.recipe import load_config, sections_of
 from fairway.stages import STAGES, Stage
 
@@ -82,6 +82,15 @@ class StageRun:
         """Note files from outside the workflow as inputs."""
         self.taken |= {path: sha256_of(path) for path in paths}
 
+    def begin(self) -> None:
+        """Say that products change from here on: an older run's provenance.json goes first."""
+        remove_provenance(self.output)
+
+    def product(self, name: str) -> Path:
+        """Where to write a product, by the first process; work begins with it."""
+        self.begin()
+        return self.output / name
+
     @contextmanager
     def charge(self, budget: str) -> Iterator[None]:
         """Count the block's seconds as `training` or `evaluation`."""
@@ -117,7 +126,7 @@ class StageRun:
             **metrics,
         }
         values["seconds"] = time.perf_counter() - self._started
-        write_json(self.output / "metrics.json", checked_metrics(values))
+        write_json(self.product("metrics.json"), checked_metrics(values))
         names = (*self.stage.products, *products, "metrics.json")
         write_provenance(
             self.output,

@@ -84,8 +84,8 @@ def audit(stage: StageRun) -> None:
         ranks=ranks,
     )
     print(result, flush=True)
-    write_json(stage.output / "audit.json", result.content(stage.folder))
-    write_table(stage.output / "reach.parquet", result.reach)
+    write_json(stage.product("audit.json"), result.content(stage.folder))
+    write_table(stage.product("reach.parquet"), result.reach)
     stage.finish(
         {"verdict": result.verdict, "check_seconds": result.seconds, **runtime_metrics(model)}
     )

@@ -25,7 +25,7 @@ def average(stage: StageRun) -> None:
         chosen, losses = select_average(
             model, averages, stage.settings.ema, lambda: read_split(dataset, "selection")
         )
-    save_model(stage.output / "weights.safetensors", model)
+    save_model(stage.product("weights.safetensors"), model)
     stage.finish(
         {**val_metrics(stage, model, dataset), "average": chosen, "selection_losses": losses},
         splits_read=["train"] if losses else [],

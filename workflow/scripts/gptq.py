@@ -36,13 +36,13 @@ def quantize(stage: StageRun) -> None:
     dataset = load_dataset(stage.take("tokenize", "manifest.json"))
     model = prepare(load_model(stage.take("ttt", "weights.safetensors"), device), runtime)
     limit, code = stage.settings.budgets.artifact_bytes, code_bytes(evaluation_code())
-    artifact = stage.output / "artifact.bin"
+    artifact = stage.product("artifact.bin")
     reads_train = settings.calibration == "train"
     with stage.charge("training") if reads_train else nullcontext():
         layers, metrics = quantize_to_file(
             artifact, model, settings, dataset, seed=stage.seed, limit_bytes=limit - code
         )
-    write_table(stage.output / "layers.parquet", layers)
+    write_table(stage.product("layers.parquet"), layers)
     reloaded = prepare(load_artifact(artifact, device), runtime)
     sizes = {"code_bytes": code, "total_bytes": metrics["artifact_bytes"] + code}
     stage.finish(

@@ -51,7 +51,7 @@ def evaluate(stage: StageRun) -> None:
             return
         counts = byte_counts(load_tokenizer(dataset.tokenizer_path))
         table = token_table(parts, tokens, counts, dataset.bos_id)
-        write_table(stage.output / "tokens.parquet", table)
+        write_table(stage.product("tokens.parquet"), table)
     stage.finish(
         {
             **table_metrics(table),

@@ -108,11 +108,11 @@ def make_trainer(stage: StageRun, dataset: Dataset, checkpoints: Checkpoints) ->
 
 def write_products(stage: StageRun, trainer: Trainer, dataset: Dataset, identity: str) -> None:
     state, model = trainer.progress, trainer.model
-    save_model(stage.output / "weights.safetensors", model)
+    save_model(stage.product("weights.safetensors"), model)
     averages = {name: tensor.cpu() for name, tensor in trainer.averages.state_tensors().items()}
-    with atomic_path(stage.output / "averages.safetensors") as temporary:
+    with atomic_path(stage.product("averages.safetensors")) as temporary:
         save_file(averages, temporary)
-    write_table(stage.output / "metrics.parquet", pd.DataFrame(state.history))
+    write_table(stage.product("metrics.parquet"), pd.DataFrame(state.history))
     stage.add_seconds("training", state.seconds)
     tokens = state.step * trainer.settings.batch_tokens
     stage.finish(

@@ -34,7 +34,7 @@ def train(stage: StageRun) -> None:
                 compile_model=compiles(runtime, model),
             )
     if stage.world.is_main:
-        save_model(stage.output / "weights.safetensors", model)
+        save_model(stage.product("weights.safetensors"), model)
         stage.finish(
             {**val_metrics(stage, model, dataset), "data": settings.data, "epoch_losses": losses},
             splits_read=[settings.data] if losses else [],

@@ -19,6 +19,7 @@ from fairway.data.tokenizer import load_tokenizer, train_tokenizer
 from fairway.errors import UserError
 from fairway.files import atomic_path, read_json, write_json
 from fairway.progress import progress
+from fairway.provenance import remove_provenance
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -77,17 +78,19 @@ def _tokenize(
 
 
 def _remove_previous(folder: Path) -> None:
-    """Remove the manifest and the shards that an earlier run made here, and no other file."""
+    """Remove what an earlier run made here, first of all what vouches for it; no other file."""
     manifest_path = folder / MANIFEST
-    if not manifest_path.is_file():
-        return
-    manifest = read_json(manifest_path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{manifest_path} was not written by tokenize and would be lost: change data.name"
-        )
-    manifest_path.unlink()
-    for name in manifest["shards"]:
+    shards: Iterable[str] = ()
+    if manifest_path.is_file():
+        manifest = read_json(manifest_path)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(
+                f"{manifest_path} was not written by tokenize and would be lost: change data.name"
+            )
+        shards = manifest["shards"]
+    remove_provenance(folder)
+    manifest_path.unlink(missing_ok=True)
+    for name in shards:
         if Path(name).name == name:
             (folder / name).unlink(missing_ok=True)
 

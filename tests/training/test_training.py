@@ -103,7 +103,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     assert not list((tmp_path / "checkpoints").glob("*/step-*"))
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_to_the_same_losses(
     trained, tiny_config_file, tiny_dataset, tmp_path, processes
 ):

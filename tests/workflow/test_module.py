@@ -74,6 +74,7 @@ def test_a_recipe_is_found_in_fairways_folder_and_a_fault_told_in_one_line(impor
     assert code != 0 and "did you mean quickstart?" in output and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_job_runs_and_a_moved_fairway_reruns_nothing(importer, tmp_path, dry_runs):
     done = snakemake(importer, "fairway_tokenize")
     assert "a rule of the importer" in done.stdout  # whose prefix is kept

@@ -69,6 +69,7 @@ def checkout(made, tmp_path) -> Path:
     return shutil.copytree(made.parent, tmp_path / "moved") / "checkout"
 
 
+@pytest.mark.slow
 def test_the_artifact_is_made_with_the_users_quantizer_and_read_back(made):
     folder = made / f"results/tiny/seed-{SEED}/shared"
     provenance = json.loads((folder / "gptq/provenance.json").read_text())
@@ -84,12 +85,14 @@ def test_the_artifact_is_made_with_the_users_quantizer_and_read_back(made):
     assert losses["gptq"] != losses["ttt"]
 
 
+@pytest.mark.slow
 def test_the_audit_passes_the_adapter_and_fails_its_leaking_twin(made):
     for folder, verdict in (("shared", "PASS"), ("leaking", "FAIL")):
         path = made / f"results/tiny/seed-{SEED}/{folder}/audit/audit.json"
         assert json.loads(path.read_text())["verdict"] == verdict, path.read_text()
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_adapter_under_its_title_with_its_gain(made):
     report = made / "results/tiny/report"
     page = (report / "report.html").read_text()
@@ -99,10 +102,12 @@ def test_the_report_shows_the_adapter_under_its_title_with_its_gain(made):
     assert set(own.variant) == {"causal"} and (own.gain_nats != 0).any()
 
 
+@pytest.mark.slow
 def test_nothing_changed_and_moved_it_reruns_nothing(checkout, dry_runs):
     assert dry_runs.jobs(checkout, config=CONFIG) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "jobs"),
     [
@@ -120,11 +125,13 @@ def test_an_edited_plugin_reruns_the_stages_that_run_it(checkout, dry_runs, name
     assert dry_runs.jobs(checkout, config=CONFIG) == jobs
 
 
+@pytest.mark.slow
 def test_another_file_of_text_is_another_dataset(checkout, dry_runs):
     (checkout.parent / "ideas/letters/99.txt").write_text("One more letter.")
     assert dry_runs.jobs(checkout, config=CONFIG) == jobs_of(ALL, FOLDERS)
 
 
+@pytest.mark.slow
 def test_a_plugins_key_reruns_its_stages(checkout, dry_runs):
     overlay = 'evaluation={"adapters": {"unigram_cache:UnigramCache": {"weight": 0.2}}}'
     jobs = dry_runs.jobs(checkout, "--config", overlay, config=CONFIG)

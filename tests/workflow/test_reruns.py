@@ -63,6 +63,7 @@ def test_results_copied_next_to_a_fresh_clone_rerun_nothing(finished, tmp_path, 
     assert dry_runs.jobs(clone) == set()
 
 
+@pytest.mark.slow
 def test_results_without_snakemakes_records_rerun_nothing(finished, tmp_path, dry_runs):
     """Mtimes are all that is left to go by, so they must be kept (cp -a) or restored (--touch)."""
     kept = copy_checkout(tmp_path / "kept")
@@ -163,6 +164,7 @@ def test_changed_text_reruns_everything_and_rewritten_text_nothing(project, dry_
     assert dry_runs.jobs(project) == jobs_of(ALL)
 
 
+@pytest.mark.slow
 def test_an_added_or_a_changed_shard_reruns_everything(finished, tmp_path, dry_runs):
     """`source: shards` uses a folder in place; here it is the finished dataset's own."""
     project = copy_checkout(tmp_path / "shards")

@@ -207,6 +207,7 @@ def test_the_rules_are_clean(empty, command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_snakemakes_own_report_has_the_captions(finished, tmp_path):
     snakemake(finished, "--report", str(tmp_path / "report.html"))
     page = (tmp_path / "report.html").read_text()
@@ -218,6 +219,7 @@ def test_snakemakes_own_report_has_the_captions(finished, tmp_path):
         assert caption in page
 
 
+@pytest.mark.slow
 def test_a_second_project_takes_the_dataset_from_the_cache(tmp_path, dry_runs):
     cache = tmp_path / "cache"
     cache.mkdir()

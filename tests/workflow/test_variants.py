@@ -71,6 +71,7 @@ def compared(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_report_compares_training_variants_over_seeds(compared):
     report = compared / "results/tiny/report"
     found = pd.read_parquet(report / "comparisons.parquet")
@@ -83,6 +84,7 @@ def test_the_report_compares_training_variants_over_seeds(compared):
     assert len(list(compared.glob("results/tiny/seed-*/*/train/weights.safetensors"))) == 4
 
 
+@pytest.mark.slow
 def test_other_orders_of_seeds_rerun_nothing(compared, dry_runs):
     arguments = ("--config", "seeds=[2,1]")
     assert dry_runs.jobs(compared, *arguments) == set()

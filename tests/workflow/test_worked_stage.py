@@ -53,6 +53,7 @@ def test_its_rules_are_clean(patched):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_it_draws_and_the_report_lists_its_seconds(patched, dry_runs):
     done = snakemake(patched)
     assert parse_jobs(done.stderr) == OWN | {"report"}

@@ -34,7 +34,7 @@ class SplitScore:
 
 
 def evaluate_split(
-    model: GPT, dataset: Dataset, split: str, batch_tokens: int = 65536
+    model: GPT, dataset: Dataset, split: str, batch_tokens: int | None = None
 ) -> SplitScore:
     """Score every target of `split` once, at the model's training length."""
     tokens = read_split(dataset, split)

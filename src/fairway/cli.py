@@ -2,7 +2,8 @@
 
     fairway audit --evaluator my_script:evaluate --tokens val_000000.bin --vocab-size 1024
 
-Exit status: 0 where no check fails (those not run are listed), 1 where one does, 2 for bad usage.
+Exit status: 0 where no check fails (those not run are listed), 1 where one does, 2 for bad usage
+and where the evaluator itself stops or raises, so that nothing was audited.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from fairway.audit.interface import FAIL
 from fairway.audit.result import AuditResult
 from fairway.audit.runner import AuditSettings, audit
 from fairway.data.shards import read_shard
-from fairway.errors import UserError
+from fairway.errors import UserError, told
 from fairway.files import write_json
 from fairway.settings import validated
 
@@ -27,10 +28,21 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = run_audit(parsed)
     except UserError as error:
-        print(f"fairway: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except SystemExit as stopped:
+        return _refuse(
+            f"{parsed.evaluator} ended the program with sys.exit({stopped.code!r}), so nothing was "
+            "audited: remove that call"
+        )
+    except Exception as error:  # whatever the audited code raises
+        return _refuse(f"{parsed.evaluator} could not be audited: it raised {told(error)}")
     print(result)
     return 1 if result.verdict == FAIL else 0
+
+
+def _refuse(message: str) -> int:
+    print(f"fairway: {message}", file=sys.stderr)
+    return 2
 
 
 def run_audit(parsed: argparse.Namespace) -> AuditResult:

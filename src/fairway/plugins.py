@@ -11,12 +11,11 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fairway.errors import UserError
+from fairway.errors import UserError, told
 
 
 def load(name: str, package: str) -> Any:
@@ -35,7 +34,7 @@ def load(name: str, package: str) -> Any:
     except ImportError as error:
         raise UserError(f"{name!r} could not be imported: {error}{_hint(name)}") from error
     except Exception as error:  # whatever the user's module raises
-        raise UserError(f"{name!r} could not be imported: {_told(error)}") from error
+        raise UserError(f"{name!r} could not be imported: {told(error)}") from error
     if found is None:
         raise UserError(f"{name!r}: {module} has no class {class_name}")
     return found
@@ -96,10 +95,3 @@ def _location(name: str, package: str) -> tuple[str, str]:
 def _hint(name: str) -> str:
     known = "; run in the folder that holds the module, or put it beside the config"
     return known if ":" in name else ""
-
-
-def _told(error: Exception) -> str:
-    """An error in one line, with the line of code that raised it."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text} ({last.filename}, line {last.lineno})"

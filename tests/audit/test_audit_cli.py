@@ -104,6 +104,26 @@ def test_bad_usage_exits_2_with_one_line(arguments, capsys, change, message):
     assert error.startswith("fairway: ") and message in error
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("import sys; sys.exit(0)", "ended the program with sys.exit(0)"),
+        ("1 / 0", "raised ZeroDivisionError: division by zero ("),
+        ("def evaluate(tokens): exit()", "ended the program with sys.exit(None)"),
+        ("def evaluate(tokens): return tokens.x", "stops.py, line 1)"),
+        ("def evaluate(tokens)", "raised SyntaxError"),
+    ],
+)
+def test_an_evaluator_that_stops_or_raises_is_not_audited(arguments, capsys, body, message):
+    """Neither 0, as where no check fails, nor 1, as where one does."""
+    Path("stops.py").write_text(f"{body}\n")
+    sys.modules.pop("stops", None)
+    assert run(arguments | {"--evaluator": "stops:evaluate"}) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("fairway: stops:evaluate ") and message in error
+    assert not Path("audit.json").exists()
+
+
 def test_the_python_example_does_what_it_says():
     tried = doctest.testmod(runner)
     assert tried.attempted > 5 and tried.failed == 0

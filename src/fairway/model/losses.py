@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from fairway.model.gpt import GPT
 
-
 BATCH_TOKENS = {"cuda": 65536, "cpu": 4096}
 """A GPU wants large passes. On a CPU the logits of a small one stay in its caches, where those of a
 large one spend a second on memory that the process has never touched."""
@@ -17,8 +16,8 @@ def target_losses(model: GPT, tokens: np.ndarray, batch_tokens: int | None = Non
     """Nats of tokens[1:], float64 [n], from an integer array [n+1].
 
     Sequences of the model's training length follow each other without overlap; the rest at the
-    end is one shorter sequence. A forward pass takes about `batch_tokens`, by default what suits the
-    device.
+    end is one shorter sequence. A forward pass takes about `batch_tokens`, by default what suits
+    the device.
     """
     length = model.config.sequence_tokens
     text = torch.from_numpy(np.asarray(tokens, dtype=np.int64))

@@ -123,11 +123,15 @@ class Config:
         found: dict[str, dict[str, str]] = {}
         for variant in self.variants.values():
             found[variant.name] = {}
+            named = self._by_folder_name(variant)
             for stage in stages_per("variant"):
                 settings = self._chain_settings(variant.sections, stage.name)
                 if (stage.name, settings) not in owners:
-                    own = self._own_folder(variant, stage.name, settings)
-                    owners[stage.name, settings] = own
+                    owners[stage.name, settings] = next(
+                        name
+                        for name, sections in named
+                        if self._chain_settings(sections, stage.name) == settings
+                    )
                 found[variant.name][stage.name] = owners[stage.name, settings]
         self._check_folders(owners)
         return found
@@ -136,17 +140,17 @@ class Config:
         """The name of the variant's dataset, its folder under `<results>/data`."""
         return self.sections(variant)["data"].name
 
-    def _own_folder(self, variant: Variant, stage: str, settings: str) -> str:
+    def _by_folder_name(self, variant: Variant) -> list[tuple[str, Mapping[str, Settings]]]:
+        """The sections with some of a variant's parts, fewest first, by those parts' names."""
+        named = []
         for count in range(len(variant.parts) + 1):
             for kept in itertools.combinations(variant.parts, count):
-                changed = _changed(self.base, [part for _, part in kept])
                 try:
-                    sections = sections_of(changed)
+                    sections = sections_of(_changed(self.base, [part for _, part in kept]))
                 except UserError:  # these parts need the others
                     continue
-                if self._chain_settings(sections, stage) == settings:
-                    return "-".join(name for name, _ in kept) or SHARED
-        raise AssertionError("all parts together are the variant")
+                named.append(("-".join(name for name, _ in kept) or SHARED, sections))
+        return named
 
     @staticmethod
     def _chain_settings(sections: Mapping[str, Settings], stage: str) -> str:

@@ -56,6 +56,7 @@ def audit(stage: StageRun) -> None:
         model, stage.settings.evaluation, bos_id=dataset.bos_id, seed=stage.seed, runtime=runtime
     )
     tokens = read_split(dataset, "val").astype(np.int64)
+    unadapted = stage.settings.evaluation.changed(adapters=())
     target = AuditTarget(
         evaluator=as_audited(evaluator, ranks),
         tokens=choose_excerpt(
@@ -67,7 +68,7 @@ def audit(stage: StageRun) -> None:
         sampler=lambda num_targets, seed: sample_documents(
             model, num_targets, stage.settings.evaluation.window_tokens, dataset.bos_id, seed
         ),
-        base=as_audited(evaluator.with_settings(plain(stage)), 1),
+        base=as_audited(evaluator.with_settings(unadapted), 1),
         evaluation=read_evaluation(
             table,
             tokens,
@@ -101,11 +102,6 @@ def as_audited(evaluator: Evaluator, ranks: int) -> Callable[[Tensor], Scores]:
     return evaluate
 
 
-def plain(stage: StageRun):
-    """The evaluation without adapters."""
-    return stage.settings.evaluation.changed(adapters=())
-
-
 def geometry(stage: StageRun) -> Geometry:
     cut = stage.settings.evaluation
     together = cut.windows_scored_together or 1
@@ -116,9 +112,8 @@ def used_budgets(
     stage: StageRun, artifact: Path, metrics: dict[str, dict[str, Any]]
 ) -> dict[str, float]:
     """What the run used of each budget; file and code are measured anew, not taken on trust."""
-    code = code_bytes(
-        import_closure(EVALUATION_SCRIPT, *plugin_files("slot_eval", evaluation_settings(stage)))
-    )
+    evaluation = {"evaluation": stage.plain_settings["evaluation"]}
+    code = code_bytes(import_closure(EVALUATION_SCRIPT, *plugin_files("slot_eval", evaluation)))
     seconds = {
         f"{budget}_seconds": sum(
             metrics[name][f"{budget}_seconds"] for name in metrics if STAGES[name].charged == budget
@@ -126,10 +121,6 @@ def used_budgets(
         for budget in ("training", "evaluation")
     }
     return {"artifact_bytes": artifact.stat().st_size + code, **seconds}
-
-
-def evaluation_settings(stage: StageRun) -> dict[str, Any]:
-    return {"evaluation": stage.plain_settings["evaluation"]}
 
 
 if __name__ == "__main__":

@@ -176,8 +176,3 @@ def _spread(scales: Tensor, group_columns: int | None, columns: int) -> Tensor:
     if group_columns is None:
         return scales.unsqueeze(-1)
     return scales.repeat_interleave(min(group_columns, columns), dim=-1)[..., :columns]
-
-
-def fake_quantize_int6(weight: Tensor) -> Tensor:
-    """`fake_quantize` to int6; goes with its last caller."""
-    return fake_quantize(weight, 6)

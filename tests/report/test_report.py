@@ -29,13 +29,6 @@ from synthetic_run import (
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run and its report's folder."""
-    root = make_run(tmp_path_factory.mktemp("run"))
-    return root, make_report(root)
-
-
-@pytest.fixture(scope="module")
 def tables(finished):
     return read_run(finished[1].parent)
 

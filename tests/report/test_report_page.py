@@ -14,16 +14,8 @@ from synthetic_run import (
     QUICKSTART,
     SEEDS,
     make_report,
-    make_run,
     make_tokens,
 )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run and its report's folder."""
-    root = make_run(tmp_path_factory.mktemp("run"))
-    return root, make_report(root)
 
 
 def test_the_page_says_what_a_pass_means(finished):

@@ -152,7 +152,7 @@ def test_the_baselines_optimizer_takes_the_librarys_step():
     from context import load_recipe
 
     from fairway.training.averaging import WeightAverages
-    from fairway.training.optimizers import Optimizer
+    from fairway.training.trainer import optimizer_of
 
     settings = load_recipe("quickstart").sections("causal")["train"]
     model = scattered_model(SMALL, deviation=0.1)
@@ -163,18 +163,7 @@ def test_the_baselines_optimizer_takes_the_librarys_step():
     )
     for one in (model, baseline):
         one.loss(tokens[:, :-1], tokens[:, 1:]).backward()
-    library = Optimizer(
-        model,
-        learning_rates={
-            "matrix": settings.matrix_learning_rate,
-            "embedding": settings.embedding_learning_rate,
-            "scalar": settings.scalar_learning_rate,
-        },
-        betas=settings.adam_betas,
-        weight_decay=settings.weight_decay,
-        newton_schulz_steps=settings.newton_schulz_steps,
-        gradient_clip=settings.gradient_clip,
-    )
+    library = optimizer_of(model, settings)
     library.step(1.0, settings.muon_momentum)
     BaselineOptimizer(baseline, settings).step()
     averages[0].update(0, 1.0)

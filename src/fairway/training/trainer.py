@@ -116,6 +116,26 @@ class Interrupted(SystemExit):
     """SIGTERM or Ctrl-C arrived, and a checkpoint was written."""
 
 
+def optimizer_of(
+    model: GPT, settings: TrainSettings, rank: int = 0, world_size: int = 1
+) -> Optimizer:
+    """The optimizer that a training with `settings` steps `model` with."""
+    return Optimizer(
+        model,
+        learning_rates={
+            "matrix": settings.matrix_learning_rate,
+            "embedding": settings.embedding_learning_rate,
+            "scalar": settings.scalar_learning_rate,
+        },
+        betas=settings.adam_betas,
+        weight_decay=settings.weight_decay,
+        newton_schulz_steps=settings.newton_schulz_steps,
+        gradient_clip=settings.gradient_clip,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
 class Trainer:
     """Trains `model` in place; `run` returns once the step or time budget is used up.
 
@@ -138,20 +158,7 @@ class Trainer:
         self.model, self.settings, self.loader = model, settings, loader
         self.world, self.checkpoints = world, checkpoints
         self.fake_quantize = fake_quantize
-        self.optimizer = Optimizer(
-            model,
-            learning_rates={
-                "matrix": settings.matrix_learning_rate,
-                "embedding": settings.embedding_learning_rate,
-                "scalar": settings.scalar_learning_rate,
-            },
-            betas=settings.adam_betas,
-            weight_decay=settings.weight_decay,
-            newton_schulz_steps=settings.newton_schulz_steps,
-            gradient_clip=settings.gradient_clip,
-            rank=world.rank,
-            world_size=world.size,
-        )
+        self.optimizer = optimizer_of(model, settings, world.rank, world.size)
         self.averages = WeightAverages(
             model, settings.ema_decays, settings.swa_every_steps, settings.swa_scale
         )

@@ -35,6 +35,7 @@ LAYERS = (
     "distributed",
     "progress",
     "files",
+    "claims",
     "errors",
 )
 """From the top down. A module may import those of its own line and of lower ones."""

@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 
 PLUMBING = (
+    "claims",
     "code_hash",
     "errors",
     "metrics",

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,19 @@ def gather_objects(world: World, value: Any) -> list[Any]:
     gathered: list[Any] = [None] * world.size
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether `error` says that another of the processes that torchrun started cannot be reached.
+
+    gloo tells that in a plain RuntimeError.
+    """
+    lost = "gloo|nccl|connection|peer|socket|store|heartbeat|timed? ?out"
+    return (
+        os.environ.get("WORLD_SIZE", "1") != "1"
+        and isinstance(error, RuntimeError)
+        and (isinstance(error, dist.DistError) or bool(re.search(lost, str(error), re.IGNORECASE)))
+    )
 
 
 def barrier(world: World) -> None:

@@ -4,14 +4,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from fairway.errors import UserError
+from fairway.claims import TEMPORARY, before_change, check_claims, delete, remove
+from fairway.errors import UserError, shortage
 
 if TYPE_CHECKING:  # loading pandas takes a third of a second, and few stages need it
     import pandas as pd
@@ -22,21 +23,38 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it onto `path` once the block succeeds.
 
     The file is synced before the rename, so a reader sees the old file or the whole new one.
-    Raises UserError where the folder cannot be written or the disk is full.
+    Raises UserError where the folder cannot be written or the disk is full, and where another
+    process has taken over a folder that this one had claimed.
     """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(descriptor)
-        temporary = Path(name)
+    with _put_in_place(Path(path), _new_file) as temporary:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """As `atomic_path`, for a folder; one that is there already is removed as a whole."""
+    with _put_in_place(Path(path), tempfile.mkdtemp) as temporary:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        remove(path)
+
+
+@contextmanager
+def _put_in_place(path: Path, make: Callable[[str, str, Path], str]) -> Iterator[Path]:
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(make(TEMPORARY, f".{path.name}.", path.parent))
+        yield temporary
+        before_change(path)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
+        check_claims()  # whoever took over has deleted what was temporary
+        if shortage(error) == "memory":
+            raise
         # safetensors wraps the operating system's error in one of its own.
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -45,7 +63,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            delete(temporary)
+
+
+def _new_file(suffix: str, prefix: str, folder: Path) -> str:
+    descriptor, name = tempfile.mkstemp(suffix, prefix, folder)
+    os.close(descriptor)
+    return name
 
 
 def _umask() -> int:

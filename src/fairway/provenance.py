@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fairway.claims import remove
 from fairway.errors import UserError
 from fairway.files import read_json, require_file, sha256_of, write_json
 
@@ -60,14 +61,7 @@ def check_product(path: Path, made_by: str) -> str:
 
 def remove_provenance(folder: str | Path) -> None:
     """Remove an older provenance.json, before the first of the files that it lists changes."""
-    path = Path(folder) / PROVENANCE
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be removed ({error.strerror}): make its folder writable or choose "
-            "another `results` folder"
-        ) from error
+    remove(Path(folder) / PROVENANCE)
 
 
 def write_provenance(

@@ -20,17 +20,25 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fairway.distributed import World, barrier, device_name, distributed_world, peak_memory_bytes
-from fairway.errors import UserError
+from fairway.claims import claimed
+from fairway.distributed import (
+    World,
+    barrier,
+    device_name,
+    distributed_world,
+    is_lost_process,
+    peak_memory_bytes,
+)
+from fairway.errors import UserError, shortage
 from fairway.files import require_file, sha256_of, write_json
 from fairway.metrics import checked_metrics
 from fairway.plugins import search_beside
-from fairway.provenance import PROVENANCE, check_product, remove_provenance, write_provenance
+from fairway.provenance import PROVENANCE, check_product, write_provenance
 from fairway.recipe import load_config, sections_of
 from fairway.stages import STAGES, Stage
 
@@ -82,13 +90,8 @@ class StageRun:
         """Note files from outside the workflow as inputs."""
         self.taken |= {path: sha256_of(path) for path in paths}
 
-    def begin(self) -> None:
-        """Say that products change from here on: an older run's provenance.json goes first."""
-        remove_provenance(self.output)
-
     def product(self, name: str) -> Path:
-        """Where to write a product, by the first process; work begins with it."""
-        self.begin()
+        """Where the first process writes a product, with `atomic_path` or what builds on it."""
         return self.output / name
 
     @contextmanager
@@ -153,34 +156,67 @@ def run_stage(
 ) -> None:
     """Parse the command line, join the other processes, and do the stage's work.
 
-    A UserError becomes one line on stderr and exit status 1. Only the first process should write;
-    all wait for it at the end.
+    What users can mend becomes one line on stderr and exit status 1. Only the first process should
+    write, and the output is its own meanwhile; all wait for it at the end. An older run's
+    provenance.json goes before the first product changes.
     """
     stage = STAGES[name]
     parser = stage_parser(stage, documentation)
     add_options(parser)
-    with user_errors():
+    with user_errors(stage):
         options = parser.parse_args(arguments)
         settings = stage_settings(stage, options)
         runtime = sections_of(settings).get("runtime")
-        with distributed_world(runtime.device if runtime else "cpu") as world:
+        with (
+            distributed_world(runtime.device if runtime else "cpu") as world,
+            claimed(options.output, PROVENANCE) if world.is_main else nullcontext(),
+        ):
             work(StageRun(stage, options, settings, world))
             barrier(world)
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Tell a UserError in one line and exit with status 1."""
+def user_errors(stage: Stage | None = None) -> Iterator[None]:
+    """Tell in one line what users can mend, and exit with status 1; a bug keeps its traceback.
+
+    That is a UserError, a lack of memory or disk, the loss of another process, and Ctrl-C.
+    """
     # A reader that closes the pipe early (`script | head`) is no fault of the script.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         yield
-    except UserError as error:
-        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        line = _one_line(error, stage)
+        if line is None:
+            raise
         rank = os.environ.get("RANK")
         where = f" (rank {rank})" if rank not in (None, "0") else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the log's disk may be the full one
+            sys.stdout.flush()
+            print(f"error{where}: {line}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def _one_line(error: BaseException, stage: Stage | None) -> str | None:
+    """What went wrong and what to change; None for a bug."""
+    lacked, reason = shortage(error), " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    lower = f"lower {' or '.join(stage.memory)}, or " if stage and stage.memory else ""
+    if lacked == "memory":
+        line = f"there is too little memory ({reason}): {lower}give the stage more of it"
+    elif isinstance(error, UserError):
+        line = str(error)
+    elif lacked == "disk":
+        line = f"a file could not be written ({reason}): free disk space"
+    elif is_lost_process(error):
+        line = (
+            f"another of the processes is gone ({reason}): its own line says why; if there is none "
+            f"the system may have killed it for its memory: {lower}give each process more of it"
+        )
+    elif isinstance(error, KeyboardInterrupt):
+        line = "interrupted: the same command starts the stage again"
+    else:
+        return None
+    return "; ".join((line, *getattr(error, "__notes__", ())))
 
 
 def stage_parser(stage: Stage, documentation: str | None) -> argparse.ArgumentParser:

@@ -53,6 +53,8 @@ class Stage:
     """Whether its metrics have the val_bpb of the weights that it made."""
     names_only: tuple[str, ...] = ()
     """Packages of built-in classes that its settings name but that it does not run."""
+    memory: tuple[str, ...] = ()
+    """Keys to lower where it runs out of memory."""
 
     @property
     def script(self) -> str:
@@ -75,6 +77,7 @@ STAGES = {
             needs=(),
             products=("tokenizer.model", "manifest.json"),
             per="dataset",
+            memory=("data.shard_tokens", "data.max_train_docs"),
         ),
         Stage(
             "train",
@@ -86,6 +89,7 @@ STAGES = {
             scores=True,
             # Late QAT rounds as the quantizer does; of the built-in one that is `integers.py`.
             names_only=("fairway.quantization.quantizers",),
+            memory=("train.micro_batch_sequences", "model.width"),
         ),
         Stage(
             "ema",
@@ -95,6 +99,7 @@ STAGES = {
             products=("weights.safetensors",),
             charged="training",
             scores=True,
+            memory=("train.ema_decays", "model.width"),
         ),
         Stage(
             "ttt",
@@ -104,6 +109,7 @@ STAGES = {
             products=("weights.safetensors",),
             charged="training",
             scores=True,
+            memory=("ttt.batch_sequences", "model.width"),
         ),
         Stage(
             "gptq",
@@ -113,6 +119,7 @@ STAGES = {
             products=("artifact.bin", "layers.parquet"),
             charged="training",
             scores=True,
+            memory=("gptq.batch_sequences", "gptq.calibration_tokens"),
         ),
         Stage(
             "slot_eval",
@@ -122,6 +129,7 @@ STAGES = {
             products=("tokens.parquet",),
             charged="evaluation",
             scores=True,
+            memory=("evaluation.forward_windows", "evaluation.window_tokens"),
         ),
         Stage(
             "audit",
@@ -129,6 +137,7 @@ STAGES = {
             sections=("audit", "evaluation", "budgets", "runtime"),
             needs=("tokenize", "train", "ema", "ttt", "gptq", "slot_eval"),
             products=("audit.json", "reach.parquet"),
+            memory=("evaluation.forward_windows", "audit.stream_tokens", "audit.null_tokens"),
         ),
         Stage(
             "report",

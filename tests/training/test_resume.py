@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from checkouts import COMMAND, ENVIRONMENT, RESULTS, SEED, make_project, parse_jobs, snakemake
+from fairway.claims import claimed
 from fairway.files import sha256_of
-from fairway.training.checkpoint import exclusive
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(caught, uninterrupted, number):
     folder, process = caught
     os.killpg(process.pid, number)
     assert process.wait(timeout=60) != 0
-    with exclusive(folder / CHECKPOINTS):  # Snakemake may be gone before its training is
+    with claimed(folder / CHECKPOINTS):  # Snakemake may be gone before its training is
         stopped_after = last_checkpoint(folder)
     assert not (folder / SHARED / "train/weights.safetensors").exists()
     if number != signal.SIGKILL:

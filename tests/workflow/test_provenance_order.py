@@ -1,5 +1,6 @@
 """By-hand reruns: provenance.json goes before products change, and comes after the last."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -84,8 +85,13 @@ def test_a_finished_training_is_left_alone(copied, capsys):
     assert {path: sha256_of(path) for path in folder.iterdir()} == before
 
 
-def test_a_provenance_that_cannot_be_removed_is_told_in_one_line(tmp_path):
+def test_a_provenance_that_cannot_be_removed_is_told_in_one_line(tmp_path, monkeypatch):
+    def rename(source, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     remove_provenance(tmp_path / "not there")
-    (tmp_path / "provenance.json").mkdir()
-    with pytest.raises(UserError, match=r"provenance.json could not be removed \("):
+    (tmp_path / "provenance.json").write_text("{}")
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(UserError, match=r"provenance.json could not be removed \(Permission"):
         remove_provenance(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["provenance.json"]

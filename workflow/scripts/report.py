@@ -17,7 +17,6 @@ from fairway.stage import StageRun, run_stage
 def report(stage: StageRun) -> None:
     folders, datasets, seeds = layout(stage.options)
     results = read_results(stage.options.run, folders, seeds, datasets)
-    stage.begin()
     products = write_report(stage.output, results, stage.settings.report)
     stage.note_inputs(input_files(stage.options.run, folders, seeds))
     stage.finish({}, products=[str(path.relative_to(stage.output)) for path in products])

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 from safetensors.torch import save_file
 
+from fairway.claims import claimed
 from fairway.code_hash import code_hash
 from fairway.data.dataset import Dataset, load_dataset
 from fairway.data.loader import CoprimeLoader
@@ -29,15 +30,14 @@ from fairway.model.weights import save_model
 from fairway.quantization.settings import quantizer_of
 from fairway.recipe import plugin_files
 from fairway.stage import StageRun, run_stage
-from fairway.training.checkpoint import Checkpoints, exclusive
-from fairway.training.trainer import Trainer, check_batch
+from fairway.training.checkpoint import Checkpoints
+from fairway.training.trainer import CURVE, Trainer, check_batch
 
 
 def train(stage: StageRun) -> None:
     manifest = stage.take("tokenize", "manifest.json")
-    # The first process holds the lock for all of them.
-    lock = exclusive(stage.options.checkpoints) if stage.world.is_main else nullcontext()
-    with lock:
+    # The first process claims the folder for all of them.
+    with claimed(stage.options.checkpoints) if stage.world.is_main else nullcontext():
         identity = run_identity(stage, manifest)
         # An orphan of a killed workflow may have finished this very run in the meantime.
         if any(gather_objects(stage.world, is_finished(stage, identity))):
@@ -48,11 +48,12 @@ def train(stage: StageRun) -> None:
             return
         checkpoints = Checkpoints(stage.options.checkpoints, identity)
         dataset = load_dataset(manifest)
-        trainer = make_trainer(stage, dataset, checkpoints)
-        trainer.run()
-        if stage.world.is_main:
-            write_products(stage, trainer, dataset, identity)
-            checkpoints.remove()
+        with checkpoints.named_in_errors():
+            trainer = make_trainer(stage, dataset, checkpoints)
+            trainer.run()
+            if stage.world.is_main:
+                write_products(stage, trainer, dataset, identity)
+                checkpoints.remove()
 
 
 def run_identity(stage: StageRun, manifest: Path) -> str:
@@ -112,7 +113,7 @@ def write_products(stage: StageRun, trainer: Trainer, dataset: Dataset, identity
     averages = {name: tensor.cpu() for name, tensor in trainer.averages.state_tensors().items()}
     with atomic_path(stage.product("averages.safetensors")) as temporary:
         save_file(averages, temporary)
-    write_table(stage.product("metrics.parquet"), pd.DataFrame(state.history))
+    write_table(stage.product("metrics.parquet"), pd.DataFrame(state.history, columns=CURVE))
     stage.add_seconds("training", state.seconds)
     tokens = state.step * trainer.settings.batch_tokens
     stage.finish(

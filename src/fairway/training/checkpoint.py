@@ -1,4 +1,4 @@
-"""Mid-run checkpoints: the two newest complete ones are kept, by one process at a time.
+"""Mid-run checkpoints: the two newest complete ones are kept.
 
 They lie beside the stage's declared outputs, never inside, because a workflow deletes the outputs
 of a failed job. A checkpoint is a folder `step-<n>`, written under another name and renamed when it
@@ -8,24 +8,19 @@ settings, data, seed or code is never resumed.
 """
 
 import re
-import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fairway.errors import UserError
-from fairway.files import read_json, sha256_of, sha256_of_json, write_json
+from fairway.claims import remove
+from fairway.files import atomic_folder, read_json, sha256_of, sha256_of_json, write_json
 
 KEPT = 2
-WAIT_MESSAGE_SECONDS = 10.0
 TENSORS, STATE, CHECKSUM = "tensors.safetensors", "state.json", "checksum"
 
 
@@ -41,25 +36,15 @@ class Checkpoints:
         Training goes on from the newest intact one, so those of later steps are damaged.
         """
         target = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".partial-{step:08d}"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(on_cpu, partial / TENSORS)
-            write_json(partial / STATE, {**state, "step": step})
-            (partial / CHECKSUM).write_text(self._checksum(partial), encoding="ascii")
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"checkpoint {target} could not be written ({error}): free disk space and start "
-                f"again; {self.describe_latest()}"
-            ) from error
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with atomic_folder(target) as folder:
+            save_file(on_cpu, folder / TENSORS)
+            write_json(folder / STATE, {**state, "step": step})
+            (folder / CHECKSUM).write_text(self._checksum(folder), encoding="ascii")
         complete = self._complete()
         newest = complete.index(target) + 1
         for other in (*complete[: max(0, newest - KEPT)], *complete[newest:]):
-            shutil.rmtree(other)
+            remove(other)
         return target
 
     def load_latest(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -74,14 +59,20 @@ class Checkpoints:
             )
         return None
 
-    def describe_latest(self) -> str:
-        """Half a sentence for error messages."""
-        newest = next(filter(self._is_intact, reversed(self._complete())), None)
-        return f"the last good checkpoint is {newest}" if newest else "no checkpoint yet"
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Errors that leave the block carry a note that names the newest intact checkpoint."""
+        try:
+            yield
+        except Exception as error:
+            newest = next(filter(self._is_intact, reversed(self._complete())), None)
+            if newest:
+                error.add_note(f"the last good checkpoint is {newest}")
+            raise
 
     def remove(self) -> None:
         """Delete them all: the stage's products are on disk."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
 
     def _complete(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -117,38 +108,3 @@ def tensors_under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str,
         for name, tensor in tensors.items()
         if name.startswith(f"{prefix}.")
     }
-
-
-@contextmanager
-def exclusive(folder: str | Path) -> Iterator[None]:
-    """Hold the lock of a checkpoint folder; wait, and say so, while another process holds it.
-
-    The other is usually an orphan of a killed workflow. It goes on until it is stopped or done, and
-    this process then resumes from its last checkpoint.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} could not be made ({error.strerror}): choose another `results` folder"
-        ) from error
-    lock = FileLock(folder / "lock")
-    started, patience = time.monotonic(), 0.0
-    while True:
-        try:
-            lock.acquire(timeout=patience)
-            break
-        except Timeout:
-            patience = WAIT_MESSAGE_SECONDS
-            print(
-                f"waiting for the process that holds {folder / 'lock'} "
-                f"({time.monotonic() - started:.0f} s so far): let it finish, or stop it with "
-                "SIGTERM and its checkpoint is taken up here",
-                file=sys.stderr,
-                flush=True,
-            )
-    try:
-        yield
-    finally:
-        lock.release()

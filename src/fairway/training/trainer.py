@@ -100,6 +100,10 @@ class TrainSettings(Settings):
         return self.batch_tokens // self.sequence_tokens
 
 
+CURVE = ("step", "loss", "lr_scale", "seconds", "tokens")
+"""Columns of metrics.parquet. A checkpoint keeps its rows, but no order of keys."""
+
+
 @dataclass
 class Progress:
     """What a checkpoint must carry besides tensors."""
@@ -109,7 +113,7 @@ class Progress:
     seconds: float = 0.0
     """The training clock; warm-up, checkpoints' writing and interruptions do not count."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Rows of metrics.parquet: step, loss, lr_scale, seconds, tokens."""
+    """Rows of metrics.parquet, with CURVE's columns."""
 
 
 class Interrupted(SystemExit):
@@ -297,7 +301,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise UserError(
                 f"training loss is {loss} at step {self.progress.step + 1}: lower the learning "
-                f"rates of `train` or its gradient_clip; {self.checkpoints.describe_latest()}"
+                "rates of `train` or its gradient_clip"
             )
 
     def _log(self, bar: tqdm, loss: float, scale: float) -> None:

@@ -4,10 +4,12 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +19,7 @@ import zstandard
 
 from fairway.data.corpora.embedded import EMBEDDED_FILE, clean_section
 from fairway.data.corpora.huggingface import DOCUMENTS
-from fairway.data.corpora.jsonl import read_jsonl
+from fairway.data.corpora.jsonl import MAX_LINE_BYTES, read_jsonl
 from fairway.data.settings import DataSettings
 from fairway.errors import UserError
 from fairway.plugins import built_in_names
@@ -61,7 +63,14 @@ def test_jsonl_keeps_every_document_in_order(tmp_path, suffix, compress):
     ("line", "complaint"),
     [
         (b'{"text": "cut off', "not JSON"),
-        (b"\xff\xfe", "not JSON"),
+        (b'{"text": 5}', 'no "text"'),
+        (b'{"text": "two"} {"text": "documents"}', "not JSON"),
+        (b'{"text": "a\0b"}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"text": "", "more": ' + b'{"": ' * 100_000 + b"1" + b"}" * 100_001, "not JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+        ('{"text": "é"}'.encode("latin-1"), "not UTF-8"),
+        (gzip.compress(b'{"text": ""}')[:8], "not UTF-8"),
         (b'{"body": "no text"}', 'no "text"'),
         (b'{"text": null}', 'no "text"'),
         (b'["text"]', 'no "text"'),
@@ -75,6 +84,96 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, complaint):
         list(read_jsonl(path))
     assert f"{path}:3 " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("contents", "texts"),
+    [
+        (b"\xef\xbb\xbf" + b'{"text": "behind a byte order mark"}', ["behind a byte order mark"]),
+        (b'{"text": "one"}\r\n\r\n{"text": "two"}\r\n', ["one", "two"]),
+        (b'{"text": "a\\u0000b", "id": ' + b"9" * 5000 + b"}", ["a\0b"]),
+        (b'{"text": "", "url": "\\ud800", "score": NaN}', [""]),
+        (b'{"text": "\\ud83d\\ude00", "text": "the last one counts"}', ["the last one counts"]),
+        (b'{"text": ""}\n' * 3, ["", "", ""]),
+    ],
+)
+def test_what_is_odd_but_no_fault(tmp_path, contents, texts):
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(contents)
+    assert list(read_jsonl(path)) == texts
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_text_that_was_cut_anywhere_is_truncated_or_shorter_by_whole_documents(tmp_path, suffix):
+    path = tmp_path / f"text.jsonl{suffix}"
+    lines = [json.dumps({"text": text, "id": [-1.5, {"é": None}]}, ensure_ascii=False)
+             for text in TEXTS]  # fmt: skip
+    whole = "\n".join([*lines, json.dumps({"text": TEXTS[2], "ok": True})]).encode()
+    for length in range(1, len(whole)):
+        path.write_bytes(gzip.compress(whole[:length], 1) if suffix else whole[:length])
+        try:
+            texts = list(read_jsonl(path))
+        except UserError as error:
+            number = whole[:length].count(b"\n") + 1
+            assert str(error).startswith(f"{path}:{number} is truncated: the file ends within")
+        else:
+            assert texts == TEXTS[: len(texts)]
+            assert whole[length - 1 : length] == b"\n" or whole[length : length + 1] == b"\n"
+
+
+def zstandard_repeated(part: bytes, times: int) -> bytes:
+    compressor = zstandard.ZstdCompressor().compressobj()
+    return b"".join([*(compressor.compress(part) for _ in range(times)), compressor.flush()])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        ("", bytes),
+        (".gz", lambda line: gzip.compress(line, 1)),
+        (".zst", lambda line: zstandard_repeated(line, 20)),
+    ],
+)
+def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, suffix, compress):
+    path = tmp_path / f"text.jsonl{suffix}"
+    path.write_bytes(compress(b'{"text": "' + b"a" * MAX_LINE_BYTES))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=":1 has more than 67,108,864 bytes, the most that"):
+        list(read_jsonl(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * MAX_LINE_BYTES
+
+
+def test_empty_lines_without_end_are_refused(tmp_path):
+    path = tmp_path / "text.jsonl.zst"
+    path.write_bytes(zstandard_repeated(b"\n" * (1 << 20), 300))
+    with pytest.raises(UserError, match=":1000001 is empty like the 1,000,000 lines before it"):
+        list(read_jsonl(path))
+
+
+UNREADABLE = {
+    "a folder": lambda path: path.mkdir(),
+    "no file": os.mkfifo,
+    "missing": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("found", UNREADABLE)
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, found):
+    path = tmp_path / "text.jsonl"
+    UNREADABLE[found](path)
+    with pytest.raises(UserError, match=f"{path} is {found}"):
+        section(source="jsonl", paths=[str(path)]).corpus().fetch()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_refused(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(jsonl(TEXTS))
+    path.chmod(0)
+    with pytest.raises(UserError, match=r"text\.jsonl is not readable"):
+        section(source="jsonl", paths=[str(path)]).corpus().fetch()
 
 
 @pytest.mark.parametrize("contents", [b"", b"\n\n"])

@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
+from pydantic_core import from_json
 
 from fairway.data.corpora.base import Corpus
 from fairway.errors import UserError
 
+MAX_LINE_BYTES = 1 << 26
+"""A document is held in memory whole, and one of this size takes 3.3 GB to encode."""
+MAX_EMPTY_LINES = 1_000_000
+"""In a row; a file of nothing else, which packs to a 30,000th, is no text."""
 MAX_WINDOW_BYTES = 1 << 31
 """`zstd --long=31` makes windows of this size, the largest that there are."""
-COMPRESSED_BYTES = 1 << 12
-"""A block that is decompressed at once: it becomes 128 MiB at most."""
+COMPRESSED_BYTES = 1 << 10
+"""A block that is decompressed at once: it becomes 32 MiB at most."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,17 @@ class _Compression:
 
 COMPRESSIONS = {
     ".gz": _Compression(lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS), padding=1),
-    ".xz": _Compression(lzma.LZMADecompressor, padding=4),
+    ".xz": _Compression(
+        lambda: lzma.LZMADecompressor(memlimit=MAX_WINDOW_BYTES + (1 << 27)), padding=4
+    ),
     ".zst": _Compression(
         lambda: zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj(),
         padding=0,
     ),
 }
+
+DECODER = json.JSONDecoder(parse_int=float)
+"""Only the text counts; as an integer a number of 5,000 digits would be an error."""
 
 
 class Jsonl(Corpus):
@@ -66,13 +76,17 @@ class Jsonl(Corpus):
 def read_jsonl(path: Path) -> Iterator[str]:
     """The `text` of each line of a .jsonl file, plain or .gz, .xz, .zst; empty lines are skipped.
 
-    Raises UserError as file:line for a bad line, and for a damaged, truncated or empty file.
+    Raises UserError as file:line for a bad line and one of more than MAX_LINE_BYTES, and for a file
+    that is damaged, truncated, empty, or cannot be read.
     """
-    number = documents = 0
+    number = empty = documents = 0
     try:
         with _open_binary(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                empty = 0 if line.strip() else empty + 1
+                _check_size(line, empty, f"{path}:{number}")
+                if not empty:
                     yield _parse_line(line, f"{path}:{number}")
                     documents += 1
     except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
@@ -80,14 +94,40 @@ def read_jsonl(path: Path) -> Iterator[str]:
             f"{path} is damaged after line {number} ({error}): expected a complete "
             f"{path.suffix} file; fetch it again"
         ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be read ({error.strerror}): check data.paths and its permissions"
+        ) from error
     if documents == 0:
         raise UserError(f'{path} holds no documents: expected one {{"text": …}} a line')
 
 
+def _check_size(line: bytes, empty: int, where: str) -> None:
+    if len(line) > MAX_LINE_BYTES:
+        raise UserError(
+            f"{where} has more than {MAX_LINE_BYTES:,} bytes, the most that a line may have: "
+            "expected one document a line; cut it into documents"
+        )
+    if empty > MAX_EMPTY_LINES:
+        raise UserError(
+            f"{where} is empty like the {MAX_EMPTY_LINES:,} lines before it: expected one "
+            "document a line; remove the empty lines"
+        )
+
+
 def _parse_line(line: bytes, where: str) -> str:
     try:
-        entry = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        entry = DECODER.decode(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        if _is_cut(line):
+            raise UserError(
+                f"{where} is truncated: the file ends within this line; fetch or make it again"
+            ) from error
+        if isinstance(error, UnicodeDecodeError):
+            raise UserError(
+                f"{where} is not UTF-8 ({error}): expected text, plain or compressed in a file "
+                f"that ends in {', '.join(COMPRESSIONS)}; convert it, or correct its name"
+            ) from error
         raise UserError(f"{where} is not JSON ({error}): correct or remove the line") from error
     text = entry.get("text") if isinstance(entry, dict) else None
     if not isinstance(text, str):
@@ -98,6 +138,15 @@ def _parse_line(line: bytes, where: str) -> str:
             "correct or remove the line"
         )
     return text
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether a line that is no JSON would go on, had the file not ended."""
+    try:
+        from_json(line)
+    except ValueError as error:
+        return not line.endswith(b"\n") and str(error).startswith("EOF")
+    return False
 
 
 def _is_unicode(text: str) -> bool:

@@ -18,6 +18,7 @@ from fairway.settings import merge
 from fairway.stage import StageRun, run_stage, stage_parser, stage_settings, user_errors
 from fairway.stages import STAGES, Stage, chain, evaluation_stage, stages_per
 from producers import write_record
+from provenance_chain import edit
 from tiny import TINY_CONFIG
 
 CONFIG = merge(TINY_CONFIG, {"data": {"paths": ["text.jsonl"]}})
@@ -238,11 +239,12 @@ def rewrite(path, **changes):
         ("product", lambda path: path.write_bytes(b""), "found SHA-256 e3b0c44298fc, "),
         ("product", lambda path: path.write_text("emaema"), "has changed since it was made"),
         ("provenance.json", lambda path: path.unlink(), "provenance.json is missing"),
-        ("provenance.json", lambda path: rewrite(path, outputs={}), "lists no such file"),
-        ("provenance.json", lambda path: rewrite(path, outputs=[]), "lists no such file"),
-        ("provenance.json", lambda path: rewrite(path, outputs={"product": 5}), "no such file"),
-        ("provenance.json", lambda path: path.write_text("[]"), "lists no such file"),
-        ("provenance.json", lambda path: path.write_text("{"), "is not JSON"),
+        ("provenance.json", lambda path: edit(path, outputs={}), "lists no such file"),
+        ("provenance.json", lambda path: rewrite(path, seed=8), "has changed since it was written"),
+        ("provenance.json", lambda path: rewrite(path, outputs=[]), "outputs: found [], expected"),
+        ("provenance.json", lambda path: rewrite(path, outputs={"product": 5}), "product: found 5"),
+        ("provenance.json", lambda path: path.write_text("[]"), "expected a mapping of keys"),
+        ("provenance.json", lambda path: path.write_text("{"), "damaged or not JSON"),
     ],
 )
 def test_what_is_not_as_its_stage_left_it_is_not_taken(own_run, name, damage, message):

@@ -17,6 +17,7 @@ PLUMBING = (
     "provenance",
     "recipe",
     "settings",
+    "records",
     "stage",
     "stages",
 )

@@ -5,9 +5,14 @@ in bits per byte; a key that a stage cannot know is null.
 """
 
 import re
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from fairway.errors import UserError
+from fairway.records import read_record
+from fairway.settings import Fault
 
 
 class Metrics(BaseModel):
@@ -174,7 +179,7 @@ class SlotEvalMetrics(_Score):
             name for name in self.model_extra or {} if not re.fullmatch("gain_.+_nats", name)
         ]
         if unknown:
-            raise ValueError(f"unknown keys {', '.join(unknown)}")
+            raise Fault(f"unknown keys {', '.join(unknown)}")
         return self
 
 
@@ -202,3 +207,16 @@ def checked_metrics(values: dict[str, Any]) -> dict[str, Any]:
     """A stage's metrics as the JSON values that metrics.json holds, held against its class."""
     kind = METRICS.get(values["stage"], Metrics)
     return kind.model_validate(values).model_dump(mode="json")
+
+
+def read_metrics(path: str | Path, stage: str, made_by: str) -> dict[str, Any]:
+    """The metrics.json of a stage, held against its class. made_by: what makes it.
+
+    Raises UserError where the file is missing, damaged, or of another stage.
+    """
+    record = read_record(METRICS.get(stage, Metrics), path, made_by)
+    if record.stage != stage:
+        raise UserError(
+            f"{path} is of the {record.stage} stage: expected the file made by {made_by}"
+        )
+    return record.model_dump(mode="json")

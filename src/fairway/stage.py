@@ -14,7 +14,6 @@ A script is a function of a `StageRun` and one call:
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -40,7 +39,7 @@ from fairway.metrics import checked_metrics
 from fairway.plugins import search_beside
 from fairway.provenance import PROVENANCE, check_product, write_provenance
 from fairway.recipe import load_config, sections_of
-from fairway.stages import STAGES, Stage
+from fairway.stages import STAGES, Stage, made_by
 
 
 class StageRun:
@@ -78,12 +77,10 @@ class StageRun:
         which has a verdict for other files, does without.
         Raises UserError where the file is missing, unfinished or another.
         """
-        # Snakemake does not look into a dataset's folder.
-        target = f"--forcerun {stage}" if STAGES[stage].per == "dataset" else stage
-        path = require_file(self.inputs[stage] / name, _made_by(stage, target))
+        path = require_file(self.inputs[stage] / name, made_by(stage))
         if path not in self.taken:
-            made_by = _made_by(stage, f"--forcerun {stage}")
-            self.taken[path] = check_product(path, made_by) if check else sha256_of(path)
+            again = made_by(stage, again=True)
+            self.taken[path] = check_product(path, again) if check else sha256_of(path)
         return path
 
     def note_inputs(self, paths: Iterable[Path]) -> None:
@@ -141,10 +138,6 @@ class StageRun:
             splits_read=splits_read,
             parents=[folder / PROVENANCE for folder in self.inputs.values()],
         )
-
-
-def _made_by(stage: str, target: str) -> str:
-    return f"the {stage} stage; run `snakemake --cores 2 {target}`"
 
 
 def run_stage(

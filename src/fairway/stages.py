@@ -175,6 +175,13 @@ def stages_per(per: str) -> list[Stage]:
     return [stage for stage in STAGES.values() if stage.per == per]
 
 
+def made_by(stage: str, *, again: bool = False) -> str:
+    """What makes a stage's files, for messages. again: where they are there, but another's."""
+    # Snakemake does not look into a dataset's folder.
+    option = "--forcerun " if again or STAGES[stage].per == "dataset" else ""
+    return f"the {stage} stage; run `snakemake --cores 2 {option}{stage}`"
+
+
 def evaluation_stage() -> Stage:
     """The stage whose seconds are the evaluation's: its score is the run's."""
     return next(stage for stage in STAGES.values() if stage.charged == "evaluation")

@@ -3,11 +3,16 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from fairway.files import sha256_of, write_json
+from fairway.provenance import write_provenance
 
 
 def write_record(folder: Path, splits: Iterable[str] = ()) -> None:
     """The provenance.json that later stages ask for, over all files that lie in `folder`."""
-    outputs = {path.name: sha256_of(path) for path in folder.iterdir()}
-    record = {"stage": folder.name, "splits": sorted(splits), "outputs": outputs}
-    write_json(folder / "provenance.json", record)
+    write_provenance(
+        folder,
+        stage=folder.name,
+        settings={},
+        inputs={},
+        outputs=[path for path in folder.iterdir() if path.is_file()],
+        splits_read=splits,
+    )

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fairway.files import sha256_of
+from fairway.files import sha256_of, sha256_of_json
 from fairway.provenance import write_provenance
 
 STAGES = ("tokenize", "train", "ttt", "gptq", "slot_eval")
@@ -32,5 +32,7 @@ def make_chain(folder: Path, ttt_data: str = "train") -> Path:
 
 
 def edit(path: Path, **changes: object) -> None:
-    """Change keys of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change keys of a provenance file, and its checksum with them."""
+    values = json.loads(path.read_text()) | changes
+    del values["sha256"]
+    path.write_text(json.dumps({**values, "sha256": sha256_of_json(values)}))

@@ -13,9 +13,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fairway.files import sha256_of, sha256_of_json, write_json
+from fairway.metrics import checked_metrics
+from fairway.provenance import write_provenance
 from fairway.report.page import write_report
 from fairway.report.results import Results, read_results
 from fairway.report.settings import ReportSettings
+from fairway.stages import STAGES as TABLE
+from provenance_chain import edit
 
 SEEDS = (1337, 42, 2025)
 STAGES = ("train", "ema", "ttt", "gptq", "slot_eval", "audit")
@@ -56,11 +61,6 @@ FAILING = {
 
 def adapters_of(variant: str) -> dict[str, str]:
     return ADAPTERS.get(variant, ADAPTERS["causal"])
-
-
-def write_json(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
 
 
 def make_tokens(variant: str, seed: int, rows: int = 12_000, documents: int = 24) -> pd.DataFrame:
@@ -110,21 +110,53 @@ def make_run(
     for seed in seeds:
         for variant, stages in folders.items():
             generator = np.random.default_rng([seed, zlib.crc32(variant.encode())])
-            for stage, name in stages.items():
-                folder = root / "results" / "quickstart" / f"seed-{seed}" / name / stage
+            manifest = write_manifest(root / f"results/data/{dataset_of(variant)}")
+            paths = {
+                stage: root / f"results/quickstart/seed-{seed}" / name / stage
+                for stage, name in sorted(stages.items(), key=lambda one: [*TABLE].index(one[0]))
+            }
+            for stage, folder in paths.items():
                 if not folder.exists():
-                    write_stage(folder, variant, seed, generator)
+                    folder.mkdir(parents=True)
+                    inputs = [paths[need] / "provenance.json" for need in TABLE[stage].needs[1:]]
+                    if stage == "prune":
+                        inputs = [paths["gptq"] / "provenance.json"]
+                    write_stage(folder, variant, seed, generator, [manifest, *inputs])
     return root
 
 
-def write_stage(folder: Path, variant: str, seed: int, generator: np.random.Generator) -> None:
-    """One stage's files, as `variant` makes them."""
+def dataset_of(variant: str) -> str:
+    return "german" if variant == "german" else "embedded"
+
+
+def write_manifest(folder: Path) -> Path:
+    """The manifest.json of a dataset, which is all that the report reads of it."""
+    path = folder / "manifest.json"
+    span = {"path": "val_000000.bin", "start": 0, "stop": 12_001}
+    split = {"spans": [], "tokens": 0, "bytes": 0, "documents": 0}
+    val = split | {"spans": [span], "tokens": 12_001, "bytes": 36_000, "documents": 24}
+    train = split | {"spans": [span | {"path": "train_000000.bin"}], "tokens": 12_001}
+    shard = {"tokens": 12_001, "sha256": "0" * 64}
+    manifest = {
+        "format": 1, "name": folder.name, "source": "synthetic", "vocab_size": 1024, "bos_id": 1,
+        "tokenizer": {"path": "tokenizer.model", "sha256": "0" * 64},
+        "shards": {"train_000000.bin": shard, "val_000000.bin": shard},
+        "splits": {"train": train, "selection": split, "adaptation": split, "val": val},
+    }  # fmt: skip
+    write_json(path, manifest)
+    return path
+
+
+def write_stage(
+    folder: Path, variant: str, seed: int, generator: np.random.Generator, inputs: list[Path]
+) -> None:
+    """One stage's files, as `variant` makes them of `inputs`."""
     leaks, stage = variant == "leaky", folder.name
     shift = SHIFTS.get(variant, 0.0) - 0.13 * leaks + generator.normal(0, 0.003)
     losses = {"train": 2.72, "ema": 2.66, "ttt": 2.60, "gptq": 2.63}
     seconds = {"train": 34.0, "slot_eval": 21.0, "audit": 14.0}
     metrics = common_metrics(
-        stage, seed, variant, losses.get(stage, 2.6) + shift, seconds.get(stage, 9.0)
+        stage, seed, folder.parent.name, losses.get(stage, 2.6) + shift, seconds.get(stage, 9.0)
     )
     settings = {stage: {"epochs": 2}}
     splits = ["train", "val"] if leaks and stage in FROM_TTT else ["train"]
@@ -134,6 +166,7 @@ def write_stage(folder: Path, variant: str, seed: int, generator: np.random.Gene
         metrics["artifact_bytes"] = 512_345 + int(generator.integers(0, 4000))
         metrics["code_bytes"] = 123_456
         metrics["total_bytes"] = metrics["artifact_bytes"] + metrics["code_bytes"]
+        (folder / "artifact.bin").write_bytes(generator.bytes(100))
     if stage == "slot_eval":
         settings = {"evaluation": evaluation_settings(variant)}
         metrics |= write_tokens(folder, variant, seed)
@@ -141,18 +174,59 @@ def write_stage(folder: Path, variant: str, seed: int, generator: np.random.Gene
         settings = {"budgets": BUDGETS}
         for name in ("val_loss", "val_bpb", "tokens", "bytes"):
             del metrics[name]
-        write_audit(folder, leaks)
-    write_json(folder / "metrics.json", metrics)
-    versions = {"python": "3.11.9", "torch": "2.11.0", "numpy": "2.1.0"}
-    provenance = {"settings": settings, "splits": splits, "git_commit": "a" * 40}
-    write_json(folder / "provenance.json", provenance | {"versions": versions})
+        write_audit(folder, seed, leaks)
+        metrics["verdict"] = "FAIL" if leaks else "PASS"
+    write_json(folder / "metrics.json", checked_metrics(metrics | OWN_METRICS.get(stage, {})))
+    record = {
+        "stage": stage, "seed": seed, "settings": settings, "splits": splits, "splits_read": [],
+        "inputs": {str(path): sha256_of(path) for path in inputs},
+        "outputs": {path.name: sha256_of(path) for path in folder.iterdir()},
+        "parents": [], "git_commit": "a" * 40,
+        "versions": {"python": "3.11.9", "torch": "2.11.0", "numpy": "2.1.0"},
+    }  # fmt: skip
+    write_json(folder / "provenance.json", {**record, "sha256": sha256_of_json(record)})
 
 
-def common_metrics(stage: str, seed: int, variant: str, loss: float, seconds: float) -> dict:
+def reseal(*changed: Path) -> None:
+    """Let a run's records say of files that were changed, and of each other, what now lies there.
+
+    What a forger would do; tests do it to come to what is checked besides the hashes.
+    """
+    for path in changed:
+        record = path.parent / "provenance.json"
+        outputs = {one.name: sha256_of(one) for one in path.parent.iterdir() if one != record}
+        edit(record, outputs=outputs)
+    for stage in TABLE:
+        for record in changed[0].parents[2].glob(f"*/{stage}/provenance.json"):
+            listed = json.loads(record.read_text())["inputs"]
+            edit(record, inputs={path: sha256_of(path) for path in listed})
+
+
+MODEL_METRICS = {"kernels": "plain", "attention_backend": "sdpa", "precision": "float32"}
+OWN_METRICS = {
+    "train": MODEL_METRICS | {
+        "identity": "0" * 64, "steps": 300, "train_tokens": 1_228_800, "train_loss": 2.7,
+        "tokens_per_second": 36_000.0, "parameters": 1_000_000,
+    },
+    "ema": MODEL_METRICS | {"average": "ema_0.9", "selection_losses": {}},
+    "ttt": MODEL_METRICS | {"data": "train", "epoch_losses": [2.6]},
+    "gptq": MODEL_METRICS | {
+        "quantizer": "gptq", "calibration": "train", "limit_bytes": 16_000_000, "streams": {},
+        "codecs": {}, "zeros": 0, "mean_error": 0.1,
+    },
+    "slot_eval": MODEL_METRICS | {
+        "val_loss_before": 2.7, "val_bpb_before": 1.3, "gain_nats": 0.1, "shares_batches": False,
+        "windows": 375, "mean_iterations": 4.0, "sliding_seconds": 9.0, "adapter_seconds": 9.0,
+    },
+    "audit": MODEL_METRICS | {"check_seconds": {"flip": 9.0}},
+}  # fmt: skip
+
+
+def common_metrics(stage: str, seed: int, folder: str, loss: float, seconds: float) -> dict:
     return {
         "stage": stage,
         "seed": seed,
-        "variant": variant,
+        "folder": folder,
         "val_loss": loss,
         "val_bpb": loss / math.log(2) / 3.0,
         "tokens": 12_000,
@@ -161,7 +235,6 @@ def common_metrics(stage: str, seed: int, variant: str, loss: float, seconds: fl
         "training_seconds": seconds * 0.8 if stage in ("train", "ttt") else 0.0,
         "evaluation_seconds": seconds * 0.9 if stage == "slot_eval" else 1.0,
         "device": "cpu (x86_64, 2 threads)",
-        "attention_backend": "sdpa",
         "peak_memory_bytes": 900_000_000,
         "processes": 1,
     }
@@ -177,7 +250,6 @@ def write_curve(folder: Path, shift: float, generator: np.random.Generator) -> N
         "seconds": step * 0.1,
         "tokens": step * 4096,
     }
-    folder.mkdir(parents=True)
     pd.DataFrame(curve).to_parquet(folder / "metrics.parquet")
 
 
@@ -190,29 +262,35 @@ def evaluation_settings(variant: str) -> dict:
 def write_tokens(folder: Path, variant: str, seed: int) -> dict:
     """tokens.parquet, and what metrics.json says of it."""
     tokens = make_tokens(variant, seed)
-    folder.mkdir(parents=True)
     tokens.to_parquet(folder / "tokens.parquet", row_group_size=5000)
     adapters = adapters_of(variant)
     return {
         "val_loss": tokens["nll_after"].mean(),
         "val_bpb": tokens["nll_after"].sum() / math.log(2) / tokens["bytes"].sum(),
-        "adapters": [{"name": name, "title": title} for name, title in adapters.items()],
+        "adapters": [
+            {"name": name, "title": title, "kernels": "plain"} for name, title in adapters.items()
+        ],
         **{f"gain_{name}_nats": tokens[f"gain_{name}"].mean() for name in adapters},
     }
 
 
-def write_audit(folder: Path, leaks: bool) -> None:
+def write_audit(folder: Path, seed: int, leaks: bool) -> None:
     checks = []
     for name, sentence in PASSING.items():
         fails = leaks and name in FAILING
         sentence = FAILING[name] if fails else sentence
         verdict = "FAIL" if fails else "PASS"
         checks.append({"name": name, "verdict": verdict, "sentence": sentence, "evidence": {}})
-    reason = "No model to draw text from was given."
-    checks.append({"name": "null", "verdict": "NOT RUN", "sentence": reason, "evidence": {}})
+    null = ("NOT RUN", "No model to draw text from was given.") if leaks else ("PASS", "No gain.")
+    checks.append({"name": "null", "verdict": null[0], "sentence": null[1], "evidence": {}})
     meaning = "12 replacements in an excerpt of 4,000 targets: a leak at 53.6% or more is seen."
-    found = {"checks": checks, "track": "adaptive", "meaning_of_pass": meaning}
-    write_json(folder / "audit.json", found | {"verdict": "FAIL" if leaks else "PASS"})
+    audit = {
+        "verdict": "FAIL" if leaks else "PASS", "variant": folder.parent.name, "seed": seed,
+        "track": "adaptive", "checks": checks,
+        "not_run": ["null"] if leaks else [], "not_applicable": [],
+        "parameters": {}, "detectable_leak_rate_99": 0.536, "meaning_of_pass": meaning,
+    }  # fmt: skip
+    write_json(folder / "audit.json", audit)
     distance = np.arange(4000)
     changed = np.where((distance < 1024) & leaks, 10 - distance // 103, 0)
     reach = {"distance_tokens": distance, "pairs": 12, "changed": changed}
@@ -224,7 +302,7 @@ def write_audit(folder: Path, leaks: bool) -> None:
 def load_results(
     root: Path, seeds=SEEDS, folders: Mapping[str, Mapping[str, str]] = QUICKSTART
 ) -> Results:
-    datasets = {variant: "german" if variant == "german" else "embedded" for variant in folders}
+    datasets = {variant: dataset_of(variant) for variant in folders}
     return read_results(root / "results" / "quickstart", folders, list(seeds), datasets)
 
 
@@ -236,5 +314,8 @@ def make_report(
 ) -> Path:
     """Write the report of a run that `make_run` made; return its folder."""
     folder = root / "results" / "quickstart" / "report"
-    write_report(folder, load_results(root, seeds, folders), ReportSettings(**settings))
+    written = write_report(folder, load_results(root, seeds, folders), ReportSettings(**settings))
+    write_provenance(
+        folder, stage="report", settings={}, inputs={}, outputs=written, splits_read=[]
+    )
     return folder

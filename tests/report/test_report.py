@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from fairway.errors import UserError
-from fairway.report.results import input_files
+from fairway.files import sha256_of
 from fairway.report.settings import ReportSettings
 from fairway.report.tables import batch_reach_tokens, budgets_table, read_run
 from fairway.report.token_sums import TEXT_PARTS, gain_nats, read_token_sums
@@ -25,6 +25,7 @@ from synthetic_run import (
     make_report,
     make_run,
     make_tokens,
+    reseal,
 )
 
 
@@ -128,7 +129,8 @@ def test_the_budgets_count_the_code_and_the_seconds_of_their_stages(finished, ta
         assert evaluation == pytest.approx(0.9 * 21.0)  # slot_eval, not the other stages' second
     results = load_results(finished[0])
     key = ("leaky", 42, "audit")
-    other = results.provenance[key] | {"settings": {"budgets": BUDGETS | {"artifact_bytes": 601}}}
+    budgets = {"budgets": BUDGETS | {"artifact_bytes": 601}}
+    other = results.provenance[key].model_copy(update={"settings": budgets})
     changed = budgets_table(replace(results, provenance=results.provenance | {key: other}))
     assert changed.query("limit == 601")[["variant", "seed"]].to_numpy().tolist() == [["leaky", 42]]
 
@@ -141,7 +143,7 @@ def test_the_reach_of_a_batch_is_that_of_the_slices_before_its_last(finished):
 
     def with_adapters(adapters):
         settings = {"evaluation": {"adapters": adapters, "stride_tokens": 64}}
-        entry = results.provenance[key] | {"settings": settings}
+        entry = results.provenance[key].model_copy(update={"settings": settings})
         return replace(results, provenance=results.provenance | {key: entry})
 
     eight = with_adapters([{"lora": {}}, {"mine:Slot": {"scope": "batch", "batch_windows": 8}}])
@@ -230,8 +232,11 @@ def test_a_missing_file_names_itself_and_its_stage(finished, missing, stage):
 
 def test_a_token_table_of_another_run_is_refused(tmp_path):
     make_run(tmp_path, seeds=(42,))
-    folder = tmp_path / "results/quickstart/seed-42/shared/slot_eval"
-    make_tokens("causal", 43).to_parquet(folder / "tokens.parquet")
+    path = tmp_path / "results/quickstart/seed-42/shared/slot_eval/tokens.parquet"
+    make_tokens("causal", 43).to_parquet(path)
+    with pytest.raises(UserError, match=r"tokens.parquet has changed since it was made"):
+        load_results(tmp_path, seeds=(42,))
+    reseal(path)
     with pytest.raises(UserError, match="metrics.json says"):
         load_results(tmp_path, seeds=(42,))
 
@@ -253,8 +258,10 @@ def test_one_failing_seed_fails_the_variant(finished):
 
 
 def test_the_report_tells_what_it_read_and_wrote(finished):
-    read = input_files(finished[0] / "results/quickstart", QUICKSTART, SEEDS)
-    assert all(path.is_file() for path in read) and len(read) == len(set(read))
+    read = load_results(finished[0]).files
+    assert all(sha256_of(path) == digest for path, digest in read.items())
+    assert sum(path.name == "provenance.json" for path in read) == 3 * (6 + 4)
+    assert sum(path.name == "manifest.json" for path in read) == 1
     assert sum(path.name == "tokens.parquet" for path in read) == 6
     assert sum(path.match("train/metrics.parquet") for path in read) == 3
     made = {path.name for path in finished[1].rglob("*") if path.is_file()}

@@ -26,6 +26,7 @@ from synthetic_run import (
     make_report,
     make_run,
     make_tokens,
+    reseal,
 )
 
 TWO_SEEDS = (1337, 42)
@@ -187,6 +188,7 @@ def test_what_does_not_apply_is_neither_failing_nor_missing(tmp_path):
         audit = json.loads(path.read_text())
         audit["checks"][-1]["verdict"] = "NOT APPLICABLE"
         path.write_text(json.dumps(audit))
+        reseal(path)
     page = read_page(make_report(tmp_path, TWO_SEEDS, QUICKSTART))
     assert "and passed every check of its audit.</li>" in page
     assert page.count("Not run: Null test.") == 1  # of leaky

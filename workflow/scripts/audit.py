@@ -27,14 +27,15 @@ from fairway.audit.runner import AuditTarget, audit_evaluator
 from fairway.code_hash import import_closure
 from fairway.data.dataset import load_dataset, read_split
 from fairway.evaluation.evaluator import Evaluator
-from fairway.files import read_json, write_json, write_table
+from fairway.files import write_json, write_table
+from fairway.metrics import read_metrics
 from fairway.model.runtime import prepare, runtime_metrics
 from fairway.model.sampling import sample_documents
 from fairway.quantization.artifact import load_artifact
 from fairway.quantization.pruning import code_bytes
 from fairway.recipe import plugin_files
 from fairway.stage import StageRun, run_stage
-from fairway.stages import STAGES
+from fairway.stages import STAGES, made_by
 
 EVALUATION_SCRIPT = Path(__file__).with_name("slot_eval.py")
 
@@ -46,7 +47,7 @@ def audit(stage: StageRun) -> None:
     table = take("slot_eval", "tokens.parquet")
     stages = [name for name in STAGES["audit"].needs if STAGES[name].per == "variant"]
     paths = {name: take(name, "metrics.json") for name in stages}
-    metrics = {name: read_json(path) for name, path in paths.items()}
+    metrics = {name: read_metrics(path, name, made_by(name)) for name, path in paths.items()}
     ranks = metrics["slot_eval"]["processes"]
 
     runtime = stage.settings.runtime

@@ -6,20 +6,20 @@
         --output results/quickstart/seed-42/shared/ema
 """
 
-from safetensors.torch import load_file
-
 from fairway.data.dataset import load_dataset, read_split
 from fairway.evaluation.plain import val_metrics
+from fairway.files import read_tensors
 from fairway.model.runtime import prepare
 from fairway.model.weights import load_model, save_model
 from fairway.stage import StageRun, run_stage
+from fairway.stages import made_by
 from fairway.training.selection import select_average
 
 
 def average(stage: StageRun) -> None:
     dataset = load_dataset(stage.take("tokenize", "manifest.json"))
     weights = stage.take("train", "weights.safetensors")
-    averages = load_file(stage.take("train", "averages.safetensors"))
+    averages, _ = read_tensors(stage.take("train", "averages.safetensors"), made_by("train"))
     model = prepare(load_model(weights, stage.world.device), stage.settings.runtime)
     with stage.charge("training"):
         chosen, losses = select_average(

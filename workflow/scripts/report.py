@@ -5,20 +5,31 @@
 """
 
 import argparse
-import json
 from pathlib import Path
 
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from fairway.errors import UserError
 from fairway.recipe import load_config
 from fairway.report.page import write_report
-from fairway.report.results import input_files, read_results
+from fairway.report.results import read_results
+from fairway.settings import explain
 from fairway.stage import StageRun, run_stage
+
+
+class Variant(BaseModel):
+    """A variant as the workflow tells it. folders: by stage."""
+
+    name: str
+    dataset: str
+    folders: dict[str, str]
 
 
 def report(stage: StageRun) -> None:
     folders, datasets, seeds = layout(stage.options)
     results = read_results(stage.options.run, folders, seeds, datasets)
     products = write_report(stage.output, results, stage.settings.report)
-    stage.note_inputs(input_files(stage.options.run, folders, seeds))
+    stage.taken |= results.files
     stage.finish({}, products=[str(path.relative_to(stage.output)) for path in products])
     verdicts = ", ".join(f"{variant} {results.verdict(variant)}" for variant in folders)
     print(f"{stage.output / 'report.html'}: {verdicts}")
@@ -27,11 +38,14 @@ def report(stage: StageRun) -> None:
 def layout(options: argparse.Namespace) -> tuple[dict, dict, list[int]]:
     """variant → stage → folder, variant → dataset, and the seeds: told, or those of the config."""
     if options.settings is not None:
-        variants = json.loads(options.variants)
+        try:
+            variants = TypeAdapter(list[Variant]).validate_json(options.variants or "")
+        except ValidationError as error:
+            raise UserError(explain(error, ("--variants",))) from None
         return (
-            {one["name"]: one["folders"] for one in variants},
-            {one["name"]: one["dataset"] for one in variants},
-            options.seeds,
+            {one.name: one.folders for one in variants},
+            {one.name: one.dataset for one in variants},
+            options.seeds or [],
         )
     config = load_config(options.config)
     datasets = {variant: config.dataset(variant) for variant in config.variants}

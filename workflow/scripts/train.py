@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
-from safetensors.torch import save_file
 
 from fairway.claims import claimed
 from fairway.code_hash import code_hash
@@ -22,7 +21,8 @@ from fairway.data.dataset import Dataset, load_dataset
 from fairway.data.loader import CoprimeLoader
 from fairway.distributed import gather_objects
 from fairway.evaluation.plain import val_metrics
-from fairway.files import atomic_path, read_json, sha256_of_json, write_table
+from fairway.files import sha256_of_json, write_table, write_tensors
+from fairway.metrics import read_metrics
 from fairway.model.gpt import GPT
 from fairway.model.runtime import captures_graphs, compiles, prepare
 from fairway.model.spec import GPTConfig
@@ -30,6 +30,7 @@ from fairway.model.weights import save_model
 from fairway.quantization.settings import quantizer_of
 from fairway.recipe import plugin_files
 from fairway.stage import StageRun, run_stage
+from fairway.stages import made_by
 from fairway.training.checkpoint import Checkpoints
 from fairway.training.trainer import CURVE, Trainer, check_batch
 
@@ -72,7 +73,8 @@ def is_finished(stage: StageRun, identity: str) -> bool:
     """Whether the products of this very run are there, the provenance, which comes last, too."""
     if not all((stage.output / name).is_file() for name in stage.stage.files):
         return False
-    return read_json(stage.output / "metrics.json").get("identity") == identity
+    metrics = read_metrics(stage.output / "metrics.json", "train", made_by("train"))
+    return metrics["identity"] == identity
 
 
 def make_trainer(stage: StageRun, dataset: Dataset, checkpoints: Checkpoints) -> Trainer:
@@ -110,9 +112,9 @@ def make_trainer(stage: StageRun, dataset: Dataset, checkpoints: Checkpoints) ->
 def write_products(stage: StageRun, trainer: Trainer, dataset: Dataset, identity: str) -> None:
     state, model = trainer.progress, trainer.model
     save_model(stage.product("weights.safetensors"), model)
-    averages = {name: tensor.cpu() for name, tensor in trainer.averages.state_tensors().items()}
-    with atomic_path(stage.product("averages.safetensors")) as temporary:
-        save_file(averages, temporary)
+    write_tensors(
+        stage.product("averages.safetensors"), trainer.averages.state_tensors(), metadata={}
+    )
     write_table(stage.product("metrics.parquet"), pd.DataFrame(state.history, columns=CURVE))
     stage.add_seconds("training", state.seconds)
     tokens = state.step * trainer.settings.batch_tokens

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as parquet
 from torch import Tensor
 
 from fairway.audit.interface import FAIL, NOT_APPLICABLE, PASS, Check, Scores
 from fairway.errors import UserError
+from fairway.files import read_batches
 
+MADE_BY = "the slot_eval stage"
 SCORE_TOLERANCE_NATS = 1e-4
 """This is a fiftieth of the smallest gain that the challenge counts, and far above float32
 rounding."""
@@ -103,17 +104,12 @@ def read_evaluation(
 
     tokens: integers [n + 1], the text that was scored. split_bytes: the bytes of that text.
     metrics: the `val_loss` and `val_bpb` that were reported.
-    Raises UserError where a column is missing.
+    Raises UserError where the table is damaged, lacks a column, or has losses that are not finite.
     """
-    file = parquet.ParquetFile(path)
-    lacking = sorted(set(COLUMNS) - set(file.schema_arrow.names))
-    if lacking:
-        raise UserError(f"{path} lacks the columns {', '.join(lacking)}: rerun the slot_eval stage")
     order = _Order(len(tokens) - 1)
     sums = {in_fit: np.zeros(3) for in_fit in (False, True)}
     token_mismatches = total_bytes = 0
-    for batch in file.iter_batches(batch_size=1 << 20, columns=list(COLUMNS)):
-        table = batch.to_pandas().astype(COLUMNS)
+    for table in read_batches(path, MADE_BY, COLUMNS):
         order.add(table)
         total_bytes += int(table["bytes"].sum())
         inside = table[table["position"].between(1, len(tokens) - 1)]
@@ -121,6 +117,10 @@ def read_evaluation(
         for in_fit in sums:
             group = table[table["in_own_loss"] == in_fit]
             sums[in_fit] += (len(group), group["nll_before"].sum(), group["nll_after"].sum())
+    if not np.isfinite([*sums.values()]).all():
+        raise UserError(
+            f"{path} holds losses that are not finite: expected the file made by {MADE_BY}"
+        )
     return Evaluation(
         errors=order.errors(),
         in_fit=Totals(int(sums[True][0]), *sums[True][1:].tolist()),

@@ -8,12 +8,14 @@ order, and what it reported for each, so that coverage, order and arithmetic can
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fairway.errors import UserError
+
+Verdict = Literal["PASS", "FAIL", "NOT RUN", "NOT APPLICABLE"]
 
 PASS = "PASS"
 """The check ran and found no fault."""
@@ -62,7 +64,7 @@ class Check:
     """The outcome of one check: a verdict, a sentence for a reviewer, and the numbers behind it."""
 
     name: str
-    verdict: str
+    verdict: Verdict
     sentence: str
     evidence: dict[str, Any] = field(default_factory=dict)
 

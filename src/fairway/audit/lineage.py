@@ -11,37 +11,63 @@ visited; the check compares it with its files, its ancestors and its own setting
 own provenance.json hashes it from then on.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel
 
 from fairway.audit.interface import FAIL, NOT_APPLICABLE, PASS, Check
 from fairway.errors import UserError
-from fairway.files import read_json, sha256_of
+from fairway.files import reading, require_file, sha256_of
+from fairway.provenance import PROVENANCE, Digest, Line, Provenance, read_provenance
+from fairway.records import read_record
 
 TAINTED_SPLIT = "val"
-PROVENANCE_NAME = "provenance.json"
 MANIFEST_NAME = "manifest.json"
+
+
+class _Hashed(BaseModel):
+    sha256: Digest
+
+
+class _Tokenizer(_Hashed):
+    path: Line
+
+
+class _Manifest(BaseModel):
+    """What the check needs of a dataset's manifest.json."""
+
+    shards: dict[Line, _Hashed]
+    tokenizer: _Tokenizer
 
 
 @dataclass
 class _Walk:
-    """What a walk through the provenance files has seen so far."""
+    """What a walk through the provenance files has seen so far; a file's key is its real path."""
 
-    hashes: dict[Path, str] = field(default_factory=dict)
-    splits: dict[Path, set[str]] = field(default_factory=dict)
-    ancestors: dict[Path, set[Path]] = field(default_factory=dict)
-    stages: dict[str, list[str]] = field(default_factory=dict)
-    manifests: set[Path] = field(default_factory=set)
+    hashes: dict[str, str] = field(default_factory=dict)
+    records: dict[str, tuple[Path, Provenance]] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
 
-    def sha256(self, path: Path) -> str | None:
-        """The file's hash, computed once; None where there is no such file."""
-        key = path.resolve()
-        if key not in self.hashes and path.is_file():
-            self.hashes[key] = sha256_of(path)
+    def sha256(self, path: Path, lister: Path) -> str | None:
+        """The file's hash, computed once; None, and a fault, where there is no such file."""
+        key = os.path.realpath(path)
+        if key not in self.hashes:
+            try:
+                made_by = _listed(lister)
+                with reading(require_file(path, made_by), "readable", made_by):
+                    self.hashes[key] = sha256_of(path)
+            except UserError as error:
+                self.faults.append(str(error))
         return self.hashes.get(key)
+
+
+def _listed(lister: Path) -> str:
+    return f"the run that {lister} records"
 
 
 def check_lineage(provenance: str | Path | None, used: Iterable[Path] = ()) -> Check:
@@ -55,21 +81,26 @@ def check_lineage(provenance: str | Path | None, used: Iterable[Path] = ()) -> C
     if provenance is None:
         return Check("lineage", NOT_APPLICABLE, "No provenance.json was given.")
     walk = _Walk()
-    splits = _visit(Path(provenance), walk)
+    _read_ancestry(Path(provenance), walk)
+    splits, stages = _add_up(walk)
+    for path, record in walk.records.values():
+        _verify_files(path, record, walk)
+        _verify_parents(path, record, walk)
+        _verify_settings(path, record, walk)
     for path in used:
-        if path.resolve() not in walk.hashes:
+        if os.path.realpath(path) not in walk.hashes:
             walk.faults.append(
                 f"{path} was audited, but nothing in the ancestry of {provenance} lists it"
             )
     evidence = {
         "splits": sorted(splits),
-        "splits_by_stage": dict(sorted(walk.stages.items())),
+        "splits_by_stage": dict(sorted(stages.items())),
         "files_verified": len(walk.hashes),
         "faults": walk.faults,
     }
     complaints = []
     if TAINTED_SPLIT in splits:
-        readers = [stage for stage, read in walk.stages.items() if TAINTED_SPLIT in read]
+        readers = [stage for stage, read in stages.items() if TAINTED_SPLIT in read]
         by = f" (read by {', '.join(sorted(readers))})" if readers else ""
         complaints.append(f"the validation text is in the artifact's ancestry{by}")
     if walk.faults:
@@ -79,107 +110,110 @@ def check_lineage(provenance: str | Path | None, used: Iterable[Path] = ()) -> C
         sentence = "; ".join(complaints)
         return Check("lineage", FAIL, f"{sentence[0].upper()}{sentence[1:]}.", evidence)
     sentence = (
-        f"{len(walk.hashes)} files of {len(walk.stages)} stages have the listed SHA-256, and the "
+        f"{len(walk.hashes)} files of {len(stages)} stages have the listed SHA-256, and the "
         f"ancestry read {', '.join(sorted(splits)) or 'no data'} only."
     )
     return Check("lineage", PASS, sentence, evidence)
 
 
-def _visit(path: Path, walk: _Walk) -> set[str]:
-    """Verify one provenance file and its ancestors; return the splits in its ancestry."""
-    key = path.resolve()
-    if key in walk.splits:
-        return walk.splits[key]
-    walk.splits[key] = set()  # a file among its own ancestors ends here
-    entry = _read_entry(path, walk)
-    if entry is None:
-        return set()
-    read = set(entry["splits_read"])
-    walk.stages.setdefault(entry["stage"], []).extend(sorted(read))
-    ancestry = set(read)
-    ancestors = walk.ancestors[key] = set()
-    for parent in map(Path, entry["parents"]):
-        ancestry |= _visit(parent, walk)
-        ancestors |= {parent.resolve()} | walk.ancestors.get(parent.resolve(), set())
-    if set(entry["splits"]) != ancestry:
-        walk.faults.append(
-            f"{path} says splits {sorted(entry['splits'])}, "
-            f"its ancestors add up to {sorted(ancestry)}"
-        )
-    _verify_files(path, entry, walk)
-    _verify_parents(path, entry, walk)
-    _verify_settings(path, entry, walk)
-    walk.splits[key] = ancestry | set(entry["splits"])
-    return walk.splits[key]
+def _read_ancestry(first: Path, walk: _Walk) -> None:
+    """Read a provenance file and all its ancestors."""
+    waiting = [(first, first)]
+    while waiting:
+        path, lister = waiting.pop()
+        key = os.path.realpath(path)
+        if key in walk.seen:
+            continue
+        walk.seen.add(key)
+        try:
+            record = read_provenance(path, _listed(lister))
+        except UserError as error:
+            walk.faults.append(str(error))
+            continue
+        walk.sha256(path, lister)
+        walk.records[key] = (path, record)
+        waiting += [(Path(parent), path) for parent in reversed(record.parents)]
 
 
-def _read_entry(path: Path, walk: _Walk) -> dict[str, Any] | None:
+def _add_up(walk: _Walk) -> tuple[set[str], dict[str, list[str]]]:
+    """The splits in the ancestry of all, and those that each stage read, by what each file says.
+
+    A file whose ancestors do not add up to the splits that it names is a fault.
+    """
+    parents = {
+        key: [os.path.realpath(parent) for parent in record.parents]
+        for key, (_, record) in walk.records.items()
+    }
     try:
-        entry = read_json(path)
-    except UserError as error:
-        walk.faults.append(str(error))
-        return None
-    kinds = {"stage": str, "splits": list, "splits_read": list, "parents": list}
-    kinds |= {"inputs": dict, "outputs": dict, "settings": dict}
-    if not isinstance(entry, dict):
-        entry = {}
-    wrong = [key for key, kind in kinds.items() if not isinstance(entry.get(key), kind)]
-    if wrong:
-        walk.faults.append(f"{path} lacks a proper {', '.join(wrong)}")
-        return None
-    walk.sha256(path)
-    return entry
+        order = list(TopologicalSorter(parents).static_order())
+    except CycleError as error:
+        walk.faults.append(f"{error.args[1][0]} is among its own ancestors")
+        order = list(parents)
+    splits: dict[str, set[str]] = {}
+    stages: dict[str, list[str]] = {}
+    for key in order:
+        if key not in walk.records:
+            continue
+        path, record = walk.records[key]
+        stages.setdefault(record.stage, []).extend(sorted(set(record.splits_read)))
+        ancestry = set(record.splits_read).union(*(splits.get(one, ()) for one in parents[key]))
+        if set(record.splits) != ancestry:
+            walk.faults.append(
+                f"{path} says splits {sorted(record.splits)}, "
+                f"its ancestors add up to {sorted(ancestry)}"
+            )
+        splits[key] = ancestry | set(record.splits)
+    return set().union(*splits.values()), stages
 
 
-def _verify_files(provenance: Path, entry: dict[str, Any], walk: _Walk) -> None:
+def _verify_files(provenance: Path, record: Provenance, walk: _Walk) -> None:
     """Compare the listed hash of every input and output with the file on disk."""
-    listed = {Path(name): sha256 for name, sha256 in entry["inputs"].items()}
-    listed |= {provenance.parent / name: sha256 for name, sha256 in entry["outputs"].items()}
+    listed = {Path(name): sha256 for name, sha256 in record.inputs.items()}
+    listed |= {provenance.parent / name: sha256 for name, sha256 in record.outputs.items()}
     for path, sha256 in listed.items():
-        _verify_file(path, sha256, provenance, walk)
-        if path.name == MANIFEST_NAME and walk.sha256(path) == sha256:
+        if _verify_file(path, sha256, provenance, walk) and path.name == MANIFEST_NAME:
             _verify_manifest(path, walk)
 
 
-def _verify_file(path: Path, sha256: str, lister: Path, walk: _Walk) -> None:
-    found = walk.sha256(path)
-    if found is None:
-        walk.faults.append(f"{path}, listed in {lister}, is missing")
-    elif found != sha256:
+def _verify_file(path: Path, sha256: str, lister: Path, walk: _Walk) -> bool:
+    found = walk.sha256(path, lister)
+    if found not in (None, sha256):
         walk.faults.append(f"{path} is not the file listed in {lister}")
+    return found == sha256
 
 
 def _verify_manifest(path: Path, walk: _Walk) -> None:
     """Compare the shards and the tokenizer on disk with the hashes in the dataset's manifest."""
-    key = path.resolve()
-    if key in walk.manifests:
+    key = os.path.realpath(path)
+    if key in walk.seen:
         return
-    walk.manifests.add(key)
-    manifest = read_json(path)
-    named = dict(manifest["shards"])
-    named[manifest["tokenizer"]["path"]] = manifest["tokenizer"]
-    for name, entry in named.items():
-        _verify_file(path.parent / name, entry["sha256"], path, walk)
+    walk.seen.add(key)
+    try:
+        manifest = read_record(_Manifest, path, "the tokenize stage")
+    except UserError as error:
+        walk.faults.append(str(error))
+        return
+    for name, entry in {**manifest.shards, manifest.tokenizer.path: manifest.tokenizer}.items():
+        _verify_file(path.parent / name, entry.sha256, path, walk)
 
 
-def _verify_parents(provenance: Path, entry: dict[str, Any], walk: _Walk) -> None:
-    """The stage that made an input must be an ancestor, and each parent's hash must be listed."""
-    named = {Path(parent).resolve() for parent in entry["parents"]}
-    known = walk.ancestors[provenance.resolve()] | {provenance.resolve()}
-    hashed = {Path(name).resolve() for name in entry["inputs"]}
-    for name in entry["inputs"]:
-        maker = Path(name).parent / PROVENANCE_NAME
-        if maker.is_file() and maker.resolve() not in known:
+def _verify_parents(provenance: Path, record: Provenance, walk: _Walk) -> None:
+    """The stage that made an input must be in the ancestry, and each parent's hash be listed."""
+    hashed = {os.path.realpath(name) for name in record.inputs}
+    for name in record.inputs:
+        maker = Path(name).parent / PROVENANCE
+        if os.path.isfile(maker) and os.path.realpath(maker) not in walk.records:
             walk.faults.append(f"{provenance} uses {name}, but {maker} is not in its ancestry")
-    for parent in sorted(named - hashed):
-        walk.faults.append(f"{provenance} does not list the SHA-256 of its parent {parent}")
+    for parent in record.parents:
+        if os.path.realpath(parent) not in hashed:
+            walk.faults.append(f"{provenance} does not list the SHA-256 of its parent {parent}")
 
 
-def _verify_settings(provenance: Path, entry: dict[str, Any], walk: _Walk) -> None:
+def _verify_settings(provenance: Path, record: Provenance, walk: _Walk) -> None:
     """A stage whose settings say that it reads the validation text must list that split."""
-    section = entry["settings"].get(entry["stage"])
+    section = record.settings.get(record.stage)
     said = section.get("data") if isinstance(section, dict) else None
-    if said == TAINTED_SPLIT and said not in entry["splits_read"]:
+    if said == TAINTED_SPLIT and said not in record.splits_read:
         walk.faults.append(
-            f"{provenance} has the setting data: {said} but splits_read {entry['splits_read']}"
+            f"{provenance} has the setting data: {said} but splits_read {record.splits_read}"
         )

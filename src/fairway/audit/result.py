@@ -1,13 +1,17 @@
 """What an audit found: the verdicts, what they mean, and audit.json."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from fairway.audit.flip_plan import RANDOM, Flip
 from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, Check
+from fairway.records import read_record
+from fairway.settings import Fault
 
 FIXED = "fixed"
 """The track of an evaluator that scores with the plain model's distributions."""
@@ -17,6 +21,40 @@ ADAPTIVE = "adaptive"
 
 UNKNOWN = "unknown"
 """The track where no evaluator without adaptation was given to compare with."""
+
+
+class AuditRecord(BaseModel):
+    """audit.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    verdict: Literal["PASS", "FAIL", "NOT RUN"]
+    variant: str | None
+    """Folder of the stage, where it is one of a run."""
+    seed: int
+    track: Literal["fixed", "adaptive", "unknown"]
+    checks: list[Check]
+    not_run: list[str]
+    not_applicable: list[str]
+    parameters: dict[str, Any]
+    detectable_leak_rate_99: float | None
+    meaning_of_pass: str
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        found = {check.verdict for check in self.checks} & {PASS, FAIL, NOT_RUN}
+        if not found or self.verdict != _overall_verdict(found):
+            raise Fault(f"found the verdict {self.verdict}, expected the gravest of its checks'")
+        return self
+
+
+def read_audit(path: str | Path, made_by: str) -> AuditRecord:
+    """Read audit.json. made_by: what makes it. UserError where it is missing or damaged."""
+    return read_record(AuditRecord, path, made_by)
+
+
+def _overall_verdict(found: Iterable[str]) -> str:
+    return next(verdict for verdict in (FAIL, NOT_RUN, PASS) if verdict in found)
 
 
 @dataclass(frozen=True)
@@ -45,8 +83,7 @@ class AuditResult:
 
         A check that does not apply to the evaluator has no part in it.
         """
-        found = {check.verdict for check in self.checks}
-        return next(verdict for verdict in (FAIL, NOT_RUN, PASS) if verdict in found)
+        return _overall_verdict({check.verdict for check in self.checks})
 
     def names(self, verdict: str) -> list[str]:
         """The checks with this verdict."""

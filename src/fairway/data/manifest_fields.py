@@ -5,19 +5,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fairway.data.shards import MAX_VOCAB_SIZE
 from fairway.errors import UserError
-from fairway.files import read_json
-from fairway.settings import explain
+from fairway.provenance import Digest, Line
+from fairway.records import read_record
+from fairway.stages import made_by
 
 FORMAT = 1
 TRAINING_SPLITS = ("train", "selection", "adaptation")
 SPLITS = (*TRAINING_SPLITS, "val")
 
+MADE_BY = made_by("tokenize")
+
 Count = Annotated[int, Field(ge=0)]
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _Fields(BaseModel):
@@ -27,7 +29,7 @@ class _Fields(BaseModel):
 class SpanFields(_Fields):
     """Tokens [start, stop) of the shard `path`."""
 
-    path: str
+    path: Line
     start: Count
     stop: Count
 
@@ -60,21 +62,27 @@ class ShardFields(_Fields):
 class TokenizerFields(_Fields):
     """The model file beside the manifest."""
 
-    path: str
+    path: Line
     sha256: Digest
 
 
 class Manifest(_Fields):
-    """A dataset. shards: by name beside the manifest, or by absolute path."""
+    """A dataset.
 
-    format: int
-    name: str
-    source: str
+    shards: by name beside the manifest, or by absolute path.
+    warnings: sentences on what its validation text is too small to tell; none before they were
+    written.
+    """
+
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    name: Line
+    source: Line
     vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCAB_SIZE)]
     bos_id: Count
     tokenizer: TokenizerFields
-    shards: dict[str, ShardFields]
+    shards: dict[Line, ShardFields]
     splits: SplitsFields
+    warnings: list[Line] = []
 
     def split(self, name: str) -> SplitFields:
         """One of SPLITS."""
@@ -88,13 +96,7 @@ def read_manifest(path: Path) -> Manifest:
     lies outside of its shard, spans overlap, training and validation text share a shard, or a
     split's tokens are not those of its spans.
     """
-    values = read_json(path)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise UserError(f"{path} is not a dataset manifest of format {FORMAT}: rerun tokenize")
-    try:
-        manifest = Manifest.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error)}; rerun tokenize") from None
+    manifest = read_record(Manifest, path, MADE_BY)
     if manifest.bos_id >= manifest.vocab_size:
         refuse(path, "bos_id", manifest.bos_id, f"an id under vocab_size {manifest.vocab_size}")
     _check_owners(path, manifest)
@@ -106,7 +108,9 @@ def read_manifest(path: Path) -> Manifest:
 
 def refuse(path: Path, field: str, found: object, expected: str) -> NoReturn:
     """Raise the UserError of a manifest's field."""
-    raise UserError(f"{path}: {field}: found {found!r}, expected {expected}; rerun tokenize")
+    raise UserError(
+        f"{path}.{field}: found {found!r}, expected {expected}; expected the file made by {MADE_BY}"
+    )
 
 
 def _check_split(path: Path, manifest: Manifest, name: str) -> None:

@@ -1,25 +1,23 @@
 """Model files: safetensors with the model's configuration in the metadata, never pickle."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fairway.errors import UserError
-from fairway.files import atomic_path, require_file
+from fairway.files import parse_json, read_tensors, write_tensors
 from fairway.model.gpt import GPT
 from fairway.model.spec import GPTConfig, parameters
 from fairway.settings import validated
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MADE_BY = "train, ema or ttt: rerun that stage"
+
 
 def save_weights(path: str | Path, config: GPTConfig, state: Mapping[str, torch.Tensor]) -> None:
     """Write parameters and `config` atomically; tensors are moved to the CPU."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"config": config.model_dump_json()})
+    write_tensors(path, state, {"config": config.model_dump_json()})
 
 
 def save_model(path: str | Path, model: GPT) -> None:
@@ -32,20 +30,15 @@ def load_weights(path: str | Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
 
     A key that the file's config lacks has its default.
     """
-    require_file(path, "an earlier stage")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): rerun the stage that makes it") from error
+    state, metadata = read_tensors(path, MADE_BY)
     if "config" not in metadata:
         raise UserError(f"{path} holds no model configuration: expected a Fairway weights file")
     try:
-        config = json.loads(metadata["config"])
-    except ValueError as error:
-        raise UserError(f"{path}: its model configuration is not JSON ({error})") from error
-    return validated(GPTConfig, config, f"model configuration of {path}"), state
+        config = validated(GPTConfig, parse_json(metadata["config"]), "model")
+        check_state(config, state)
+    except ValueError as error:  # a UserError too
+        raise UserError(f"{path}: {error}; expected a file made by {MADE_BY}") from error
+    return config, state
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> GPT:
@@ -57,17 +50,24 @@ def build_model(
     config: GPTConfig, state: Mapping[str, torch.Tensor], device: torch.device | str
 ) -> GPT:
     """A GPT with the given parameters as float32; UserError where they are not the config's."""
-    table = parameters(config)
-    for name, parameter in table.items():
-        if name not in state or tuple(state[name].shape) != parameter.shape:
-            found = tuple(state[name].shape) if name in state else "nothing"
-            raise UserError(
-                f"weights for {name}: found {found}, the model's config needs {parameter.shape}"
-            )
-    unknown = sorted(set(state) - set(table))
-    if unknown:
-        raise UserError(f"weights for {', '.join(unknown)}: the model's config has no such thing")
+    check_state(config, state)
     with torch.device("meta"):
         model = GPT(config)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model.to(device)
+
+
+def check_state(config: GPTConfig, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError where tensors are not the parameters of a model of `config`."""
+    table = parameters(config)
+    for name, parameter in table.items():
+        found = state.get(name)
+        if found is None or found.shape != parameter.shape or found.dtype not in DTYPES:
+            told = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+            raise UserError(
+                f"weights for {name}: found {told}, the model's config needs {parameter.shape}"
+            )
+    unknown = sorted(set(state) - set(table))
+    if unknown:
+        named = ", ".join(map(repr, unknown[:3]))
+        raise UserError(f"weights for {named}: the model's config has no such thing")

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fairway.errors import UserError
-from fairway.files import atomic_path, require_file
+from fairway.files import atomic_path, parse_json, reading, require_file
 from fairway.model.gpt import GPT
 from fairway.model.spec import GPTConfig, parameters
 from fairway.model.weights import build_model
@@ -46,6 +46,7 @@ from fairway.quantization.integers import (
 )
 from fairway.settings import validated
 
+MADE_BY = "the gptq stage"
 MAGIC = b"FAIRWAY\0"
 VERSION = 3
 PREAMBLE = struct.Struct("<8sII")
@@ -54,6 +55,11 @@ MAXIMUM_HEADER_BYTES = 1 << 16
 MAXIMUM_FILE_BYTES = 1 << 28
 MAXIMUM_UNPACKED_BYTES = 1 << 30
 """A file that declares more is refused unread; the challenge allows 16 MB."""
+SMALL_UNPACKED_BYTES = 1 << 25
+MAXIMUM_EXPANSION = 64
+"""Above SMALL_UNPACKED_BYTES, so many times the file's length at most: codes of two bits that are
+nearly all zero take a twentieth of a byte each, and only a file that is meant to fill the memory
+needs less."""
 
 BITS = {f"int{bits}": bits for bits in ALLOWED_BITS}
 STREAM_DTYPES = {
@@ -195,10 +201,11 @@ def read_artifact(path: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     Raises UserError where the file is missing, damaged (its checksum does not match), or not
     something that `write_artifact` writes.
     """
-    path = require_file(path, "the gptq stage")
+    path = require_file(path, MADE_BY)
     if path.stat().st_size > MAXIMUM_FILE_BYTES:
         raise UserError(f"{path} is larger than {MAXIMUM_FILE_BYTES} bytes: it is no artifact")
-    data = path.read_bytes()
+    with reading(path, "readable", MADE_BY):
+        data = path.read_bytes()
     body, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
     if len(body) < PREAMBLE.size or hashlib.sha256(body).digest() != checksum:
         raise UserError(
@@ -261,8 +268,8 @@ def _split(
         raise UserError(f"format version {version} found, {VERSION} expected: rerun the gptq stage")
     expect(header_bytes <= MAXIMUM_HEADER_BYTES, "the header's length")
     try:
-        header = json.loads(body[PREAMBLE.size : PREAMBLE.size + header_bytes])
-    except (ValueError, RecursionError) as error:
+        header = parse_json(body[PREAMBLE.size : PREAMBLE.size + header_bytes])
+    except ValueError as error:
         raise UserError("the header is not JSON: it was not written by this program") from error
     expect(isinstance(header, dict), "the header")
     for key in ("config", "tensors", "streams"):
@@ -311,7 +318,8 @@ def _unpack(
         sum(map(math.prod, parts)) * STREAM_DTYPES[stream].itemsize
         for stream, parts in shapes.items()
     )
-    expect(unpacked_bytes <= MAXIMUM_UNPACKED_BYTES, "the sum of the shapes")
+    expanded = max(SMALL_UNPACKED_BYTES, MAXIMUM_EXPANSION * len(payload))
+    expect(unpacked_bytes <= min(MAXIMUM_UNPACKED_BYTES, expanded), "the sum of the shapes")
     arrays, start = {}, 0
     for stream, parts in shapes.items():
         codec, length = streams[stream]

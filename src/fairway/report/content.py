@@ -94,17 +94,12 @@ def _lede(results: Results, summary: pd.DataFrame, variant: str) -> dict[str, st
     score = _summary_row(summary, variant, "val_bpb")
     number = mean_and_std(score["mean"], score["std"])
     text = f"scored {number} bits per byte over {plural(len(results.seeds), 'seed')}"
+        failing = joined([check_title(name).lower() for name in results.checks_with(variant, FAIL)])
     verdict = results.verdict(variant)
-    failing, not_run = (
-        joined([check_title(name).lower() for name in results.checks_with(variant, one)])
-        for one in (FAIL, NOT_RUN)
-    )
     if verdict == FAIL:
         text, meaning = "", f"failed its audit ({failing}): its number is not a valid score."
     elif verdict != PASS:
         meaning = "but its audit is incomplete, so the score is not yet shown to be valid."
-    elif not_run:
-        meaning = f"and passed every check of its audit that ran (not run: {not_run})."
     else:
         meaning = "and passed every check of its audit."
     return {"variant": variant, "verdict": verdict, "score": text, "meaning": meaning}
@@ -385,10 +380,10 @@ def _provenance(results: Results) -> list[dict[str, Any]]:
                     "stage": stage,
                     "folder": results.folder(sharers[0], stage),
                     "used_by": results.name_of(sharers, stage),
-                    "splits": ", ".join(entry["splits"]) or "none",
-                    "tainted": "val" in entry["splits"] and stage != "audit",
-                    "settings": sha256_of_json(entry["settings"])[:12],
-                    "commit": _short_commit(entry["git_commit"]),
+                    "splits": ", ".join(entry.splits) or "none",
+                    "tainted": "val" in entry.splits and stage != "audit",
+                    "settings": sha256_of_json(entry.settings)[:12],
+                    "commit": _short_commit(entry.git_commit),
                 }
             )
     return rows
@@ -403,14 +398,14 @@ def _short_commit(commit: str | None) -> str:
 
 def _identity(results: Results) -> dict[str, Any]:
     """Commits, versions and the hash over every stage's settings, independent of key order."""
-    commits = sorted({entry["git_commit"] or "" for entry in results.provenance.values()})
+    commits = sorted({entry.git_commit or "" for entry in results.provenance.values()})
     settings = {
-        f"{results.folder(variant, stage)} {stage}": entry["settings"]
+        f"{results.folder(variant, stage)} {stage}": entry.settings
         for (variant, _, stage), entry in results.provenance.items()
     }
     versions: dict[str, set[str]] = {}
     for entry in results.provenance.values():
-        for package, version in entry["versions"].items():
+        for package, version in entry.versions.items():
             versions.setdefault(package, set()).add(version)
     return {
         "commits": [_short_commit(commit) for commit in commits],

@@ -1,8 +1,13 @@
 """A run's finished stages, read from their folders: everything the report knows.
 
-Nothing is computed here except sums over tokens.parquet, which are compared with the stage's own
-metrics so that a table from another run cannot slip in. A stage that several variants share is
-read once; they all refer to the same objects.
+Nothing is believed for its place: each file is held against the provenance.json beside it, that
+against the stage and seed of its folder and against those of the stages that it builds on, as they
+lie there now. So no file of another seed, variant or run slips in, and an audit's verdict stands
+beside the artifact and the scores that it is about. The audit's provenance.json is the last; no
+other lists it, so its own checksum must do.
+
+Nothing is computed here except sums over tokens.parquet, which must be what metrics.json says. A
+stage that several variants share is read once; they all refer to the same objects.
 """
 
 import math
@@ -14,38 +19,44 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from fairway.audit.interface import FAIL, NOT_RUN, PASS, Check
+from fairway.audit.result import AuditRecord, read_audit
+from fairway.data.manifest_fields import read_manifest
 from fairway.errors import UserError
-from fairway.files import read_json, require_file
+from fairway.files import read_table, require_file, sha256_of
+from fairway.metrics import read_metrics
+from fairway.provenance import PROVENANCE, Provenance, check_product, read_provenance
 from fairway.report.token_sums import TokenSums, read_token_sums, saved_nats
-from fairway.stages import RECORDS, STAGES, evaluation_stage, stages_per
+from fairway.stages import STAGES, evaluation_stage, made_by, stages_per
 
 FINAL_STAGE = evaluation_stage().name
 """The stage whose score is the run's."""
 SLIDING = "sliding"
 """The final stage's windows before adaptation: scored there, shown as a stage of their own."""
-TABLES_READ = {
+FILES_READ = {
     "train": ("metrics.parquet",),
+    "gptq": ("artifact.bin",),
     FINAL_STAGE: ("tokens.parquet",),
     "audit": ("audit.json", "reach.parquet"),
 }
-"""The files that are read of a stage's folder besides RECORDS."""
+"""The files that are read of a stage's folder besides its records; of the artifact, the hash."""
+CURVE_COLUMNS = {
+    "step": "int64",
+    "loss": "float64",
+    "lr_scale": "float64",
+    "seconds": "float64",
+    "tokens": "int64",
+}
+REACH_COLUMNS = {
+    "distance_tokens": "int64",
+    "pairs": "int64",
+    "changed": "int64",
+    "largest_change_nats": "float64",
+}
 
 FEW_VARIANTS = 4
 """More variants than these do not each get panels and an open audit of their own on the page."""
 
 Read = TypeVar("Read")
-
-
-@dataclass(frozen=True)
-class Audit:
-    """audit.json of one seed and variant."""
-
-    verdict: str
-    checks: tuple[Check, ...]
-    track: str
-    """`fixed` where scores are the model's own, `adaptive` where the evaluator changes them."""
-    meaning_of_pass: str
-    """What a PASS says and what it does not."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +69,22 @@ class Results:
     """By variant and stage: the folder under seed-<s> that holds the stage for the variant."""
     datasets: Mapping[str, str]
     """By variant: its dataset's name."""
+    warnings: Mapping[str, tuple[str, ...]]
+    """By variant: what its dataset's manifest says that its validation text cannot tell."""
+    files: Mapping[Path, str]
+    """SHA-256 of every file that was read."""
     metrics: Mapping[tuple[str, int, str], dict[str, Any]]
     """metrics.json as it is."""
-    provenance: Mapping[tuple[str, int, str], dict[str, Any]]
-    """provenance.json as it is."""
+    provenance: Mapping[tuple[str, int, str], Provenance]
+    """provenance.json."""
     curves: Mapping[tuple[str, int], pd.DataFrame]
-    """Columns step, loss (nats per token), lr_scale, seconds, tokens."""
+    """CURVE_COLUMNS; the loss is in nats per token."""
     tokens: Mapping[tuple[str, int], TokenSums]
     """tokens.parquet, summed."""
-    audits: Mapping[tuple[str, int], Audit]
+    audits: Mapping[tuple[str, int], AuditRecord]
+    """audit.json."""
     reach: Mapping[tuple[str, int], pd.DataFrame]
-    """Columns distance_tokens, pairs, changed, largest_change_nats; one row for each distance."""
+    """REACH_COLUMNS, one row for each distance."""
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -156,9 +172,25 @@ class Results:
     def is_tainted(self, variant: str, stage: str) -> bool:
         """Whether the stage's product has validation tokens in its ancestry, for any seed."""
         made_by = FINAL_STAGE if stage == SLIDING else stage
-        return any(
-            "val" in self.provenance[variant, seed, made_by]["splits"] for seed in self.seeds
-        )
+        return any("val" in self.provenance[variant, seed, made_by].splits for seed in self.seeds)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A stage's folder that holds what its provenance.json lists. hashes: of the files read."""
+
+    path: Path
+    seed: int
+    record: Provenance
+    hashes: Mapping[Path, str]
+
+    @property
+    def stage(self) -> str:
+        return self.path.name
+
+    @property
+    def made_by(self) -> str:
+        return made_by(self.stage, again=True)
 
 
 def read_results(
@@ -167,28 +199,55 @@ def read_results(
     seeds: Sequence[int],
     datasets: Mapping[str, str],
 ) -> Results:
-    """Read every file of the run; UserError names a missing one and the stage that makes it.
+    """Read every file of the run.
 
     run_folder: holds seed-<s>/<folder>/<stage>/. folders: by variant and stage. datasets: the name
     of each variant's dataset.
+    Raises UserError, which names the file and the stage that makes it, where one is missing or
+    damaged, has changed since it was made, or belongs to another seed, variant or run.
     """
-    paths = _stage_paths(run_folder, folders, seeds)
+    paths = {
+        (variant, seed, stage): run_folder / f"seed-{seed}" / folder / stage
+        for variant, stages in folders.items()
+        for seed in seeds
+        for stage, folder in stages.items()
+    }
+    seed_of = {path: seed for (_, seed, _), path in paths.items()}
+    checked = {path: _checked_folder(path, seed) for path, seed in seed_of.items()}
+    for (variant, seed, stage), path in paths.items():
+        for need in STAGES[stage].needs:
+            if STAGES[need].per == "variant":
+                _require_parent(checked[path], checked[paths[variant, seed, need]])
 
-    def read(reader: Callable[[Path], Read], stage: str, name: str) -> dict[tuple, Read]:
-        wanted = {key[:2]: path / name for key, path in paths.items() if key[2] == stage}
-        return _read_once(reader, wanted)
+    def of_stage(stage: str) -> dict[tuple, Path]:
+        return {key[:2]: path for key, path in paths.items() if key[2] == stage}
 
+    def read(reader: Callable[[_Folder], Read], paths: Mapping[tuple, Path]) -> dict[tuple, Read]:
+        found = {path: reader(checked[path]) for path in dict.fromkeys(paths.values())}
+        return {key: found[path] for key, path in paths.items()}
+
+    evaluations, audits = of_stage(FINAL_STAGE), of_stage("audit")
+    manifests = read(_checked_manifest, evaluations)
     results = Results(
         run=run_folder.name,
         seeds=tuple(seeds),
         folders=folders,
         datasets=datasets,
-        metrics=_read_once(_read_json, {key: path / RECORDS[0] for key, path in paths.items()}),
-        provenance=_read_once(_read_json, {key: path / RECORDS[1] for key, path in paths.items()}),
-        curves=read(_read_table, "train", "metrics.parquet"),
-        tokens=read(lambda path: read_token_sums(_require(path)), FINAL_STAGE, "tokens.parquet"),
-        audits=read(_read_audit, "audit", "audit.json"),
-        reach=read(_read_table, "audit", "reach.parquet"),
+        warnings={
+            variant: tuple(read_manifest(path).warnings)
+            for (variant, seed), (path, _) in manifests.items()
+            if seed == seeds[0]
+        },
+        files={
+            **dict(manifests.values()),
+            **{path: sha256 for one in checked.values() for path, sha256 in one.hashes.items()},
+        },
+        metrics=read(_read_metrics, paths),
+        provenance=read(lambda folder: folder.record, paths),
+        curves=read(_table_reader("metrics.parquet", CURVE_COLUMNS), of_stage("train")),
+        tokens=read(lambda folder: read_token_sums(folder.path / "tokens.parquet"), evaluations),
+        audits=read(_read_audit, audits),
+        reach=read(_table_reader("reach.parquet", REACH_COLUMNS), audits),
     )
     for (variant, seed), sums in results.tokens.items():
         path = paths[variant, seed, FINAL_STAGE] / "tokens.parquet"
@@ -198,56 +257,77 @@ def read_results(
     return results
 
 
-def input_files(
-    run_folder: Path, folders: Mapping[str, Mapping[str, str]], seeds: Sequence[int]
-) -> list[Path]:
-    """The files that `read_results` reads, for the report's provenance."""
-    paths = {path: stage for (*_, stage), path in _stage_paths(run_folder, folders, seeds).items()}
-    return [
-        path / name
-        for path, stage in paths.items()
-        for name in (*RECORDS, *TABLES_READ.get(stage, ()))
+def _checked_folder(path: Path, seed: int) -> _Folder:
+    """A stage's folder whose files are those of its own provenance.json."""
+    stage, provenance, again = path.name, path / PROVENANCE, made_by(path.name, again=True)
+    files = [path / name for name in ("metrics.json", *FILES_READ.get(stage, ()))]
+    for file in (provenance, *files):
+        require_file(file, made_by(stage))
+    record = read_provenance(provenance, again)
+    if (record.stage, record.seed) != (stage, seed):
+        raise UserError(
+            f"{provenance} is of the {record.stage} stage, seed {record.seed}: expected seed "
+            f"{seed} of {again}"
+        )
+    hashes = {file: check_product(file, again, record) for file in files}
+    return _Folder(path, seed, record, {provenance: sha256_of(provenance), **hashes})
+
+
+def _require_parent(folder: _Folder, needed: _Folder) -> None:
+    """A stage's provenance.json must list those that it builds on, as they lie there now."""
+    provenance = needed.path / PROVENANCE
+    if needed.hashes[provenance] not in folder.record.inputs.values():
+        raise UserError(
+            f"{folder.path} was not made from {needed.path} as it is now: its {PROVENANCE} does "
+            f"not list SHA-256 {needed.hashes[provenance][:12]} of {provenance}; expected the "
+            f"files made by {folder.made_by}"
+        )
+
+
+def _checked_manifest(folder: _Folder) -> tuple[Path, str]:
+    """The manifest, and its hash, of the dataset that was scored, as the evaluation lists it."""
+    manifests = [
+        one for one in folder.record.inputs.items() if Path(one[0]).name == "manifest.json"
     ]
+    if len(manifests) != 1:
+        raise UserError(
+            f"{folder.path / PROVENANCE} lists {len(manifests)} files manifest.json, expected that "
+            f"of the dataset, as made by {folder.made_by}"
+        )
+    ((name, listed),) = manifests
+    manifest, again = Path(name), made_by("tokenize", again=True)
+    if sha256_of(require_file(manifest, again)) != listed:
+        raise UserError(
+            f"{manifest} has changed since {folder.path} was made from it: expected the file made "
+            f"by {again}"
+        )
+    return manifest, listed
 
 
-def _stage_paths(
-    run_folder: Path, folders: Mapping[str, Mapping[str, str]], seeds: Sequence[int]
-) -> dict[tuple[str, int, str], Path]:
-    return {
-        (variant, seed, stage): run_folder / f"seed-{seed}" / folder / stage
-        for variant, stages in folders.items()
-        for seed in seeds
-        for stage, folder in stages.items()
-    }
+def _read_metrics(folder: _Folder) -> dict[str, Any]:
+    path = folder.path / "metrics.json"
+    metrics = read_metrics(path, folder.stage, folder.made_by)
+    _require_place(path, metrics["seed"], metrics["folder"], folder)
+    return metrics
 
 
-def _read_once(reader: Callable[[Path], Read], paths: Mapping[tuple, Path]) -> dict[tuple, Read]:
-    read = {path: reader(path) for path in dict.fromkeys(paths.values())}
-    return {key: read[path] for key, path in paths.items()}
+def _read_audit(folder: _Folder) -> AuditRecord:
+    path = folder.path / "audit.json"
+    audit = read_audit(path, folder.made_by)
+    _require_place(path, audit.seed, audit.variant, folder)
+    return audit
 
 
-def _require(path: Path) -> Path:
-    stage = path.parent.name
-    return require_file(path, f"the {stage} stage; run `snakemake --cores 2 {stage}`")
+def _require_place(path: Path, seed: int | None, name: str | None, folder: _Folder) -> None:
+    if (seed, name) != (folder.seed, folder.path.parent.name):
+        raise UserError(
+            f"{path} is of seed {seed} and folder {name}: expected seed {folder.seed} and folder "
+            f"{folder.path.parent.name}, as made by {folder.made_by}"
+        )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(_require(path))
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    return pd.read_parquet(_require(path))
-
-
-def _read_audit(path: Path) -> Audit:
-    found = _read_json(path)
-    checks = found["checks"]
-    return Audit(
-        verdict=found["verdict"],
-        checks=tuple(Check(one["name"], one["verdict"], one["sentence"]) for one in checks),
-        track=found["track"],
-        meaning_of_pass=found["meaning_of_pass"],
-    )
+def _table_reader(name: str, columns: Mapping[str, str]) -> Callable[[_Folder], pd.DataFrame]:
+    return lambda folder: read_table(folder.path / name, folder.made_by, columns)
 
 
 def _require_agreement(path: Path, sums: TokenSums, metrics: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@ import pandas as pd
 
 from fairway.errors import UserError
 from fairway.evaluation.bits_per_byte import bits_per_byte
-from fairway.files import require_file, write_table
+from fairway.files import read_table, require_file, write_table
+from fairway.provenance import check_product
 from fairway.report.results import FINAL_STAGE, SLIDING, Results
 from fairway.report.settings import ReportSettings
 from fairway.report.statistics import (
@@ -23,7 +24,8 @@ from fairway.report.statistics import (
     welch_test,
 )
 from fairway.report.token_sums import TokenSums, gain_nats, saved_nats
-from fairway.stages import STAGES, Budgets
+from fairway.settings import validated
+from fairway.stages import STAGES, Budgets, made_by
 
 ALL_ADAPTERS = "all"
 TEST_FIELDS = ("t", "degrees_of_freedom", "p")
@@ -35,6 +37,8 @@ SEED_TESTS = (
         for name in ("t", "degrees_of_freedom", "p")
     ),
 )
+COMPARISONS_DTYPES = {"seed": "Int64"}
+"""It is null where a comparison is of all seeds."""
 """The columns of the comparisons that are of seeds, not of documents."""
 MOST_FOR_ALL_PAIRS = 5
 """So many variants are compared each with each; of more, each with the first."""
@@ -81,20 +85,20 @@ class RunTables:
 def read_run(folder: str | Path) -> RunTables:
     """The tables of a finished run's report. folder: the run's, such as results/quickstart.
 
-    Raises UserError where a table is missing.
+    Raises UserError where a table is missing, damaged or of another report.
 
         tables = read_run("results/quickstart")
         scores = tables.stages.query("stage == 'slot_eval' and metric == 'val_bpb'")
         scores.pivot(index="seed", columns="variant", values="value")
     """
-    report = Path(folder) / "report"
-    made_by = "the report stage; run `snakemake --cores 2 report`"
-    return RunTables(
-        **{
-            field.name: pd.read_parquet(require_file(report / f"{field.name}.parquet", made_by))
-            for field in fields(RunTables)
-        }
-    )
+    tables = {}
+    for field in fields(RunTables):
+        path = Path(folder) / "report" / f"{field.name}.parquet"
+        require_file(path, made_by("report"))
+        check_product(path, made_by("report", again=True))
+        tables[field.name] = read_table(path, made_by("report", again=True))
+    tables["comparisons"] = tables["comparisons"].astype(COMPARISONS_DTYPES)
+    return RunTables(**tables)
 
 
 def make_tables(results: Results, settings: ReportSettings) -> RunTables:
@@ -332,7 +336,9 @@ def budgets_table(results: Results) -> pd.DataFrame:
     rows = []
     for variant in results.variants:
         for seed in results.seeds:
-            limits = Budgets(**results.provenance[variant, seed, "audit"]["settings"]["budgets"])
+            record = results.provenance[variant, seed, "audit"]
+            told = f"budgets of the audit of {variant}, seed {seed}"
+            limits = validated(Budgets, record.settings.get("budgets"), told)
             used = {"artifact_bytes": results.metrics[variant, seed, "gptq"]["total_bytes"]}
             for kind in ("training", "evaluation"):
                 used[f"{kind}_seconds"] = sum(
@@ -363,7 +369,7 @@ def batch_reach_tokens(results: Results, variant: str) -> int | None:
 
     That is over the slices of all of them but the last, whose own slice is in no context.
     """
-    settings = results.provenance[variant, results.seeds[0], FINAL_STAGE]["settings"]["evaluation"]
+    settings = results.provenance[variant, results.seeds[0], FINAL_STAGE].settings["evaluation"]
     for adapter in settings["adapters"]:
         for own in adapter.values():
             if own.get("scope") == "batch":

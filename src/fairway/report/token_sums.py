@@ -10,19 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as parquet
 
 from fairway.errors import UserError
+from fairway.files import BATCH_ROWS, open_table, read_batches
+from fairway.stages import made_by
 
-COLUMNS = ("position", "document", "nll_before", "nll_after", "bytes", "in_own_loss")
+MADE_BY = made_by("slot_eval", again=True)
+COLUMNS = {
+    "position": "int64",
+    "document": "int64",
+    "nll_before": "float64",
+    "nll_after": "float64",
+    "bytes": "int64",
+    "in_own_loss": "bool",
+}
 GAIN_PREFIX = "gain_"
 """`gain_<adapter>` holds the nats that the adapter took off each target's loss."""
 DOCUMENT_POSITION_EDGES = np.array([0, *(64 << power for power in range(20))])
 """Bins of the tokens since the document's BOS: the first 64 together, then doubling."""
 TEXT_PARTS = 20
 """The text is cut into so many parts of equal length."""
-BATCH_ROWS = 1 << 20
-"""Rows in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +79,37 @@ def gain_nats(sums: pd.DataFrame, adapter: str | None = None) -> pd.Series:
 
 
 def read_token_sums(path: Path, batch_rows: int = BATCH_ROWS) -> TokenSums:
-    """Sum a tokens.parquet, whose rows are sorted by position; UserError if it is another table."""
-    file = parquet.ParquetFile(path)
-    missing = sorted(set(COLUMNS) - set(file.schema_arrow.names))
-    if missing or file.metadata.num_rows == 0:
-        found = f"lacks the columns {', '.join(missing)}" if missing else "is empty"
-        raise UserError(f"{path} {found}: rerun the slot_eval stage")
+    """Sum a tokens.parquet, whose rows are the targets in order.
+
+    Raises UserError where it is missing or damaged, another table, or empty.
+    """
+    file = open_table(path, MADE_BY, COLUMNS)
+    rows = file.metadata.num_rows
     gains = [GAIN_PREFIX + name for name in adapters_of(file.schema_arrow.names)]
+    if rows == 0:
+        raise UserError(f"{path} is empty: expected the table made by {MADE_BY}")
     partial: dict[str, list[pd.DataFrame]] = {}
-    document, begin = -1, 0
-    for batch in file.iter_batches(batch_size=batch_rows, columns=[*COLUMNS, *gains]):
-        table = batch.to_pandas()
+    read, document, begin = 0, -1, 0
+    columns = COLUMNS | dict.fromkeys(gains, "float64")
+    for table in read_batches(path, MADE_BY, columns, batch_rows):
+        _require_order(path, table, read, document)
         begins = _document_begins(table, document, begin)
+        read += len(table)
         document, begin = int(table["document"].iloc[-1]), int(begins[-1])
-        for name, key in _group_keys(table, begins, file.metadata.num_rows).items():
+        for name, key in _group_keys(table, begins, rows).items():
             partial.setdefault(name, []).append(_sum_by(table, key, gains))
     return TokenSums(**{name: _combine(parts) for name, parts in partial.items()})
+
+
+def _require_order(path: Path, table: pd.DataFrame, read: int, document: int) -> None:
+    """Raise UserError unless rows that follow `read` others are the next targets of the text."""
+    expected = np.arange(read + 1, read + len(table) + 1)
+    documents = np.diff(table["document"].to_numpy(), prepend=max(document, 0))
+    if not np.array_equal(table["position"], expected) or (documents < 0).any():
+        raise UserError(
+            f"{path} does not have the targets in the order of the text: expected the table made "
+            f"by {MADE_BY}"
+        )
 
 
 def _document_begins(table: pd.DataFrame, document: int, begin: int) -> np.ndarray:

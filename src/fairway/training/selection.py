@@ -10,6 +10,7 @@ from pydantic import Field
 from fairway.errors import UserError
 from fairway.model.gpt import GPT
 from fairway.model.losses import target_losses
+from fairway.model.weights import check_state
 from fairway.settings import Settings
 from fairway.training.averaging import tracker_name
 from fairway.training.checkpoint import tensors_under
@@ -76,4 +77,5 @@ def _load(model: GPT, averages: dict[str, torch.Tensor], name: str) -> None:
             f"no average {name!r} was tracked; train kept {', '.join(kept)}: change ema.kind or "
             "ema.decay, or (for swa) train.swa_every_steps or train.swa_scale"
         )
+    check_state(model.config, weights)
     model.load_state_dict(weights)

@@ -28,7 +28,7 @@ from fairway.report.format import (
     signed,
 )
 from fairway.report.results import FINAL_STAGE, SLIDING, Results
-from fairway.report.statistics import RESAMPLES, describe, least_p
+from fairway.report.statistics import describe, least_p
 from fairway.report.tables import (
     MOST_FOR_ALL_PAIRS,
     TEST_FIELDS,
@@ -79,8 +79,6 @@ def page_content(results: Results, tables: RunTables, settings: ReportSettings) 
         "gains": _gains_by_adapter(results),
         "comparisons": _comparisons(results, tables.comparisons),
         "comparison_notes": _comparison_notes(results),
-        "resamples": count(RESAMPLES),
-        "least_p": probability(least_p(RESAMPLES)),
         "audits": [_audit(results, variant) for variant in results.variants],
         "attribution": [_attribution(results, variant) for variant in results.variants],
         "budgets": _budgets(tables.budgets),
@@ -221,13 +219,13 @@ def _changes(comparisons: pd.DataFrame, variant: str) -> pd.DataFrame:
     return comparisons[rows]
 
 
-def _bootstrapped(row: dict[str, Any], p: str) -> dict[str, str]:
-    """What is shown of a bootstrap; p: which of its two."""
+def _over_documents(row: dict[str, Any], p: str, sides: int) -> dict[str, str]:
+    """What is shown of a test over documents; p: which of its two, of one or two sides."""
     return {
         "estimate": signed(row["estimate"]),
         "standard_error": bits(row["standard_error"]),
         "interval": interval(row["ci_low"], row["ci_high"], signed),
-        "p": probability(row[p], least_p(row["resamples"])),
+        "p": probability(row[p], sides * least_p(row["documents"])),
         "documents": count(row["documents"]),
     }
 
@@ -239,7 +237,7 @@ def _changes_by_seed(results: Results, comparisons: pd.DataFrame) -> list[dict[s
         rows = []
         for row in _changes(comparisons, variant).to_dict("records"):
             label = "all seeds" if pd.isna(row["seed"]) else f"seed {row['seed']}"
-            rows.append({"label": label} | _bootstrapped(row, "p_not_below"))
+            rows.append({"label": label} | _over_documents(row, "p_not_below", sides=1))
         if len(results.seeds) == 1:
             shown = rows[:1]
         else:
@@ -260,7 +258,7 @@ def _comparisons(results: Results, comparisons: pd.DataFrame) -> list[dict[str, 
         for kind in ("welch", "paired"):
             t, degrees, p = (row[f"{kind}_{name}"] for name in TEST_FIELDS)
             shown["tests"] += [decimals(t, 2), decimals(degrees, 1), probability(p)]
-        groups.setdefault(reference, []).append(shown | _bootstrapped(row, "p"))
+        groups.setdefault(reference, []).append(shown | _over_documents(row, "p", sides=2))
     return [_heading(results, reference) | {"rows": rows} for reference, rows in groups.items()]
 
 

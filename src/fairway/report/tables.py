@@ -1,6 +1,5 @@
 """The tables of a finished run: all its numbers, tidy, for the page and for Python."""
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
@@ -16,10 +15,10 @@ from fairway.provenance import check_product
 from fairway.report.results import FINAL_STAGE, SLIDING, Results
 from fairway.report.settings import ReportSettings
 from fairway.report.statistics import (
-    Bootstrap,
+    DocumentTest,
     SeedTest,
-    bootstrap_bpb_difference,
     describe,
+    document_test,
     paired_test,
     welch_test,
 )
@@ -59,7 +58,7 @@ CHANGE_METRICS = {
     "change_bpb_ci_high": "ci_high",
     "change_bpb_p": "p_not_below",
 }
-"""A seed's bootstrap as metrics of the final stage, and their columns in the comparisons."""
+"""A seed's test over documents as metrics of the final stage, and their columns there."""
 NOT_SUMMARIZED = tuple(metric for metric in CHANGE_METRICS if metric != "change_bpb")
 """A mean of these over seeds would say nothing."""
 
@@ -121,8 +120,8 @@ def stages_table(results: Results, comparisons: pd.DataFrame) -> pd.DataFrame:
     whole chain; its `folder` is the same, so `drop_duplicates(["folder", "seed", "stage",
     "metric"])` leaves each run of a stage once. The evaluation gives two stages: `sliding`, its
     windows before adaptation, and `slot_eval`, after it, with what each adapter gained
-    (gain_<adapter>_bpb and gain_<adapter>_nats) and the bootstrap of their difference (change_bpb,
-    …; change_bpb_p is one-sided, that the change is not below zero).
+    (gain_<adapter>_bpb and gain_<adapter>_nats) and the test over documents of their difference
+    (change_bpb, …; change_bpb_p is one-sided, that the change is not below zero).
     comparisons: the table of `comparisons_table`.
     """
     rows = []
@@ -208,7 +207,7 @@ def comparisons_table(results: Results) -> pd.DataFrame:
     """Differences in bits per byte: of each variant's adaptation, and between variants.
 
     Columns: run, variant, stage, seed, reference_variant, reference_stage; those of
-    `statistics.Bootstrap`, paired by document; and between variants, over seeds: difference_nats
+    `statistics.DocumentTest`, paired by document; and between variants, over seeds: difference_nats
     per token, welch_t, welch_degrees_of_freedom, welch_p, paired_t, paired_degrees_of_freedom and
     paired_p, two-sided.
 
@@ -230,17 +229,15 @@ def comparisons_table(results: Results) -> pd.DataFrame:
     keys = ["variant", "stage", "seed", "reference_variant", "reference_stage"]
     rows = []
     for variant, stage, seed, other, other_stage in cases:
-        draws = zlib.crc32(f"{variant} {stage}|{other} {other_stage}".encode())  # for every seed
-        found = bootstrap_bpb_difference(
+        found = document_test(
             nats[stage][variant, seed],
             nats[other_stage][other, seed],
             _documents(results, variant)["bytes"].to_numpy(),
-            draws,
         )
         row = dict(zip(keys, (variant, stage, seed, other, other_stage), strict=True))
         tests = _tests_over_seeds(results, variant, other) if variant != other else {}
         rows.append({"run": results.run} | row | asdict(found) | tests)
-    columns = ["run", *keys, *(field.name for field in fields(Bootstrap)), *SEED_TESTS]
+    columns = ["run", *keys, *(field.name for field in fields(DocumentTest)), *SEED_TESTS]
     return pd.DataFrame(rows, columns=columns).astype({"seed": "Int64"})
 
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 NO_MEMORY = re.compile(
     "out of memory|can.?t (allocate memory|start new thread)|cannot allocate|bad_alloc|"
-    "not enough memory|failed to map segment|resource temporarily unavailable",
+    "not enough memory|failed to map segment|resource temporarily unavailable|"
+    "without (setting an )?exception",
     re.IGNORECASE,
 )
-"""How libraries say that the system gave no memory, or no thread for want of it."""
+"""How libraries, and at last Python itself, say that there was no memory, or no thread."""
+LONGEST_TEXT = 160
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -29,17 +31,25 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {text} ({last.filename}, line {last.lineno})"
 
 
-def shortage(error: BaseException) -> str | None:
-    """`memory` or `disk` where the machine's lack of it led to `error`, directly or not."""
+def out_of_memory(error: BaseException) -> str | None:
+    """What says that the machine's lack of memory led to `error`, directly or not."""
     for one in _causes(error):
-        number = one.errno if isinstance(one, OSError) else None
-        if isinstance(one, MemoryError) or number == errno.ENOMEM:
-            return "memory"
-        if not isinstance(one, UserError) and NO_MEMORY.search(str(one)):
-            return "memory"
-        if number in NO_ROOM:
-            return "disk"
+        lacking = isinstance(one, MemoryError) or getattr(one, "errno", None) == errno.ENOMEM
+        if lacking or (not isinstance(one, UserError) and NO_MEMORY.search(str(one))):
+            return in_short(one)
     return None
+
+
+def out_of_disk(error: BaseException) -> str | None:
+    """What says that `error` is about a file that could not be written for want of room."""
+    return in_short(error) if getattr(error, "errno", None) in NO_ROOM else None
+
+
+def in_short(error: BaseException) -> str:
+    """The error's type and the beginning of its text, on one line."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

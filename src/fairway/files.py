@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from fairway.claims import TEMPORARY, before_change, check_claims, delete, remove
-from fairway.errors import UserError, shortage
+from fairway.errors import UserError, out_of_memory
 
 if TYPE_CHECKING:  # these take a third of a second and more to load, and few stages need them
     import pandas as pd
@@ -67,7 +67,7 @@ def _put_in_place(path: Path, make: Callable[[str, str, Path], str]) -> Iterator
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         check_claims()  # whoever took over has deleted what was temporary
-        if shortage(error) == "memory":
+        if out_of_memory(error):
             raise
         # safetensors wraps the operating system's error in one of its own.
         reason = getattr(error, "strerror", None) or error

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -33,7 +34,7 @@ from fairway.distributed import (
     is_lost_process,
     peak_memory_bytes,
 )
-from fairway.errors import UserError, shortage
+from fairway.errors import UserError, in_short, out_of_disk, out_of_memory
 from fairway.files import require_file, sha256_of, write_json
 from fairway.metrics import checked_metrics
 from fairway.plugins import search_beside
@@ -192,18 +193,20 @@ def user_errors(stage: Stage | None = None) -> Iterator[None]:
 
 def _one_line(error: BaseException, stage: Stage | None) -> str | None:
     """What went wrong and what to change; None for a bug."""
-    lacked, reason = shortage(error), " ".join(f"{type(error).__name__}: {error}".split())[:200]
     lower = f"lower {' or '.join(stage.memory)}, or " if stage and stage.memory else ""
-    if lacked == "memory":
+    if reason := out_of_memory(error):
+        traceback.clear_frames(error.__traceback__)  # frees what they hold
+        sys.unraisablehook = lambda fault: None  # libraries may lack memory at the exit as well
         line = f"there is too little memory ({reason}): {lower}give the stage more of it"
     elif isinstance(error, UserError):
         line = str(error)
-    elif lacked == "disk":
+    elif reason := out_of_disk(error):
         line = f"a file could not be written ({reason}): free disk space"
     elif is_lost_process(error):
         line = (
-            f"another of the processes is gone ({reason}): its own line says why; if there is none "
-            f"the system may have killed it for its memory: {lower}give each process more of it"
+            f"another process of this stage is gone ({in_short(error)}): its own line says why; if "
+            f"it has none, the system may have killed it for its memory: {lower}give the stage "
+            "more of it"
         )
     elif isinstance(error, KeyboardInterrupt):
         line = "interrupted: the same command starts the stage again"

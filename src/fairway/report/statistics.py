@@ -160,10 +160,10 @@ def document_test(
 
 
 def least_p(documents: int) -> float:
-    """The least one-sided p-value that so many documents can give.
+    """The least one-sided p-value of so many documents.
 
     If neither method were better, all documents would favour the same one as often as so many coins
-    all show heads.
+    all show heads. LEAST_TAIL is the least of any number.
     """
     return max(0.5**documents, LEAST_TAIL)
 

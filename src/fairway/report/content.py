@@ -92,9 +92,9 @@ def _lede(results: Results, summary: pd.DataFrame, variant: str) -> dict[str, st
     score = _summary_row(summary, variant, "val_bpb")
     number = mean_and_std(score["mean"], score["std"])
     text = f"scored {number} bits per byte over {plural(len(results.seeds), 'seed')}"
-        failing = joined([check_title(name).lower() for name in results.checks_with(variant, FAIL)])
     verdict = results.verdict(variant)
     if verdict == FAIL:
+        failing = joined([check_title(name).lower() for name in results.checks_with(variant, FAIL)])
         text, meaning = "", f"failed its audit ({failing}): its number is not a valid score."
     elif verdict != PASS:
         meaning = "but its audit is incomplete, so the score is not yet shown to be valid."

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from contextlib import nullcontext
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +25,8 @@ from fairway.data.settings import DataSettings
 from fairway.errors import UserError
 from fairway.plugins import built_in_names
 from fairway.settings import validated
+from fairway.training.trainer import TrainSettings
+from fairway.training.ttt import TTTSettings
 
 HUB = {"source": "huggingface", "repository": "owner/repository"}
 TEXTS = ["one\nline", "", "zwölf — 漢字 😀", " lead"]
@@ -422,6 +425,47 @@ def test_reading_a_config_imports_nothing_heavy():
 def test_a_source_that_lacks_something(data, complaint):
     with pytest.raises(UserError, match=complaint):
         section(**data)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "fault"),
+    [
+        (0, "at least 1"),
+        (299, "at least 300 where a tokenizer is trained"),
+        (65_537, "at most 65536"),
+    ],
+)
+def test_a_vocabulary_out_of_range(vocab_size, fault):
+    with pytest.raises(UserError, match=f"data.vocab_size: found {vocab_size}, expected {fault}"):
+        section(source="embedded", vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("tokenizer", [{}, {"tokenizer": "given.model"}])
+def test_a_vocabulary_as_large_as_a_shard_can_hold(tokenizer):
+    assert section(source="embedded", vocab_size=65_536, **tokenizer).vocab_size == 65_536
+
+
+def test_a_given_tokenizer_has_any_size():
+    assert section(source="embedded", vocab_size=12, tokenizer="given.model").vocab_size == 12
+
+
+@pytest.mark.parametrize(
+    ("data", "read", "fault"),
+    [
+        ({"shard_tokens": 2048}, "train", "data.shard_tokens 2048 holds no sequence of .* 2049"),
+        ({"adaptation_tokens": 2048}, "train", "data.adaptation_tokens 2048 holds no .* 2049"),
+        ({"adaptation_tokens": 2048}, "val", None),
+        ({"shard_tokens": 2049, "adaptation_tokens": 2049}, "train", None),
+    ],
+)
+def test_text_shorter_than_a_sequence_is_refused_before_it_is_tokenized(data, read, fault):
+    sections = {
+        "train": TrainSettings(sequence_tokens=2048),
+        "ttt": TTTSettings(data=read),
+    }
+    refused = pytest.raises(UserError, match=fault) if fault else nullcontext()
+    with refused:
+        section(source="embedded", **data).check_with(sections)
 
 
 IN_PLACE = {"source": "shards", "folder": "x", "tokenizer": "y"}

@@ -144,6 +144,14 @@ def test_a_batch_larger_than_an_epoch_repeats_blocks_evenly(shards):
     assert loader.state()["epoch"] == 4
 
 
+def test_short_shards_and_short_texts_have_other_remedies(shards):
+    short = [Span(shards[0].path, start, start + 60) for start in (0, 60, 120)]
+    with pytest.raises(UserError, match=r"has 60, all have 180\): raise data\.shard_tokens"):
+        CoprimeLoader(short, 60, 4, seed=0)
+    with pytest.raises(UserError, match=r"has 60, all have 60\): bring more text, or lower train"):
+        CoprimeLoader(short[:1], 60, 4, seed=0)
+
+
 def test_processes_must_divide_the_batch(shards):
     with pytest.raises(UserError, match="10 sequences cannot be shared by 4 processes"):
         CoprimeLoader(shards, LENGTH, 10, 0, rank=0, world_size=4)

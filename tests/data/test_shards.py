@@ -1,5 +1,6 @@
 """The challenge's shard format, byte for byte, and what is refused."""
 
+import os
 import struct
 
 import numpy as np
@@ -34,6 +35,14 @@ def test_layout_is_the_challenges(tmp_path):
     assert path.read_bytes() == expected
 
 
+def test_the_largest_vocabulary_has_the_largest_id(tmp_path):
+    path = tmp_path / "train_000000.bin"
+    write_shard(path, np.array([1, 65535]))
+    check_vocabulary(path, 65_536)
+    with pytest.raises(UserError, match="holds token 65535 at position 1"):
+        check_vocabulary(path, 65_535)
+
+
 def test_reading_gives_back_what_was_written(shard):
     tokens = read_shard(shard)
     assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
@@ -61,7 +70,12 @@ def word(shard, index: int, value: int) -> None:
         (lambda path: word(path, 1, 2), "version 2, expected 20240520 and 1"),
         (lambda path: word(path, 2, -5), "holds -5 tokens"),
         (lambda path: word(path, 2, 0), "holds 0 tokens"),
-        (lambda path: path.unlink(), "could not be read"),
+        (lambda path: path.write_bytes(bytes(2)), "truncated"),
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: [path.unlink(), path.mkdir()], "is a folder"),
+        (lambda path: [path.unlink(), os.mkfifo(path)], "is no file"),
+        (lambda path: [path.unlink(), path.symlink_to(path)], "is no file"),
+        (lambda path: [path.unlink(), path.symlink_to("/dev/zero")], "is no file"),
     ],
 )
 def test_a_damaged_shard_is_refused_by_name(shard, damage, complaint):

@@ -1,10 +1,12 @@
 """Training and reading tokenizers."""
 
+import random
+
 import pytest
-from sentencepiece import SentencePieceTrainer
 
 from fairway.data.tokenizer import load_tokenizer, train_tokenizer
 from fairway.errors import UserError
+from tiny import given_model
 
 TEXTS = [
     f"the {word} of {number} words, {word[::-1]}\n"
@@ -17,13 +19,12 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(TEXTS, 320, path, seed=0)
+    path.write_bytes(train_tokenizer(TEXTS, 320, seed=0))
     return path
 
 
-def test_the_same_text_gives_the_same_file(model, tmp_path):
-    train_tokenizer(iter(TEXTS), 320, tmp_path / "again.model", seed=0)
-    assert (tmp_path / "again.model").read_bytes() == model.read_bytes()
+def test_the_same_text_gives_the_same_file(model):
+    assert train_tokenizer(iter(TEXTS), 320, seed=0) == model.read_bytes()
 
 
 def test_the_challenges_settings(model):
@@ -37,37 +38,109 @@ def test_the_challenges_settings(model):
     assert tokenizer.decode(tokenizer.encode("ﬁne")) == "fine"  # nmt_nfkc
 
 
-def test_long_documents_are_learned_from(tmp_path):
-    train_tokenizer(["".join(TEXTS)], 320, tmp_path / "tokenizer.model", seed=0)
+def test_long_documents_are_learned_from():
+    train_tokenizer(["".join(TEXTS)], 320, seed=0)
 
 
-def test_too_little_text_for_the_vocabulary(tmp_path):
-    with pytest.raises(UserError, match=r"only \d+ pieces, expected data.vocab_size 5000"):
-        train_tokenizer(TEXTS, 5000, tmp_path / "tokenizer.model", seed=0)
-    with pytest.raises(UserError, match="no tokenizer could be trained"):
-        train_tokenizer(["", ""], 320, tmp_path / "tokenizer.model", seed=0)
-    assert not list(tmp_path.iterdir())
+def words_of(alphabet: str, words: int = 4000) -> list[str]:
+    """Documents of made-up words in a script."""
+    generator = random.Random(alphabet)
+    made = ["".join(generator.choices(alphabet, k=generator.randint(2, 6))) for _ in range(words)]
+    return [" ".join(made[first : first + 40]) for first in range(0, words, 40)]
 
 
-def test_errors_of_the_documents_come_through(tmp_path):
+LATIN = "".join(map(chr, [*range(97, 123), *range(0xE0, 0x132)]))
+GREEK_AND_CYRILLIC = "".join(map(chr, [*range(0x3B1, 0x3CA), *range(0x410, 0x482)]))
+ARABIC = "".join(map(chr, [*range(0x621, 0x63B), *range(0x641, 0x64B), *range(0x679, 0x6D3)]))
+CHINESE = "".join(map(chr, range(0x4E00, 0x5600)))
+
+
+@pytest.mark.parametrize("alphabet", [LATIN, GREEK_AND_CYRILLIC, ARABIC, CHINESE])
+def test_an_alphabet_larger_than_the_vocabulary_says_how_large_that_must_be(alphabet):
+    texts = words_of(alphabet)
+    with pytest.raises(UserError, match=r"raise data\.vocab_size to at least \d+$") as caught:
+        train_tokenizer(texts, 300, seed=0)
+    needed = int(str(caught.value).split()[-1])
+    assert needed > 260 + 0.9 * len(alphabet)
+    train_tokenizer(texts, needed, seed=0)
+    with pytest.raises(UserError, match=f"to at least {needed}$"):
+        train_tokenizer(texts, needed - 1, seed=0)
+
+
+def test_more_characters_than_a_shard_has_ids_for():
+    texts = ["".join(map(chr, range(first, first + 200))) for first in range(0x20000, 0x32000, 200)]
+    with pytest.raises(UserError, match=r"a shard holds at most 65536, so name a data\.tokenizer"):
+        train_tokenizer(texts, 1024, seed=0)
+
+
+def test_too_little_text_says_what_it_suffices_for():
+    with pytest.raises(
+        UserError, match=r"only \d+ pieces, expected data.vocab_size 5000"
+    ) as caught:
+        train_tokenizer(TEXTS, 5000, seed=0)
+    assert "bring more text or lower data.vocab_size to" in str(caught.value)
+    train_tokenizer(TEXTS, int(str(caught.value).split()[-1]), seed=0)
+    with pytest.raises(UserError, match=r"only 261 pieces, .*: bring more text$"):
+        train_tokenizer(["a"] * 5, 320, seed=0)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\0", "\u200b", "\n\t"])
+def test_documents_without_text(text):
+    with pytest.raises(UserError, match="training documents hold no text"):
+        train_tokenizer([text] * 3, 320, seed=0)
+
+
+def test_errors_of_the_documents_come_through():
     def documents():
         yield TEXTS[0]
         raise UserError("text.jsonl:2 is not JSON")
 
     with pytest.raises(UserError, match=r"^text\.jsonl:2 is not JSON$"):
-        train_tokenizer(documents(), 320, tmp_path / "tokenizer.model", seed=0)
+        train_tokenizer(documents(), 320, seed=0)
 
 
 def test_a_tokenizer_of_another_size_is_refused(model):
-    with pytest.raises(UserError, match=r"has 320 tokens, expected data\.vocab_size 1024"):
+    with pytest.raises(UserError, match=r"has 320 tokens, .* 1024: set data\.vocab_size to 320 or"):
         load_tokenizer(model, 1024)
 
 
-@pytest.mark.parametrize("contents", [b"", b"no model at all"])
-def test_a_file_that_is_no_model_is_refused(tmp_path, contents):
-    (tmp_path / "tokenizer.model").write_bytes(contents)
-    with pytest.raises(UserError, match="SentencePiece model"):
-        load_tokenizer(tmp_path / "tokenizer.model")
+def test_a_tokenizer_with_more_tokens_than_a_shard_has_ids_for_is_refused(tmp_path):
+    pieces = [f"piece{number}" for number in range(66_000)]
+    path = given_model(tmp_path, TEXTS, vocab_size=66_400, user_defined_symbols=pieces)
+    with pytest.raises(UserError, match="tokens, expected at most 65536, as many as a shard can"):
+        load_tokenizer(path, 65_536)
+
+
+def not_utf8(contents: bytes) -> bytes:
+    """A piece of the model, which is text, begins with a byte that no character begins with."""
+    return contents.replace("▁".encode(), b"\xbf\x96\x81", 1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda contents: b"",
+        lambda contents: b"no model at all",
+        lambda contents: contents[: len(contents) // 2],
+        lambda contents: contents + b"\0",
+        lambda contents: contents[:50] + b"\xff" + contents[51:],
+        not_utf8,
+    ],
+)
+def test_a_file_that_is_no_model_is_refused(model, tmp_path, damage):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(damage(model.read_bytes()))
+    with pytest.raises(UserError, match=r"SentencePiece model: name a \.model file") as caught:
+        load_tokenizer(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_too_large_for_a_model_is_not_read(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    with path.open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(UserError, match="has 3221225472 bytes, expected a SentencePiece model"):
+        load_tokenizer(path)
 
 
 def test_a_missing_model_is_refused(tmp_path):
@@ -76,16 +149,5 @@ def test_a_missing_model_is_refused(tmp_path):
 
 
 def test_a_model_without_bos_is_refused(tmp_path):
-    path = tmp_path / "tokenizer.model"
-    with path.open("wb") as file:
-        SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS),
-            model_writer=file,
-            vocab_size=320,
-            bos_id=-1,
-            byte_fallback=True,
-            model_type="bpe",
-            minloglevel=2,
-        )
     with pytest.raises(UserError, match="no BOS"):
-        load_tokenizer(path)
+        load_tokenizer(given_model(tmp_path, TEXTS, bos_id=-1))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from sentencepiece import SentencePieceTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "workflow/scripts"
@@ -28,6 +29,20 @@ def run_script(name: str, *arguments, processes: int = 1, check: bool = True):
 def write_jsonl(path: Path, documents: list[str]) -> Path:
     lines = (json.dumps({"text": text}, ensure_ascii=False) for text in documents)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def given_model(folder: Path, texts: list[str], **options) -> Path:
+    """A tokenizer that another program might have trained."""
+    path = folder / "given.model"
+    defaults = {"model_type": "bpe", "vocab_size": 320, "byte_fallback": True, "minloglevel": 2}
+    with path.open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            hard_vocab_limit=False,
+            **{**defaults, **options},
+        )
     return path
 
 

@@ -26,6 +26,7 @@ from fairway.audit.lineage import check_lineage
 from fairway.audit.runner import AuditTarget, audit_evaluator
 from fairway.code_hash import import_closure
 from fairway.data.dataset import load_dataset, read_split
+from fairway.data.manifest_fields import read_manifest
 from fairway.evaluation.evaluator import Evaluator
 from fairway.files import write_json, write_table
 from fairway.metrics import read_metrics
@@ -52,7 +53,7 @@ def audit(stage: StageRun) -> None:
 
     runtime = stage.settings.runtime
     model = prepare(load_artifact(artifact, stage.world.device), runtime)
-    dataset = load_dataset(manifest, check_tokenizer=False)
+    dataset = load_dataset(manifest, ("val",), check_hashes=False)
     evaluator = Evaluator(
         model, stage.settings.evaluation, bos_id=dataset.bos_id, seed=stage.seed, runtime=runtime
     )
@@ -73,7 +74,7 @@ def audit(stage: StageRun) -> None:
         evaluation=read_evaluation(
             table,
             tokens,
-            split_bytes=read_json(manifest)["splits"]["val"]["bytes"],
+            split_bytes=read_manifest(manifest).splits.val.bytes,
             metrics=metrics["slot_eval"],
         ),
     )

@@ -20,7 +20,7 @@ SPLITS = {"train": "adaptation", "val": "val"}
 
 def train(stage: StageRun) -> None:
     settings, runtime = stage.settings.ttt, stage.settings.runtime
-    dataset = load_dataset(stage.take("tokenize", "manifest.json"))
+    dataset = load_dataset(stage.take("tokenize", "manifest.json"), ("adaptation", "val"))
     weights = stage.take("ema", "weights.safetensors")
     model, losses = prepare(load_model(weights, stage.world.device), runtime), []
     if settings.data != "none":

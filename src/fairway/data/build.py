@@ -1,23 +1,24 @@
 """Make a dataset: documents or finished shards → tokenizer, shards, splits and their manifest."""
 
-import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
+from fairway.claims import remove
 from fairway.data.corpora.base import Corpus
 from fairway.data.manifest import describe_dataset
-from fairway.data.manifest_fields import FORMAT, TRAINING_SPLITS
+from fairway.data.manifest_fields import TRAINING_SPLITS, read_manifest
 from fairway.data.settings import DataSettings
 from fairway.data.shards import TOKEN_TYPE, ShardWriter
 from fairway.data.tokenizer import load_tokenizer, train_tokenizer
 from fairway.errors import UserError
-from fairway.files import atomic_path, read_json, write_json
+from fairway.files import atomic_path, write_json
 from fairway.progress import progress
 from fairway.provenance import remove_provenance
 
@@ -34,15 +35,18 @@ def make_dataset(
     """Write tokenizer.model, shards and manifest.json to `folder`.
 
     Returns metrics (tokens, bytes, documents, bytes_per_token, and `splits` with the first three of
-    each split) and the input files for the provenance. The manifest is written last. Finished
-    shards stay where they are and are only described; the manifest has their hashes. Neither the
-    data nor the manifest depend on `threads`.
-    Raises UserError for whatever is wrong with the source, the tokenizer or the shards.
+    each split) and the input files for the provenance. The manifest is written last; what it warns
+    of is also told on stderr, in one line. Finished shards stay where they are and are only
+    described; the manifest has their hashes. Neither the data nor the manifest depend on `threads`.
+    Raises UserError for whatever is wrong with the source, the tokenizer or the shards. An earlier
+    dataset stays until documents and tokenizer have proved good.
     """
     folder, corpus = Path(folder), settings.corpus()
     make = _describe_shards if corpus.brings_shards else _tokenize
     manifest, inputs = make(corpus, settings, folder, threads)
     write_json(folder / MANIFEST, manifest)
+    if manifest["warnings"]:
+        print("warning:", *manifest["warnings"], file=sys.stderr, flush=True)
     return _metrics(manifest), inputs
 
 
@@ -58,8 +62,8 @@ def _describe_shards(
             "or move the shards"
         )
     load_tokenizer(shards.tokenizer, settings.vocab_size)
-    _remove_previous(folder)
-    _copy(shards.tokenizer, folder / TOKENIZER)
+    _remove_previous(folder, _previous_shards(folder))
+    _write_tokenizer(folder, shards.tokenizer.read_bytes())
     manifest = describe_dataset(settings, folder / TOKENIZER, shards.train, shards.val, threads)
     return manifest, [shards.tokenizer]
 
@@ -68,51 +72,59 @@ def _tokenize(
     corpus: Corpus, settings: DataSettings, folder: Path, threads: int
 ) -> tuple[dict[str, Any], list[Path]]:
     """The manifest of shards made from documents, and the files that these came from."""
-    inputs = [*corpus.fetch(), *([Path(settings.tokenizer)] if settings.tokenizer else [])]
-    _remove_previous(folder)
-    shards, decoded_bytes = _make_shards(corpus, settings, folder, threads)
-    tokenizer_path = folder / TOKENIZER
+    given = [Path(settings.tokenizer)] if settings.tokenizer else []
+    for path in given:
+        load_tokenizer(path, settings.vocab_size)
+    previous = _previous_shards(folder)
+    inputs = [*corpus.fetch(), *given]
+    documents, model = _survey(corpus, settings)
+    _remove_previous(folder, previous)
+    tokenizer_path = _write_tokenizer(folder, model)
+    shards, decoded_bytes = _make_shards(corpus, settings, tokenizer_path, documents, threads)
     manifest = describe_dataset(settings, tokenizer_path, shards["train"], shards["val"], threads)
     _check_bytes(manifest["splits"], decoded_bytes, tokenizer_path)
     return manifest, inputs
 
 
-def _remove_previous(folder: Path) -> None:
+def _previous_shards(folder: Path) -> list[str]:
+    """Names of the shards that an earlier run made here."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return []
+    try:
+        manifest = read_manifest(path)
+    except UserError as error:
+        raise UserError(
+            f"{path} was not written by tokenize, or is damaged ({error}), and would be lost: "
+            "remove it, or change data.name"
+        ) from error
+    return [name for name in manifest.shards if Path(name).name == name]
+
+
+def _remove_previous(folder: Path, shards: Iterable[str]) -> None:
     """Remove what an earlier run made here, first of all what vouches for it; no other file."""
-    manifest_path = folder / MANIFEST
-    shards: Iterable[str] = ()
-    if manifest_path.is_file():
-        manifest = read_json(manifest_path)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(
-                f"{manifest_path} was not written by tokenize and would be lost: change data.name"
-            )
-        shards = manifest["shards"]
     remove_provenance(folder)
-    manifest_path.unlink(missing_ok=True)
-    for name in shards:
-        if Path(name).name == name:
-            (folder / name).unlink(missing_ok=True)
+    for name in (MANIFEST, *shards):
+        remove(folder / name)
 
 
-def _copy(source: Path, destination: Path) -> None:
-    with atomic_path(destination) as temporary:
-        shutil.copyfile(source, temporary)
+def _write_tokenizer(folder: Path, model: bytes) -> Path:
+    with atomic_path(folder / TOKENIZER) as temporary:
+        temporary.write_bytes(model)
+    return folder / TOKENIZER
 
 
 def _make_shards(
-    corpus: Corpus, settings: DataSettings, folder: Path, threads: int
+    corpus: Corpus, settings: DataSettings, tokenizer_path: Path, documents: int, threads: int
 ) -> tuple[dict[str, list[Path]], dict[str, int]]:
     """Tokenize: for `val` and `train`, the shards and the UTF-8 bytes of their decoded text."""
-    tokenizer_path = folder / TOKENIZER
-    documents = _survey(corpus, settings, tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path, settings.vocab_size)
     source = _selected_documents(corpus, settings)
     shards: dict[str, list[Path]] = {}
     decoded_bytes = {"val": 0, "train": 0}
     with progress(documents, "tokenize", "document") as bar:
         for split, count in (("val", settings.val_docs), ("train", None)):
-            writer = ShardWriter(folder, split, settings.shard_tokens)
+            writer = ShardWriter(tokenizer_path.parent, split, settings.shard_tokens)
             for batch in _batches(islice(source, count)):
                 tokens, text_bytes = encode_documents(tokenizer, batch, threads)
                 writer.write(tokens)
@@ -130,17 +142,21 @@ def _selected_documents(corpus: Corpus, settings: DataSettings) -> Iterator[str]
     return islice(corpus.documents(), stop)
 
 
-def _survey(corpus: Corpus, settings: DataSettings, tokenizer_path: Path) -> int:
-    """Put the tokenizer in place and return the number of documents, in one pass over them.
+def _survey(corpus: Corpus, settings: DataSettings) -> tuple[int, bytes]:
+    """The number of documents and the tokenizer's file, from one pass over the documents.
 
-    A tokenizer learns from training documents only. Bad lines and a lack of documents show here,
-    before anything is tokenized.
+    A tokenizer learns from training documents only. Bad lines and a lack of documents or of
+    validation text show here, before anything is tokenized.
     """
-    if settings.tokenizer:
-        load_tokenizer(settings.tokenizer, settings.vocab_size)
     with progress(None, "read", "document") as bar:
         documents = _counted(_selected_documents(corpus, settings), bar)
-        validation = sum(1 for _ in islice(documents, settings.val_docs))
+        with_text = [bool(text.strip()) for text in islice(documents, settings.val_docs)]
+        validation = len(with_text)
+        if validation and not any(with_text):
+            raise UserError(
+                f"the first {validation} documents, which data.val_docs makes validation, hold no "
+                "text, expected text to score: put others first, or raise data.val_docs"
+            )
         first = next(documents, None)
         if first is None:
             raise UserError(
@@ -152,10 +168,10 @@ def _survey(corpus: Corpus, settings: DataSettings, tokenizer_path: Path) -> int
         if settings.tokenizer:
             for _ in training:
                 pass
-            _copy(Path(settings.tokenizer), tokenizer_path)
+            model = Path(settings.tokenizer).read_bytes()
         else:
-            train_tokenizer(training, settings.vocab_size, tokenizer_path, settings.seed)
-        return bar.n
+            model = train_tokenizer(training, settings.vocab_size, settings.seed)
+        return bar.n, model
 
 
 def _counted(documents: Iterable[str], bar: tqdm) -> Iterator[str]:
@@ -184,13 +200,32 @@ def encode_documents(
     """Tokens uint16 [n], a BOS before each document, and the UTF-8 length of what they decode to.
 
     The decoded text counts, not the given one: normalization folds spaces and compatibility
-    characters.
+    characters. Raises UserError for a character that the tokenizer has no piece for.
     """
     encoded = tokenizer.encode(list(documents), num_threads=threads)
     decoded = tokenizer.decode(encoded, num_threads=threads)
     bos = np.array([tokenizer.bos_id()], TOKEN_TYPE)
     parts = [part for ids in encoded for part in (bos, np.array(ids, TOKEN_TYPE))]
-    return np.concatenate(parts), sum(len(text.encode()) for text in decoded)
+    tokens = np.concatenate(parts)
+    if np.any(tokens == tokenizer.unk_id()):
+        _refuse_unknown(tokenizer, documents)
+    return tokens, sum(len(text.encode()) for text in decoded)
+
+
+def _refuse_unknown(tokenizer: SentencePieceProcessor, documents: Iterable[str]) -> NoReturn:
+    unknown = next(
+        piece
+        for text in documents
+        for token, piece in zip(
+            tokenizer.encode(text), tokenizer.encode(text, out_type=str), strict=True
+        )
+        if token == tokenizer.unk_id()
+    )
+    raise UserError(
+        f"the tokenizer has no piece for {unknown[:20]!r} and no byte fallback: it makes <unk> of "
+        "it, which stands for no bytes, so bits per byte would be wrong; name a data.tokenizer "
+        "that was trained with byte_fallback, or null to train one"
+    )
 
 
 def _check_bytes(

@@ -1,12 +1,13 @@
 """A tokenized dataset as later stages see it: a manifest that cuts shards into splits."""
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fairway.data.manifest_fields import SPLITS, Manifest, ShardFields, read_manifest, refuse
+from fairway.data.manifest_fields import MADE_BY, SPLITS, Manifest, read_manifest, refuse
 from fairway.data.shards import check_vocabulary, read_shard, shard_token_count
 from fairway.data.tokenizer import load_tokenizer
 from fairway.errors import UserError
@@ -33,8 +34,8 @@ class Span:
 class Dataset:
     """Splits of one tokenized text.
 
-    splits: for each of SPLITS its spans in reading order. `selection` and `adaptation` are tails
-    of the training text that `train` does not contain.
+    splits: for each that was loaded its spans in reading order. `selection` and `adaptation` are
+    tails of the training text that `train` does not contain.
     """
 
     vocab_size: int
@@ -43,54 +44,62 @@ class Dataset:
     splits: dict[str, tuple[Span, ...]]
 
 
-def load_dataset(manifest_path: str | Path, *, check_tokenizer: bool = True) -> Dataset:
-    """Read manifest.json; check it against itself, its tokenizer and every shard that it names.
+def load_dataset(
+    manifest_path: str | Path, splits: Iterable[str] = SPLITS, *, check_hashes: bool = True
+) -> Dataset:
+    """Read manifest.json; check it against itself, its tokenizer and the splits' shards.
 
-    check_tokenizer: whether the tokenizer must be the one that the manifest describes. Only the
-    audit, which has a verdict for another one, does without.
+    splits: those of SPLITS that will be read; only their shards are looked at.
+    check_hashes: whether tokenizer and shards must be those that the manifest describes. Only the
+    audit, which has a verdict for others, does without.
     Raises UserError for a missing, foreign or contradictory manifest, for another tokenizer, and
-    for a shard that is missing, truncated, of another length than when the manifest was written, or
-    has ids outside the vocabulary.
+    for a shard that is missing, truncated, of another length or content than when the manifest was
+    written, or has ids outside the vocabulary.
     """
     manifest_path = Path(manifest_path)
     manifest, folder = read_manifest(manifest_path), manifest_path.parent
-    tokenizer_path = require_file(folder / manifest.tokenizer.path, "tokenize")
-    if check_tokenizer:
+    tokenizer_path = require_file(folder / manifest.tokenizer.path, MADE_BY)
+    if check_hashes:
+        _check_hash(tokenizer_path, manifest.tokenizer.sha256, manifest_path)
         _check_tokenizer(tokenizer_path, manifest, manifest_path)
 
-    def check(entry: tuple[str, ShardFields]) -> None:
-        path, shard = folder / entry[0], entry[1]
+    def check(name: str) -> None:
+        path, shard = folder / name, manifest.shards[name]
         tokens = shard_token_count(path)
         if tokens != shard.tokens:
             raise UserError(
-                f"shard {path} holds {tokens} tokens, expected {shard.tokens} as "
-                f"{manifest_path} says: rerun tokenize"
+                f"shard {path} holds {tokens} tokens, {manifest_path} lists {shard.tokens}: "
+                f"expected the file made by {MADE_BY}"
             )
         check_vocabulary(path, manifest.vocab_size)
+        if check_hashes:
+            _check_hash(path, shard.sha256, manifest_path)
 
+    spans = {split: manifest.split(split).spans for split in splits}
+    names = dict.fromkeys(span.path for split in spans.values() for span in split)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(check, manifest.shards.items()))
+        list(pool.map(check, names))
     return Dataset(
         vocab_size=manifest.vocab_size,
         bos_id=manifest.bos_id,
         tokenizer_path=tokenizer_path,
         splits={
-            split: tuple(
-                Span(folder / span.path, span.start, span.stop)
-                for span in manifest.split(split).spans
-            )
-            for split in SPLITS
+            split: tuple(Span(folder / span.path, span.start, span.stop) for span in cut)
+            for split, cut in spans.items()
         },
     )
 
 
-def _check_tokenizer(path: Path, manifest: Manifest, manifest_path: Path) -> None:
+def _check_hash(path: Path, listed: str, manifest_path: Path) -> None:
     found = sha256_of(path)
-    if found != manifest.tokenizer.sha256:
+    if found != listed:
         raise UserError(
             f"{path} has changed since it was made: found SHA-256 {found[:12]}, {manifest_path} "
-            f"lists {manifest.tokenizer.sha256[:12]}; rerun tokenize"
+            f"lists {listed[:12]}; expected the file made by {MADE_BY}"
         )
+
+
+def _check_tokenizer(path: Path, manifest: Manifest, manifest_path: Path) -> None:
     tokenizer = load_tokenizer(path)
     for field, expected in (
         ("vocab_size", tokenizer.vocab_size()),

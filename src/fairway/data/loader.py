@@ -45,10 +45,16 @@ class CoprimeLoader:
         # A block's last target is the token after it.
         self._tokens = [np.asarray(span.read()) for span in spans if len(span) > sequence_length]
         if not self._tokens:
+            total = sum(map(len, spans))
+            change = (
+                "raise data.shard_tokens, or join finished shards"
+                if total > sequence_length
+                else "bring more text"
+            )
             raise UserError(
-                f"no span of the training text is longer than a sequence of {sequence_length} "
-                f"tokens (the longest has {max(map(len, spans), default=0)}): shorten the "
-                "sequence or bring more text"
+                f"no shard of the training text is longer than a sequence of {sequence_length} "
+                f"tokens (the longest has {max(map(len, spans), default=0)}, all have {total}): "
+                f"{change}, or lower train.sequence_tokens"
             )
         self._sequence_length = sequence_length
         self._batch_sequences = batch_sequences

@@ -1,6 +1,7 @@
 """Section `data`: which text, which tokenizer, and how the tokens are split."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,6 +15,9 @@ SOURCE_KEYS = ("paths", "folder", "repository", "revision", "form")
 
 DOCUMENT_KEYS = ("tokenizer", "val_docs", "max_train_docs", "shard_tokens", "seed")
 """Keys that say how documents become shards; finished shards need none of them."""
+
+SMALLEST_TRAINED = 300
+"""Tokens of a tokenizer to train: 256 bytes, 4 reserved ones, and some characters and merges."""
 
 
 class SourceChoice(Choice):
@@ -41,8 +45,8 @@ class DataSettings(Settings):
     """For `huggingface`: tokenize its documents, or take its shards and their tokenizer."""
     tokenizer: str | None = None
     """A SentencePiece .model to use; null trains one."""
-    vocab_size: int = Field(1024, ge=300, le=65535)
-    """Tokens of the vocabulary, those of single bytes included."""
+    vocab_size: int = Field(1024, ge=1, le=65536)
+    """Tokens of the vocabulary, those of single bytes included; at least 300 to train one."""
     val_docs: int = Field(50_000, ge=1)
     """The first documents, kept for validation."""
     max_train_docs: int | None = Field(None, ge=1)
@@ -60,6 +64,12 @@ class DataSettings(Settings):
     def _fits_its_source(self) -> Self:
         corpus = self.corpus()
         corpus.check()
+        trains = not corpus.brings_shards and self.tokenizer is None
+        if trains and self.vocab_size < SMALLEST_TRAINED:
+            raise UserError(
+                f"data.vocab_size: found {self.vocab_size}, expected at least {SMALLEST_TRAINED} "
+                "where a tokenizer is trained: raise it, or name a data.tokenizer"
+            )
         read = {*corpus.reads, *(() if corpus.brings_shards else DOCUMENT_KEYS)}
         for key in (*SOURCE_KEYS, *DOCUMENT_KEYS):
             default = type(self).model_fields[key].default
@@ -70,6 +80,19 @@ class DataSettings(Settings):
                     f"{finished}: remove it, or give its default, {json.dumps(default)}"
                 )
         return self
+
+    def check_with(self, sections: Mapping[str, Settings]) -> None:
+        """Raise UserError where shards or the adaptation text are too short for a sequence."""
+        sequence = sections["train"].sequence_tokens
+        for key, is_read in (
+            ("shard_tokens", not self.corpus().brings_shards),
+            ("adaptation_tokens", sections["ttt"].data == "train"),
+        ):
+            if is_read and getattr(self, key) <= sequence:
+                raise UserError(
+                    f"data.{key} {getattr(self, key)} holds no sequence of train.sequence_tokens "
+                    f"{sequence} and the token after it: raise it to at least {sequence + 1}"
+                )
 
     def corpus(self) -> Any:
         """The source itself, a `fairway.data.corpora.base.Corpus`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fairway.errors import UserError
-from fairway.files import atomic_path
+from fairway.files import atomic_path, require_file
 
 MAGIC = 20240520
 VERSION = 1
@@ -37,6 +37,7 @@ def shard_token_count(path: str | Path) -> int:
 
     Raises UserError where the file is missing, is no shard, or is not as long as the header says.
     """
+    require_file(path, "tokenize, or of a published dataset")
     try:
         with open(path, "rb") as file:
             header = file.read(HEADER_BYTES)

@@ -1,16 +1,22 @@
 """The SentencePiece tokenizer: trained with the challenge's settings, or given."""
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
+from fairway.data.settings import SMALLEST_TRAINED
+from fairway.data.shards import MAX_VOCAB_SIZE
 from fairway.errors import UserError
-from fairway.files import atomic_path, require_file
+from fairway.files import require_file
 
 # The ids that the challenge's models reserve.
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
+
+MAX_MODEL_BYTES = 1 << 28
+"""A model of 65,536 pieces has about 2 MB."""
 
 # More documents than this are sampled: SentencePiece holds those it trains on in memory.
 MAX_TRAINING_DOCUMENTS = 5_000_000
@@ -37,12 +43,12 @@ TRAINER = {
 }
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, path: Path, seed: int) -> None:
-    """Train a BPE of `vocab_size` pieces and write it to `path`, atomically.
+def train_tokenizer(documents: Iterable[str], vocab_size: int, seed: int) -> bytes:
+    """Train a BPE of `vocab_size` pieces; the contents of its .model file.
 
     The same documents and seed give the same bytes. `seed` draws the documents to train on where
     there are more than MAX_TRAINING_DOCUMENTS.
-    Raises UserError where there is too little text for so many pieces.
+    Raises UserError where the text has too few words or too many characters for so many pieces.
     """
     failures: list[BaseException] = []
     model = io.BytesIO()
@@ -57,18 +63,38 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: Path, seed:
     except RuntimeError as error:
         if failures:
             raise failures[0] from None
-        raise UserError(
-            f"no tokenizer could be trained ({' '.join(str(error).split())}): expected text for "
-            f"data.vocab_size {vocab_size}; bring more text or lower it"
-        ) from error
+        raise UserError(_why_untrained(str(error), vocab_size)) from error
     learned = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if learned != vocab_size:
+        lower = f" or lower data.vocab_size to {learned}" if learned >= SMALLEST_TRAINED else ""
         raise UserError(
             f"the training text yields only {learned} pieces, expected data.vocab_size "
-            f"{vocab_size}: bring more text or lower it"
+            f"{vocab_size}: bring more text{lower}"
         )
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(model.getvalue())
+    return model.getvalue()
+
+
+def _why_untrained(reason: str, vocab_size: int) -> str:
+    """What SentencePiece's error means to the user, and what to change."""
+    needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason)
+    if needed:
+        pieces = int(needed[1])
+        change = (
+            f"raise data.vocab_size to at least {pieces}"
+            if pieces <= MAX_VOCAB_SIZE
+            else f"a shard holds at most {MAX_VOCAB_SIZE}, so name a data.tokenizer of your own"
+        )
+        return (
+            f"the training text has so many different characters that they, single bytes and "
+            f"reserved ids take {pieces} pieces, expected at most data.vocab_size {vocab_size}: "
+            f"{change}"
+        )
+    if "sentences_.empty()" in reason or "all_chars_count" in reason:
+        return "the training documents hold no text to train a tokenizer on: bring other documents"
+    return (
+        f"no tokenizer of data.vocab_size {vocab_size} could be trained "
+        f"({' '.join(reason.split())}): change it, or name a data.tokenizer"
+    )
 
 
 def _training_text(documents: Iterable[str], failures: list[BaseException]) -> Iterator[str]:
@@ -89,18 +115,28 @@ def load_tokenizer(
     vocab_size: what the configuration says (data.vocab_size); None accepts any.
     """
     path = require_file(path, "SentencePiece (data.tokenizer) or the tokenize stage")
+    if not 0 < path.stat().st_size <= MAX_MODEL_BYTES:
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes, expected a SentencePiece model: name a "
+            ".model file in data.tokenizer"
+        )
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError as error:
+        found = tokenizer.vocab_size()
+        tokenizer.id_to_piece(list(range(found)))
+    except (RuntimeError, UnicodeDecodeError) as error:  # the latter of a piece, or of a message
         raise UserError(
             f"{path} is not a SentencePiece model: name a .model file in data.tokenizer"
         ) from error
-    if tokenizer.vocab_size() == 0:
-        raise UserError(f"{path} is empty, expected a SentencePiece model: check data.tokenizer")
-    if vocab_size is not None and tokenizer.vocab_size() != vocab_size:
+    if found > MAX_VOCAB_SIZE:
         raise UserError(
-            f"{path} has {tokenizer.vocab_size()} tokens, expected data.vocab_size {vocab_size}: "
-            "change data.vocab_size or name another data.tokenizer"
+            f"{path} has {found} tokens, expected at most {MAX_VOCAB_SIZE}, as many as a shard can "
+            "tell apart: name another data.tokenizer"
+        )
+    if vocab_size not in (None, found):
+        raise UserError(
+            f"{path} has {found} tokens, expected data.vocab_size {vocab_size}: set "
+            f"data.vocab_size to {found} or name another data.tokenizer"
         )
     if tokenizer.bos_id() < 0:
         raise UserError(

@@ -73,7 +73,7 @@ class Corpus:
 
         Raises UserError where one is missing.
         """
-        made_by = f"you: data.source {self.data.source.name!r} reads it"
+        made_by = f"you for data.source {self.data.source.name!r}"
         return tuple(require_file(path, made_by) for path in self.files())
 
     def documents(self) -> Iterator[str]:

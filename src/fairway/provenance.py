@@ -32,7 +32,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 class Provenance(BaseModel):
     """provenance.json."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     stage: Line
     seed: int | None = None

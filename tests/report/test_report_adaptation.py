@@ -10,7 +10,15 @@ import pytest
 
 from fairway.errors import UserError
 from fairway.report.statistics import least_p
-from synthetic_run import QUICKSTART, SEEDS, load_results, make_report, make_run, make_tokens
+from synthetic_run import (
+    QUICKSTART,
+    SEEDS,
+    load_results,
+    make_report,
+    make_run,
+    make_tokens,
+    reseal,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,14 @@ def test_each_seed_is_held_against_its_own_sliding_window(report):
     units = dict(zip(stages["metric"], stages["unit"], strict=True))
     assert units["change_bpb_ci_low"] == "bits/byte" and units["change_bpb_p"] == "1"
     summary = pd.read_parquet(report / "summary.parquet")
-    kept = {"change_bpb", "gain_lora_bpb", "gain_lora_nats", "gain_slot_bpb", "gain_slot_nats"}
+    kept = {
+        "change_bpb",
+        "gain_nats",
+        "gain_lora_bpb",
+        "gain_lora_nats",
+        "gain_slot_bpb",
+        "gain_slot_nats",
+    }
     about = summary["metric"].str.startswith(("change_", "gain_"))
     assert set(summary.loc[about, "metric"]) == kept
 
@@ -71,10 +86,12 @@ def rewrite_tokens(root, seed, change):
     """Replace one token table of `causal` by `change` of it."""
     path = root / f"results/quickstart/seed-{seed}/shared/slot_eval/tokens.parquet"
     change(pd.read_parquet(path)).to_parquet(path)
+    reseal(path)
 
 
 def rewrite_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    reseal(path)
 
 
 def test_gains_that_do_not_add_up_are_refused(tmp_path):
@@ -95,7 +112,7 @@ def test_seeds_with_other_adapters_are_refused(tmp_path):
     make_run(tmp_path, seeds=(42, 2025))
     rewrite_tokens(tmp_path, 2025, lambda t: t.drop(columns="gain_lora"))
     metrics = tmp_path / "results/quickstart/seed-2025/shared/slot_eval/metrics.json"
-    rewrite_json(metrics, adapters=[{"name": "slot", "title": "SLOT"}])
+    rewrite_json(metrics, adapters=[{"name": "slot", "title": "SLOT", "kernels": "plain"}])
     with pytest.raises(UserError, match=r"\['slot'\], the first seed's of \['lora', 'slot'\]"):
         load_results(tmp_path, seeds=(42, 2025))
 
@@ -105,7 +122,7 @@ def test_an_adapter_is_called_by_the_title_that_it_gives_itself(tmp_path):
     rewrite_tokens(tmp_path, 42, lambda t: t.rename(columns={"gain_lora": "gain_cache"}))
     metrics = tmp_path / "results/quickstart/seed-42/shared/slot_eval/metrics.json"
     titles = {"cache": "Unigram cache", "slot": "SLOT"}
-    listed = [{"name": name, "title": title} for name, title in titles.items()]
+    listed = [{"name": name, "title": title, "kernels": "plain"} for name, title in titles.items()]
     rewrite_json(metrics, adapters=listed)
     folder = make_report(tmp_path, seeds=(42,))
     page = (folder / "report.html").read_text(encoding="utf-8")

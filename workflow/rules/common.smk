@@ -330,6 +330,7 @@ def get_variants():
         ]
     )
 
+        "artifact.bin",
 
 def is_fetched():
     """Whether any dataset comes over the network, where trying again may help."""

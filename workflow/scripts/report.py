@@ -11,6 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fairway.errors import UserError
 from fairway.recipe import load_config
+from fairway.report.content import cautions
 from fairway.report.page import write_report
 from fairway.report.results import read_results
 from fairway.settings import explain
@@ -32,7 +33,7 @@ def report(stage: StageRun) -> None:
     stage.taken |= results.files
     stage.finish({}, products=[str(path.relative_to(stage.output)) for path in products])
     verdicts = ", ".join(f"{variant} {results.verdict(variant)}" for variant in folders)
-    print(f"{stage.output / 'report.html'}: {verdicts}")
+    print(f"{stage.output / 'report.html'}: {verdicts}", *cautions(results), sep="\n  ")
 
 
 def layout(options: argparse.Namespace) -> tuple[dict, dict, list[int]]:

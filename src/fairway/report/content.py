@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from fairway.audit.interface import FAIL, NOT_RUN, PASS
+from fairway.data.manifest import ENOUGH_DOCUMENTS
 from fairway.files import sha256_of_json
 from fairway.report.format import (
     badge,
@@ -50,6 +51,8 @@ BUDGET_TITLES = {
     "training_seconds": "Reading training data",
     "evaluation_seconds": "Evaluation",
 }
+FEW_WINDOWS = 5
+"""An adapter learns in one window for the next; in fewer there is no next to speak of."""
 # The gravest of a check's verdicts is quoted; others than these, such as NOT APPLICABLE, come last.
 GRAVITY = {FAIL: 0, NOT_RUN: 1, PASS: 2}
 
@@ -73,6 +76,7 @@ def page_content(results: Results, tables: RunTables, settings: ReportSettings) 
         "facts": _facts(results),
         "baseline": settings.baseline,
         "settings": settings,
+        "cautions": cautions(results),
         "headline": [_headline(results, tables, settings, name) for name in results.variants],
         "stages": _stage_groups(results),
         "changes": _changes_by_seed(results, tables.comparisons),
@@ -127,6 +131,25 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("Seeds", ", ".join(map(str, results.seeds))),
         ("Machine", "; ".join(devices)),
     ]
+
+
+def cautions(results: Results) -> list[str]:
+    """What the scored text is too small to tell, a sentence each."""
+    found = []
+    several = len(set(results.datasets.values())) > 1
+    for variant in results.variants:
+        told = list(results.warnings[variant])
+        documents = len(results.tokens[variant, results.seeds[0]].by_document)
+        if documents < ENOUGH_DOCUMENTS and not told:  # made before datasets said so themselves
+            told = [f"The scored text has {documents} documents, few for an interval over them."]
+        found += [f"{results.datasets[variant]}: {text}" if several else text for text in told]
+        windows = results.metrics[variant, results.seeds[0], FINAL_STAGE]["windows"]
+        if windows < FEW_WINDOWS:
+            found.append(
+                f"{variant} was scored in {plural(windows, 'window')}: what adaptation gains in "
+                f"fewer than {FEW_WINDOWS} says little."
+            )
+    return list(dict.fromkeys(found))
 
 
 def _headline(

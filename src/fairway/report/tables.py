@@ -36,9 +36,9 @@ SEED_TESTS = (
         for name in ("t", "degrees_of_freedom", "p")
     ),
 )
+"""The columns of the comparisons that are of seeds, not of documents."""
 COMPARISONS_DTYPES = {"seed": "Int64"}
 """It is null where a comparison is of all seeds."""
-"""The columns of the comparisons that are of seeds, not of documents."""
 MOST_FOR_ALL_PAIRS = 5
 """So many variants are compared each with each; of more, each with the first."""
 UNITS = {
@@ -238,7 +238,7 @@ def comparisons_table(results: Results) -> pd.DataFrame:
         tests = _tests_over_seeds(results, variant, other) if variant != other else {}
         rows.append({"run": results.run} | row | asdict(found) | tests)
     columns = ["run", *keys, *(field.name for field in fields(DocumentTest)), *SEED_TESTS]
-    return pd.DataFrame(rows, columns=columns).astype({"seed": "Int64"})
+    return pd.DataFrame(rows, columns=columns).astype(COMPARISONS_DTYPES)
 
 
 def _tests_over_seeds(results: Results, variant: str, reference: str) -> dict[str, float]:

@@ -142,6 +142,18 @@ def test_fewer_training_documents_on_request(settings, tmp_path):
     assert metrics["documents"] == VAL_DOCS + 80
 
 
+def test_the_largest_numbers_are_no_fault(settings, tmp_path):
+    largest = settings.changed(max_train_docs=2**63 - 1, shard_tokens=2**31 - 1, seed=2**32 - 1)
+    metrics, _ = make_dataset(largest, tmp_path / "all", threads=1)
+    assert metrics["documents"] == len(TEXTS)
+    with pytest.raises(UserError, match=r"the \d+ of data.selection_tokens and data.adaptation"):
+        make_dataset(largest.changed(selection_tokens=2**63 - 1), tmp_path / "none", threads=1)
+    with pytest.raises(
+        UserError, match="holds 120 documents, expected data.val_docs 9223372036854"
+    ):
+        make_dataset(largest.changed(val_docs=2**63 - 1), tmp_path / "none", threads=1)
+
+
 def test_a_dataset_is_replaced_whole(made, settings):
     make_dataset(settings.changed(shard_tokens=100_000), made, threads=1)
     assert sorted(path.name for path in made.glob("*.bin")) == [

@@ -138,7 +138,7 @@ def _make_shards(
 def _selected_documents(corpus: Corpus, settings: DataSettings) -> Iterator[str]:
     """The source's documents, validation first, cut at `max_train_docs`."""
     limit = settings.max_train_docs
-    stop = None if limit is None else settings.val_docs + limit
+    stop = None if limit is None else min(settings.val_docs + limit, sys.maxsize)
     return islice(corpus.documents(), stop)
 
 

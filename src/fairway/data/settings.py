@@ -51,13 +51,13 @@ class DataSettings(Settings):
     """The first documents, kept for validation."""
     max_train_docs: int | None = Field(None, ge=1)
     """Training documents at most; null takes all."""
-    shard_tokens: int = Field(100_000_000, ge=1024)
+    shard_tokens: int = Field(100_000_000, ge=1024, le=2**31 - 1)
     """Tokens of a shard."""
     selection_tokens: int = Field(1_048_576, ge=1)
     """A tail of the training text that train never draws: `ema.decay: auto` is chosen on it."""
     adaptation_tokens: int = Field(8_388_608, ge=1)
     """A tail of the training text that train never draws: `ttt.data: train` reads it."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     """Draws the documents that the tokenizer learns from where there are more than 5 million."""
 
     @model_validator(mode="after")

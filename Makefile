@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 
-.PHONY: setup run resume test test-all lint format docs clean help
+.PHONY: setup run resume check test test-all lint format docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -24,9 +24,11 @@ $(READY): pyproject.toml constraints.txt corpus-requirements.txt
 run: setup  ## run config.yaml, to results/quickstart/report (CORES=2)
 	$(SNAKEMAKE)
 
-resume: setup  ## go on after a run was killed
-	$(BIN)/snakemake --unlock --quiet all
-	$(SNAKEMAKE)
+resume: setup  ## go on with the last run, whatever it was, after it was killed
+	$(BIN)/fairway resume
+
+check: setup  ## which results are missing, unfinished or changed
+	$(BIN)/fairway check
 
 test: setup  ## the tests
 	$(BIN)/python -m pytest -q -m 'not slow' -n $(CORES) --dist loadfile --durations=15

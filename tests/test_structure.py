@@ -17,6 +17,8 @@ from tiny import ROOT, SCRIPTS
 
 LAYERS = (
     "cli",
+    "check",
+    "resume",
     "report",
     "audit",
     "evaluation",

@@ -1,9 +1,12 @@
-"""The `fairway` command: audits any evaluator from the command line.
+"""The `fairway` command: audits any evaluator, resumes a run, checks results.
 
     fairway audit --evaluator my_script:evaluate --tokens val_000000.bin --vocab-size 1024
+    fairway resume
+    fairway check results/quickstart
 
 Exit status: 0 where no check fails (those not run are listed), 1 where one does, 2 for bad usage
-and where the evaluator itself stops or raises, so that nothing was audited.
+and where the evaluator itself stops or raises, so that nothing was audited. `resume` becomes
+Snakemake, whose status it has.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fairway import check, resume
 from fairway.audit.flip_plan import Geometry
 from fairway.audit.interface import FAIL
 from fairway.audit.result import AuditResult
@@ -26,26 +30,32 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the command, return the exit status."""
     parsed = _parser().parse_args(arguments)
     try:
-        result = run_audit(parsed)
+        return parsed.run(parsed)
     except UserError as error:
-        return _refuse(str(error))
+        print(f"fairway: {error}", file=sys.stderr)
+        return 2
+
+
+def run_audit(parsed: argparse.Namespace) -> int:
+    """`fairway audit`; whatever the audited code does is told as a UserError."""
+    try:
+        result = audit_named(parsed)
+    except UserError:
+        raise
     except SystemExit as stopped:
-        return _refuse(
+        raise UserError(
             f"{parsed.evaluator} ended the program with sys.exit({stopped.code!r}), so nothing was "
             "audited: remove that call"
-        )
-    except Exception as error:  # whatever the audited code raises
-        return _refuse(f"{parsed.evaluator} could not be audited: it raised {told(error)}")
+        ) from stopped
+    except Exception as error:
+        raise UserError(
+            f"{parsed.evaluator} could not be audited: it raised {told(error)}"
+        ) from error
     print(result)
     return 1 if result.verdict == FAIL else 0
 
 
-def _refuse(message: str) -> int:
-    print(f"fairway: {message}", file=sys.stderr)
-    return 2
-
-
-def run_audit(parsed: argparse.Namespace) -> AuditResult:
+def audit_named(parsed: argparse.Namespace) -> AuditResult:
     """Audit the evaluator that the command line names, and write audit.json where asked to."""
     sys.path.insert(0, str(Path.cwd()))
     values = {name: getattr(parsed, name) for name in AuditSettings.model_fields}
@@ -105,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Check that an evaluator's scores are causal; docs/audit.md has the details.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    audit_parser.set_defaults(run=run_audit)
     add = audit_parser.add_argument
     function = "MODULE:FUNCTION"
     add(
@@ -129,6 +140,14 @@ def _parser() -> argparse.ArgumentParser:
         add(option, type=field.annotation, default=field.default, help=field.description)
     add("--seed", type=int, default=0, help="of the flips and the drawn text")
     add("--output", type=Path, metavar="JSON", help="write audit.json there")
+    others = (
+        ("resume", "go on with the last run, after it was killed", resume),
+        ("check", "tell which files of a run are missing, unfinished or changed", check),
+    )
+    for name, help_text, module in others:
+        command_parser = commands.add_parser(name, help=help_text, description=module.__doc__)
+        module.add_options(command_parser)
+        command_parser.set_defaults(run=module.run)
     return parser
 
 

@@ -29,7 +29,8 @@ MAXIMUM_TABLE_NUMBERS = 1 << 28
 BATCH_ROWS = 1 << 20
 """Rows of a table in memory at once."""
 TENSORS_CHECKSUM = "sha256"
-"""Its name in the metadata of safetensors."""
+TENSORS_RECORD = "fairway"
+"""The one key in the metadata of safetensors, which would be written in any order if more."""
 
 
 @contextmanager
@@ -284,8 +285,9 @@ def write_tensors(
 
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksum = _tensors_sha256(on_cpu, metadata)
+    record = json.dumps({**metadata, TENSORS_CHECKSUM: checksum}, sort_keys=True)
     with atomic_path(path) as temporary:
-        save_file(on_cpu, temporary, metadata={**metadata, TENSORS_CHECKSUM: checksum})
+        save_file(on_cpu, temporary, metadata={TENSORS_RECORD: record})
 
 
 def read_tensors(path: str | Path, made_by: str) -> tuple[dict[str, "Tensor"], dict[str, str]]:
@@ -297,10 +299,12 @@ def read_tensors(path: str | Path, made_by: str) -> tuple[dict[str, "Tensor"], d
     path = require_file(path, made_by)
     # PyTorch has errors of its own for shapes that no tensor can have.
     with (
-        reading(path, "safetensors", made_by, SafetensorError, TypeError, RuntimeError),
+        reading(path, "safetensors", made_by, SafetensorError, TypeError, ValueError, RuntimeError),
         safe_open(path, framework="pt") as file,
     ):
         metadata = dict(file.metadata() or {})
+        if TENSORS_RECORD in metadata:
+            metadata = dict(parse_json(metadata[TENSORS_RECORD]))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         checksum = metadata.pop(TENSORS_CHECKSUM, None)
         if checksum is not None and checksum != _tensors_sha256(tensors, metadata):

@@ -16,8 +16,8 @@ def finished(tmp_path_factory) -> Path:
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    # A space, so that every command is tried with one in its paths.
-    folder, done = root / "a project", root / "project is finished"
+    # So that every command is tried with a space, a quote and foreign letters in its paths.
+    folder, done = root / "it's a проект", root / "project is finished"
     with FileLock(root / "project.lock"):
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -43,4 +43,4 @@ def dry_runs(tmp_path_factory):
 @pytest.fixture
 def project(finished, tmp_path) -> Path:
     """A copy of the finished project, to be changed: a moved checkout with its mtimes."""
-    return shutil.copytree(finished, tmp_path / "moved", symlinks=True)
+    return shutil.copytree(finished, tmp_path / "проект's moved", symlinks=True)

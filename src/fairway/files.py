@@ -183,17 +183,16 @@ def _whole(digits: str) -> int:
 
 
 def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
-    while level:
-        if depth > MAXIMUM_JSON_DEPTH:
-            raise ValueError("it is nested too deeply")
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAXIMUM_JSON_DEPTH):
         level = [
             child
             for one in level
-            if isinstance(one, dict | list)
             for child in (one.values() if isinstance(one, dict) else one)
+            if isinstance(child, dict | list)
         ]
-        depth += 1
+    if level:
+        raise ValueError("it is nested too deeply")
 
 
 def write_table(path: str | Path, table: "pd.DataFrame") -> None:

@@ -25,7 +25,8 @@ PACKAGES = ("fairway", "torch", "numpy", "sentencepiece", "safetensors", "pandas
 SPLITS = ("train", "val")
 """What may be in a product's ancestry."""
 
-Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{0,4096}$")]
+"""A name or a path."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -44,7 +45,7 @@ class Provenance(BaseModel):
     inputs: dict[Line, Digest]
     """SHA-256 of files that were read, by the paths they were given as."""
     outputs: dict[Line, Digest]
-    """SHA-256 of the products, by their last names."""
+    """SHA-256 of the products, by their paths in the folder."""
     parents: list[Line]
     """provenance.json files of the stages that this one builds on."""
     git_commit: Line | None = None
@@ -133,7 +134,7 @@ def write_provenance(
     """Write `folder`/provenance.json.
 
     inputs: SHA-256 of the files that were read, recorded under their names as given.
-    outputs: files; their SHA-256 are recorded under their last names.
+    outputs: files in the folder; their SHA-256 are recorded under their paths there.
     splits_read: data splits (`train`, `val`) whose tokens this stage itself used to make its
     product; scoring a finished product on `val` does not count.
     parents: provenance.json files of the stages this one builds on. The recorded `splits` is the
@@ -150,7 +151,7 @@ def write_provenance(
             **{str(path): digest for path, digest in inputs.items()},
             **{str(path): sha256_of(path) for path in parents if os.path.isfile(path)},
         },
-        "outputs": {Path(path).name: sha256_of(path) for path in outputs},
+        "outputs": {Path(path).relative_to(folder).as_posix(): sha256_of(path) for path in outputs},
         "parents": [str(parent) for parent in parents],
         "git_commit": git_commit(),
         "versions": package_versions(),

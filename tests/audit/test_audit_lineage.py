@@ -1,12 +1,17 @@
 """Lineage: provenance files are followed and verified by hash; one edited by hand is found."""
 
+import copy
 import json
+import os
+from pathlib import Path
+from random import Random
 
 import pytest
 
 from fairway.audit.interface import FAIL, NOT_APPLICABLE, PASS
 from fairway.audit.lineage import check_lineage
 from fairway.files import sha256_of
+from malformed_products import ODD_TEXTS, ODD_VALUES, time_limit, with_odd_value
 from provenance_chain import STAGES, edit, make_chain
 
 
@@ -107,6 +112,73 @@ def test_a_loop_of_ancestors_ends(tmp_path):
     provenance = make_chain(tmp_path)
     edit(tmp_path / "tokenize" / "provenance.json", parents=[str(provenance)])
     assert check_lineage(provenance).verdict == FAIL
+
+
+@pytest.mark.parametrize("length", [1100, pytest.param(3000, marks=pytest.mark.slow)])
+def test_a_long_chain_is_followed_to_its_end(tmp_path, length):
+    """Each file as a stage writes it, but for the commit, which takes a process each."""
+    path = first = make_chain(tmp_path)
+    record = json.loads(first.read_text())
+    for number in range(length):
+        parent, path = path, tmp_path / f"{number}.json"
+        inputs = {str(parent): sha256_of(parent)}
+        path.write_text(json.dumps(record))
+        edit(path, stage=f"s{number}", inputs=inputs, outputs={}, parents=[str(parent)])
+    with time_limit():
+        check = check_lineage(path)
+    assert check.verdict == PASS and check.evidence["files_verified"] == 2 * len(STAGES) + length
+    (tmp_path / "ttt/product").write_text("another")
+    assert check_lineage(path).verdict == FAIL
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (Path.mkdir, "is a folder"),
+        (os.mkfifo, "is no file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is no file"),
+        (lambda path: path.symlink_to(path), "is no file"),
+        *((lambda path, text=text: path.write_bytes(text), "") for text in ODD_TEXTS),
+    ],
+)
+@pytest.mark.parametrize("name", ["product", "provenance.json"])
+def test_what_is_no_file_of_the_chain_fails(tmp_path, name, make, told):
+    provenance, path = make_chain(tmp_path), tmp_path / "train" / name
+    path.unlink()
+    make(path)
+    with time_limit():
+        check = check_lineage(provenance)
+    assert check.verdict == FAIL and told in check.sentence and "\n" not in check.sentence
+
+
+@pytest.mark.parametrize("stage", ["train", "slot_eval"])
+def test_a_record_of_odd_types_fails_with_one_line(tmp_path, stage):
+    """Also where its checksum is made to fit; then it may hold, such as with another seed."""
+    provenance, record = make_chain(tmp_path), tmp_path / stage / "provenance.json"
+    intact = json.loads(record.read_text())
+    for seed in range(150):
+        values = with_odd_value(copy.deepcopy(intact), Random(seed))
+        record.write_text(json.dumps(values))
+        with time_limit():
+            checks = [check_lineage(provenance)]
+            edit(record)
+            checks.append(check_lineage(provenance))
+        assert all("\n" not in one.sentence and len(one.sentence) < 1000 for one in checks)
+        assert checks[0].verdict == FAIL or values | {"sha256": 0} == intact | {"sha256": 0}
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
+@pytest.mark.parametrize("key", ["shards", "tokenizer"])
+def test_a_listed_manifest_of_another_shape_fails(tmp_path, key, value):
+    provenance, manifest = make_chain(tmp_path), tmp_path / "manifest.json"
+    good = {"shards": {}, "tokenizer": {"path": "tokenizer.model", "sha256": "0" * 64}}
+    for other in (value, {"x": value}, {"path": value, "sha256": value}):
+        manifest.write_text(json.dumps(good | {key: other}))
+        last = json.loads(provenance.read_text())
+        edit(provenance, inputs=last["inputs"] | {str(manifest): sha256_of(manifest)})
+        with time_limit():
+            check = check_lineage(provenance)
+        assert check.verdict == FAIL and "\n" not in check.sentence
 
 
 def test_damaged_and_absent_files(tmp_path):

@@ -300,7 +300,12 @@ def _odd_value(path: Path, chance: Random) -> bool:
     """JSON in which one value is of another type, or one key is gone; other formats whole."""
     if path.suffix != ".json":
         return _write(path, chance.choice(ODD_TEXTS))
-    values = json.loads(path.read_text())
+    values = with_odd_value(json.loads(path.read_text()), chance)
+    return _write(path, json.dumps(values).encode())
+
+
+def with_odd_value(values: Any, chance: Random) -> Any:
+    """The same JSON, but for one value of another type, or one that is gone."""
     at, key = values, chance.choice([*values])
     while isinstance(at[key], dict | list) and at[key] and chance.random() < 0.6:
         at = at[key]
@@ -309,7 +314,7 @@ def _odd_value(path: Path, chance: Random) -> bool:
         del at[key]
     else:
         at[key] = chance.choice(ODD_VALUES)
-    return _write(path, json.dumps(values).encode())
+    return values
 
 
 def _swap(path: Path, chance: Random) -> bool:

@@ -34,5 +34,5 @@ def make_chain(folder: Path, ttt_data: str = "train") -> Path:
 def edit(path: Path, **changes: object) -> None:
     """Change keys of a provenance file, and its checksum with them."""
     values = json.loads(path.read_text()) | changes
-    del values["sha256"]
+    values.pop("sha256", None)
     path.write_text(json.dumps({**values, "sha256": sha256_of_json(values)}))

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fairway.errors import UserError
 from fairway.model.gpt import GPT
-from fairway.model.weights import build_model, load_model, save_model
+from fairway.model.weights import build_model, load_model, save_model, save_weights
 from trainings import SMALL
 
 
@@ -78,3 +80,23 @@ def test_damaged_or_foreign_weights_are_refused(path):
         build_model(SMALL, {k: v for k, v in state.items() if k != "smear_gate"}, "cpu")
     with pytest.raises(UserError, match="weights for 'extra'"):
         build_model(SMALL, {**state, "extra": torch.zeros(1)}, "cpu")
+
+
+@settings(deadline=None, max_examples=50)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_no_bit_of_the_weights_flips_unseen(tmp_path_factory, place, bit):
+    path = tmp_path_factory.mktemp("flipped") / "weights.safetensors"
+    model = GPT(SMALL, seed=4)
+    save_model(path, model)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1 << bit
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"weights\.safetensors"):
+        load_model(path)
+
+
+def test_weights_that_are_no_numbers_are_refused(path):
+    state = GPT(SMALL).state_dict()
+    save_weights(path, SMALL, {**state, "smear_gate": state["smear_gate"].to(torch.int8)})
+    with pytest.raises(UserError, match="weights for smear_gate: found torch.int8"):
+        load_model(path)

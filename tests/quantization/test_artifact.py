@@ -4,7 +4,9 @@ import doctest
 import hashlib
 import json
 import re
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ from fairway.quantization.artifact import (
     stream_table,
     write_artifact,
 )
+from fairway.quantization.coding import pack
 from fairway.quantization.integers import QuantizedTensor, round_to_nearest
 from fairway.quantization.pruning import code_bytes, fit_to_limit
 from fairway.quantization.quantizers.gptq import Gptq
@@ -389,6 +392,34 @@ def test_weights_that_are_not_finite_are_refused(written):
     model.state_dict()["bigram_projection"][0, 0] = 1e6
     with pytest.raises(UserError, match=r"bigram_projection .* torch\.float16"):
         storable(model, stored_tensors(random_model()))
+
+
+def zeros_stream(length: int) -> bytes:
+    """LZMA of `length` zeros, a multiple of 2 MiB: its chunks need nothing of those before them."""
+    _, data = pack([np.zeros(1 << 21, np.int8)], "lzma")
+    return data[:-1] * (length >> 21) + data[-1:]
+
+
+@pytest.mark.parametrize("declared", [3 << 30, 1 << 30, 1 << 20])
+def test_a_small_file_that_unpacks_to_3_gib_takes_little_memory(tmp_path, declared):
+    payload = zeros_stream(3 << 30)
+    header = {
+        "config": CONFIG.model_dump(mode="json"),
+        "tensors": {"mlp_up_bank": ["float32", [declared // 4]]},
+        "streams": {"float32": ["lzma", len(payload)]},
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "artifact.bin"
+    preamble = PREAMBLE.pack(artifact.MAGIC, artifact.VERSION, len(text))
+    path.write_bytes(resealed(preamble + text + payload))
+    assert path.stat().st_size < 1 << 20
+    tracemalloc.start()
+    with pytest.raises(
+        UserError, match=r"artifact.bin: (the sum of the shapes|a stream's unpacked)"
+    ):
+        load_artifact(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
 
 
 def test_codes_out_of_range_are_refused(written):

@@ -27,6 +27,8 @@ from fairway.records import read_record
 
 TAINTED_SPLIT = "val"
 MANIFEST_NAME = "manifest.json"
+LONGEST_FAULT = 500
+"""Characters of a fault in the check's sentence; the evidence has all."""
 
 
 class _Hashed(BaseModel):
@@ -105,7 +107,8 @@ def check_lineage(provenance: str | Path | None, used: Iterable[Path] = ()) -> C
         complaints.append(f"the validation text is in the artifact's ancestry{by}")
     if walk.faults:
         more = f" and {len(walk.faults) - 1} more" if len(walk.faults) > 1 else ""
-        complaints.append(f"the provenance does not hold: {walk.faults[0]}{more}")
+        fault = walk.faults[0][:LONGEST_FAULT]
+        complaints.append(f"the provenance does not hold: {fault}{more}")
     if complaints:
         sentence = "; ".join(complaints)
         return Check("lineage", FAIL, f"{sentence[0].upper()}{sentence[1:]}.", evidence)

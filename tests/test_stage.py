@@ -1,8 +1,11 @@
 """The frame of every stage script: options, settings, seconds, metrics.json, provenance.json."""
 
 import argparse
+import errno
 import json
+import os
 import signal
+import sys
 import time
 
 import pytest
@@ -13,7 +16,7 @@ from fairway.distributed import World
 from fairway.errors import UserError
 from fairway.files import sha256_of
 from fairway.metrics import METRICS, Metrics, checked_metrics
-from fairway.recipe import complete
+from fairway.recipe import complete, section_class
 from fairway.settings import merge
 from fairway.stage import StageRun, run_stage, stage_parser, stage_settings, user_errors
 from fairway.stages import STAGES, Stage, chain, evaluation_stage, stages_per
@@ -145,6 +148,82 @@ def test_a_users_error_is_one_line(rank, start, monkeypatch, capsys):
 def test_any_other_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), user_errors():
         print(1 // 0)
+
+
+def failed(error: BaseException, capsys, stage: Stage | None = None, status: int = 1) -> str:
+    """The one line that a script whose work raises `error` leaves."""
+    with pytest.raises(SystemExit) as exit_, user_errors(stage):
+        raise error
+    assert exit_.value.code == status
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def caused_by(cause: Exception, error: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+NO_MEMORY = [
+    MemoryError(),
+    MemoryError("Unable to allocate 191. MiB for an array with shape (100000000,)"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\na total"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("can't start new thread"),
+    RuntimeError("std::bad_alloc"),
+    SystemError("error return without exception set"),
+    ImportError("libscipy_openblas.so: failed to map segment from shared object"),
+    OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    caused_by(MemoryError("malloc of size 128 failed"), UserError("x.parquet is damaged")),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=str)
+def test_lack_of_memory_is_one_line_with_the_keys_to_lower(error, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    error.add_note("the last good checkpoint is here")
+    line = failed(error, capsys, STAGES["train"])
+    assert line.startswith("error: there is too little memory or no thread to be had (")
+    assert "lower train.micro_batch_sequences or model.width, or " in line
+    assert line.endswith("; the last good checkpoint is here")
+
+
+def test_the_keys_to_lower_are_keys_of_the_config():
+    for stage in STAGES.values():
+        for key in stage.memory:
+            section, _, name = key.partition(".")
+            assert name in section_class(section).model_fields, key
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_log_that_cannot_be_written_is_one_line(number, capsys):
+    line = failed(OSError(number, os.strerror(number)), capsys)
+    assert line == (
+        f"error: a file could not be written (OSError: [Errno {number}] {os.strerror(number)}): "
+        "free disk space"
+    )
+
+
+def test_ctrl_c_is_one_line(capsys):
+    assert "interrupted" in failed(KeyboardInterrupt(), capsys)
+
+
+LOST = [
+    RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6030"),
+    RuntimeError("Timed out waiting 1800000ms for recv operation to complete"),
+    torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0"),
+    torch.distributed.DistNetworkError("failed to recv, got 0 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", LOST, ids=str)
+def test_the_loss_of_another_process_is_one_line(error, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = failed(error, capsys, STAGES["ttt"])
+    assert "another process of this stage is gone" in line and "ttt.batch_sequences" in line
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError), user_errors():
+        raise error
 
 
 # Seconds, metrics, provenance

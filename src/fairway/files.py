@@ -60,6 +60,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def _put_in_place(path: Path, make: Callable[[str, str, Path], str]) -> Iterator[Path]:
     temporary = None
+    check_claims()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(make(TEMPORARY, f".{path.name}.", path.parent))

@@ -70,8 +70,8 @@ def test_a_finished_run_is_not_trained_again(tiny_config_file, tiny_dataset, tmp
     assert (tmp_path / "train/weights.safetensors").stat().st_mtime_ns > written
 
 
-def interrupt(tiny_config, tiny_dataset, folder, number):
-    """Start a run, signal it after its first checkpoints, return its output."""
+def start(tiny_config, tiny_dataset, folder):
+    """A run with its first checkpoints, and its config."""
     config = changed_config(tiny_config, folder / "config.json", checkpoint_seconds=0.01)
     arguments = train_arguments(config, tiny_dataset, folder)
     command = [sys.executable, str(SCRIPTS / "train.py"), *arguments]
@@ -81,15 +81,16 @@ def interrupt(tiny_config, tiny_dataset, folder, number):
     while not list((folder / "checkpoints").glob("*/step-*3")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.01)
-    process.send_signal(number)
-    return process, process.communicate(timeout=60)[1], config
+    return process, config
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_resumes_to_the_same_bytes(
     trained, tiny_config, tiny_dataset, tmp_path, capsys, number
 ):
-    process, output, config = interrupt(tiny_config, tiny_dataset, tmp_path, number)
+    process, config = start(tiny_config, tiny_dataset, tmp_path)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[1]
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), output
     assert not (tmp_path / "train/weights.safetensors").exists()
     if number != signal.SIGKILL:
@@ -99,8 +100,27 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     for name in ("weights.safetensors", "averages.safetensors"):
         assert sha256_of(tmp_path / "train" / name) == sha256_of(trained / name)
     curve = pd.read_parquet(tmp_path / "train/metrics.parquet")
+    assert list(curve.columns) == ["step", "loss", "lr_scale", "seconds", "tokens"]
     assert curve.step.tolist() == list(range(1, 13)) and curve.seconds.is_monotonic_increasing
-    assert not list((tmp_path / "checkpoints").glob("*/step-*"))
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_frozen_run_that_was_taken_over_writes_nothing(
+    trained, tiny_config, tiny_dataset, tmp_path, capsys
+):
+    process, config = start(tiny_config, tiny_dataset, tmp_path)
+    process.send_signal(signal.SIGSTOP)
+    train(config, tiny_dataset, tmp_path)
+    assert f"process {process.pid} is stopped and is taken over" in capsys.readouterr().err
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    process.send_signal(signal.SIGCONT)
+    line = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 1
+    assert line.startswith("error: another process has taken over ")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+    for name in ("weights.safetensors", "averages.safetensors"):
+        assert sha256_of(tmp_path / "train" / name) == sha256_of(trained / name)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -73,6 +73,21 @@ def test_a_refused_rerun_loses_nothing(copied, capsys):
     assert {path: sha256_of(path) for path in files} == before
 
 
+def test_an_artifact_that_does_not_fit_leaves_the_one_that_did(copied, tmp_path, capsys):
+    run, manifest, config = copied
+    shared = run / "seed-7/shared"
+    smaller = tmp_path / "smaller.yaml"
+    smaller.write_text('{"budgets": {"artifact_bytes": 1}}')
+    before = {path: sha256_of(path) for path in (shared / "gptq").iterdir()}
+    with pytest.raises(SystemExit):
+        run_here(
+            "gptq.py", "--config", config, smaller, "--variant", "causal", "--seed", 7,
+            "--tokenize", manifest.parent, "--ttt", shared / "ttt", "--output", shared / "gptq",
+        )  # fmt: skip
+    assert "are left of budgets.artifact_bytes" in capsys.readouterr().err.splitlines()[-1]
+    assert {path: sha256_of(path) for path in (shared / "gptq").iterdir()} == before
+
+
 def test_a_finished_training_is_left_alone(copied, capsys):
     run, manifest, config = copied
     folder = run / "seed-7/shared/train"

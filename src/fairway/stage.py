@@ -197,7 +197,10 @@ def _one_line(error: BaseException, stage: Stage | None) -> str | None:
     if reason := out_of_memory(error):
         traceback.clear_frames(error.__traceback__)  # frees what they hold
         sys.unraisablehook = lambda fault: None  # libraries may lack memory at the exit as well
-        line = f"there is too little memory ({reason}): {lower}give the stage more of it"
+        line = (
+            f"there is too little memory or no thread to be had ({reason}): {lower}run less beside "
+            "this stage or raise its limits"
+        )
     elif isinstance(error, UserError):
         line = str(error)
     elif reason := out_of_disk(error):
@@ -205,8 +208,8 @@ def _one_line(error: BaseException, stage: Stage | None) -> str | None:
     elif is_lost_process(error):
         line = (
             f"another process of this stage is gone ({in_short(error)}): its own line says why; if "
-            f"it has none, the system may have killed it for its memory: {lower}give the stage "
-            "more of it"
+            f"it has none, the system may have killed it for its memory: {lower}run less beside "
+            "this stage"
         )
     elif isinstance(error, KeyboardInterrupt):
         line = "interrupted: the same command starts the stage again"

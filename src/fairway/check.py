@@ -49,10 +49,7 @@ def _stage_folders(folder: Path) -> list[Path]:
 
 
 def _product_faults(folder: Path, record: Provenance) -> dict[Path, str]:
-    # The report's figures lie in a folder of their own.
-    there = {path.name: path for path in (*folder.glob("*/*"), *folder.glob("*"))}
-    listed = {there.get(name, folder / name): digest for name, digest in record.outputs.items()}
-    faults = {path: _fault(path, digest) for path, digest in listed.items()}
+    faults = {folder / name: _fault(folder / name, record.outputs[name]) for name in record.outputs}
     manifest = folder / "manifest.json"
     if not faults.get(manifest, "no dataset"):
         shards = read_manifest(manifest).shards

@@ -52,7 +52,8 @@ def test_every_file_of_a_run_is_watched(check, damage):
         damage(path)
         status, lines = check()
         assert status == 1 and lines[-1].startswith("faults: ")
-        assert any(str(path) in line and "`snakemake --cores 2 --force " in line for line in lines)
+        told = [line for line in lines if str(path) in line]
+        assert told and "`snakemake --cores 2 --force " in told[0], (path, lines)
         path.write_bytes(kept)
 
 

@@ -12,10 +12,12 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fairway.errors import UserError, told
+from fairway.plain import shown
 
 
 def load(name: str, package: str) -> Any:
@@ -26,17 +28,17 @@ def load(name: str, package: str) -> Any:
     module, class_name = _location(name, package)
     if ":" not in name and name not in (known := built_in_names(package)):
         raise UserError(
-            f"found {name!r}, expected one of {', '.join(known)}, or module:Name of your own"
+            f"found {shown(name)}, expected one of {', '.join(known)}, or module:Name of your own"
             f"{did_you_mean(name, known)}"
         )
     try:
         found = getattr(importlib.import_module(module), class_name, None)
-    except ImportError as error:
-        raise UserError(f"{name!r} could not be imported: {error}{_hint(name)}") from error
-    except Exception as error:  # whatever the user's module raises
-        raise UserError(f"{name!r} could not be imported: {told(error)}") from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"{shown(name)} could not be imported: {error}{_hint(name)}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
+        raise UserError(f"{shown(name)} could not be imported: {told(error)}") from error
     if found is None:
-        raise UserError(f"{name!r}: {module} has no class {class_name}")
+        raise UserError(f"{shown(name)}: {module} has no class {class_name}")
     return found
 
 
@@ -45,6 +47,7 @@ def label(name: str) -> str:
     return name.rpartition(":")[2].lower()
 
 
+@cache
 def built_in_names(package: str) -> list[str]:
     """The plain names that `load` knows in `package`, sorted: its modules without `base`."""
     specification = importlib.util.find_spec(package)
@@ -61,7 +64,7 @@ def source_file(name: str, package: str) -> Path:
     except ModuleNotFoundError:
         specification = None
     if specification is None or specification.origin is None:
-        raise UserError(f"{name!r}: no module {module}{_hint(name)}")
+        raise UserError(f"{shown(name)}: no module {module}{_hint(name)}")
     return Path(specification.origin)
 
 
@@ -87,8 +90,8 @@ def _location(name: str, package: str) -> tuple[str, str]:
     module, separator, class_name = name.partition(":")
     if not separator:
         return f"{package}.{name}", "".join(part.capitalize() for part in name.split("_"))
-    if not module or not class_name:
-        raise UserError(f"found {name!r}, expected a name or module:Name")
+    if not all(part.isidentifier() for part in (*module.split("."), class_name)):
+        raise UserError(f"found {shown(name)}, expected a name or module:Name")
     return module, class_name
 
 

@@ -5,22 +5,34 @@ file of the user's, holds the sections over the library's defaults; sections in 
 the recipe's. A variant changes any section; `sweep` makes variants of every combination of values.
 """
 
-import copy
 import itertools
 import json
+import math
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, reduce
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-import yaml
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
 from fairway.errors import UserError
+from fairway.plain import check_plain, read_yaml, shown, typed_value, word
 from fairway.plugins import did_you_mean, load, search_beside, source_file
-from fairway.settings import Choice, Settings, list_defaults, merge, validated
+from fairway.settings import (
+    NAME,
+    NULL,
+    Choice,
+    Name,
+    PathText,
+    Settings,
+    list_defaults,
+    merge,
+    told_unknown,
+    validated,
+)
 from fairway.stages import SHARED, STAGES, Stage, chain, stages_per
 
 SECTIONS = {
@@ -41,19 +53,24 @@ SECTIONS = {
 VARIED = tuple(name for name in SECTIONS if name != "report")
 """A variant may change these: one report shows all variants."""
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 RECIPE_FOLDER = Path("config")
+RESERVED = ("data", "logs")
+"""Folders under `results` that belong to no run."""
+MAXIMUM_RUNS = 2000
+"""Seeds times variants: Snakemake makes a list of all their jobs at every start."""
+MAXIMUM_SWEPT = 6
+"""Keys of a sweep: names of folders are found among all subsets of them."""
 DEFAULT_VARIANTS: dict[str, dict] = {"causal": {}}
 
 
 class RunSettings(Settings):
     """What a config says beside the sections."""
 
-    run: str | None = Field(None, pattern=NAME)
+    run: Name | None = None
     """Folder under `results`; null: the recipe's name."""
-    recipe: str | None = None
+    recipe: PathText | None = None
     """`config/<recipe>.yaml`, or the path of a YAML file; null: the library's defaults."""
-    results: str = Field("results", min_length=1)
+    results: PathText = "results"
     """Folder of all products."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(min_length=1)
     """Each is a training run of its own."""
@@ -63,27 +80,28 @@ class RunSettings(Settings):
     sweep: dict[str, tuple[Any, ...]] = Field({})
     """`section.key: [values]`: every variant once for each combination of values."""
 
-    @field_validator("run", "recipe", "results", mode="before")
-    @classmethod
-    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, float):  # 1.50 would be 1.5
-            raise UserError(f"{info.field_name}: found the number {value}, expected text: quote it")
-        return value
-
     @field_validator("seeds")
     @classmethod
     def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(seeds)) < len(seeds):
-            raise UserError(f"seeds: found {list(seeds)}, expected each once")
+            raise UserError(f"seeds: found {shown(list(seeds))}, expected each once")
         return seeds
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Changes of the sections under a name: a variant's own, or those of one value of a sweep."""
+
+    name: str
+    changes: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant of a run. parts: names and changes, of the variant itself and of each sweep's."""
+    """One variant of a run. parts: its own changes, then those of the sweep's values."""
 
     name: str
-    parts: tuple[tuple[str, Mapping[str, Any]], ...]
+    parts: tuple[Part, ...]
     sections: Mapping[str, Settings]
 
 
@@ -102,7 +120,7 @@ class Config:
         """The sections as `variant` sees them; UserError where there is no such variant."""
         if variant not in self.variants:
             raise UserError(
-                f"no variant {variant!r}: the config has {', '.join(self.variants)}"
+                f"no variant {shown(variant)}: the config has {', '.join(self.variants)}"
                 f"{did_you_mean(variant, self.variants)}"
             )
         return self.variants[variant].sections
@@ -121,18 +139,18 @@ class Config:
         """
         owners: dict[tuple[str, str], str] = {}
         found: dict[str, dict[str, str]] = {}
+        settings_of = cache(self._chain_settings)
         for variant in self.variants.values():
             found[variant.name] = {}
-            named = self._by_folder_name(variant)
             for stage in stages_per("variant"):
-                settings = self._chain_settings(variant.sections, stage.name)
-                if (stage.name, settings) not in owners:
-                    owners[stage.name, settings] = next(
-                        name
-                        for name, sections in named
-                        if self._chain_settings(sections, stage.name) == settings
+                one = stage.name, settings_of(variant.parts)[stage.name]
+                if one not in owners:
+                    owners[one] = next(
+                        "-".join(part.name for part in kept) or SHARED
+                        for kept in _fewest_first(variant.parts)
+                        if settings_of(kept).get(stage.name) == one[1]
                     )
-                found[variant.name][stage.name] = owners[stage.name, settings]
+                found[variant.name][stage.name] = owners[one]
         self._check_folders(owners)
         return found
 
@@ -140,30 +158,27 @@ class Config:
         """The name of the variant's dataset, its folder under `<results>/data`."""
         return self.sections(variant)["data"].name
 
-    def _by_folder_name(self, variant: Variant) -> list[tuple[str, Mapping[str, Settings]]]:
-        """The sections with some of a variant's parts, fewest first, by those parts' names."""
-        named = []
-        for count in range(len(variant.parts) + 1):
-            for kept in itertools.combinations(variant.parts, count):
-                try:
-                    sections = sections_of(_changed(self.base, [part for _, part in kept]))
-                except UserError:  # these parts need the others
-                    continue
-                named.append(("-".join(name for name, _ in kept) or SHARED, sections))
-        return named
+    def _chain_settings(self, parts: tuple[Part, ...]) -> dict[str, str]:
+        """Stage → all that decides its products with these parts of a variant, as canonical JSON.
 
-    @staticmethod
-    def _chain_settings(sections: Mapping[str, Settings], stage: str) -> str:
-        """All that decides the stage's products, as canonical JSON."""
-        return canonical({one.name: cut(sections, one) for one in chain(stage)})
+        Empty where these parts need the others.
+        """
+        try:
+            sections = sections_of(_changed(self.base, parts))
+        except UserError:
+            return {}
+        read = {name: canonical(cut(sections, stage)) for name, stage in STAGES.items()}
+        return {name: "\n".join(read[one.name] for one in chain(name)) for name in STAGES}
 
     @staticmethod
     def _check_folders(owners: Mapping[tuple[str, str], str]) -> None:
         taken: set[tuple[str, str]] = set()
         for (stage, _), folder in owners.items():
-            if (stage, folder) in taken:
-                raise UserError(f"two variants would share {folder}/{stage}: rename one of them")
-            taken.add((stage, folder))
+            if (stage, folder.casefold()) in taken:
+                raise UserError(
+                    f"variants: two variants would share {folder}/{stage}: rename one of them"
+                )
+            taken.add((stage, folder.casefold()))
 
 
 def canonical(value: Any) -> str:
@@ -212,57 +227,17 @@ def load_config(paths: Iterable[str | Path]) -> Config:
 
 def read_files(paths: Iterable[str | Path]) -> dict[str, Any]:
     """YAML files as plain values, each merged over the ones before it."""
-    values: dict[str, Any] = {}
-    for path in paths:
-        values = merge(values, read_yaml(path))
-    return values
+    return reduce(merge, map(read_yaml, paths), {})
 
 
 def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
     """`key=value` arguments as plain values, in which every scalar is the text that was typed."""
     values: dict[str, Any] = {}
     for key, _, text in (argument.partition("=") for argument in arguments):
-        text = text.strip("'\"")
-        try:
-            value = yaml.load(text, yaml.BaseLoader)
-        except yaml.YAMLError:
-            value = text
-        values = merge(values, {key: value})
+        typed = {key: typed_value(text)}
+        check_plain(typed)
+        values = merge(values, typed)
     return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 2023_11, 010 and 2026-11-24 as text, where YAML 1.1 has 202311, 8 and a date."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
-
-for _tag, _pattern, _first in (
-    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$",
-        list("-+.0123456789"),
-    ),
-    ("merge", r"<<$", ["<"]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file's mapping; UserError where it is missing, no YAML, or no mapping."""
-    try:
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} could not be read: {reason}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds {type(loaded).__name__}, expected a mapping of keys")
-    return loaded
 
 
 def complete(values: Mapping[str, Any], home: Path | None = None) -> Config:
@@ -270,13 +245,9 @@ def complete(values: Mapping[str, Any], home: Path | None = None) -> Config:
 
     home: where `config/<recipe>.yaml` lies; the working directory, then the checkout by default.
     """
-    known = [*RunSettings.model_fields, *SECTIONS]
-    unknown = sorted(set(map(str, values)) - set(known))
-    if unknown:
-        raise UserError(
-            f"config: unknown key {', '.join(unknown)}{did_you_mean(unknown[0], known)}; "
-            f"allowed: {', '.join(known)}"
-        )
+    check_plain(values)
+    if unknown := told_unknown(values, [*RunSettings.model_fields, *SECTIONS]):
+        raise UserError(f"config: {unknown}")
     own = {key: value for key, value in values.items() if key in RunSettings.model_fields}
     settings = validated(RunSettings, own)
     recipe = read_recipe(settings.recipe, home)
@@ -285,17 +256,20 @@ def complete(values: Mapping[str, Any], home: Path | None = None) -> Config:
     defaults = {name: list_defaults(section_class(name)) for name in SECTIONS}
     base = merge(merge(defaults, recipe), overlay)
     variants = {}
-    for name, parts in _expanded(_chosen(settings.variants, offered), settings.sweep).items():
+    chosen = _chosen(settings.variants, offered)
+    _check_count(len(settings.seeds) * len(chosen), settings.sweep)
+    for name, parts in _expanded(chosen, settings.sweep).items():
         try:
-            changed = _changed(base, [changes for _, changes in parts])
-            variants[name] = Variant(name, parts, _validated_sections(changed))
+            variants[name] = Variant(name, parts, _validated_sections(_changed(base, parts)))
         except UserError as error:
-            prefix = f"variants.{name}: " if any(changes for _, changes in parts) else ""
+            prefix = f"variants.{name}: " if any(part.changes for part in parts) else ""
             raise UserError(f"{prefix}{error}") from None
     _check_datasets(variants)
     name = settings.run or (Path(settings.recipe).stem if settings.recipe else "run")
     if not re.fullmatch(NAME, name):
-        raise UserError(f"run: the recipe's name {name!r} is no name of a folder: set run")
+        raise UserError(f"run: the recipe's name {shown(name)} is no name of a folder: set run")
+    if name.casefold() in RESERVED:
+        raise UserError(f"run: found {name!r}, expected another name than {' and '.join(RESERVED)}")
     return Config(name, settings.results, settings.seeds, variants, base)
 
 
@@ -304,36 +278,38 @@ def read_recipe(name: str | None, home: Path | None = None) -> dict[str, Any]:
     if name is None:
         return {}
     path = _recipe_path(name, home)
+    if is_recipe_file(name):
+        search_beside([path.resolve().parent])
     recipe = read_yaml(path)
     said = recipe.pop("recipe", path.stem)
     if said != path.stem:
-        raise UserError(f"{path} says recipe {said!r}, expected its own name, {path.stem!r}")
+        raise UserError(f"{path} says recipe {shown(said)}, expected its own name, {path.stem!r}")
     if not isinstance(recipe.get("variants", {}), Mapping):
         raise UserError(
-            f"{path}: variants: found {recipe['variants']!r}, expected a mapping of names"
+            f"{path}: variants: found {shown(recipe['variants'])}, expected a mapping of names"
         )
-    foreign = sorted(set(map(str, recipe)) - {"variants", *SECTIONS})
-    if foreign:
-        allowed = ["recipe", "variants", *SECTIONS]
-        raise UserError(
-            f"{path}: unknown key {', '.join(foreign)}{did_you_mean(foreign[0], allowed)}; "
-            f"a recipe has {', '.join(allowed)}"
-        )
+    if unknown := told_unknown(recipe, ["recipe", "variants", *SECTIONS]):
+        raise UserError(f"{path}: {unknown}")
     return recipe
+
+
+def is_recipe_file(name: str | None) -> bool:
+    """Whether a recipe is named by the path of a YAML file."""
+    return str(name).endswith((".yaml", ".yml"))
 
 
 def _recipe_path(name: str, home: Path | None) -> Path:
     checkout = Path(__file__).resolve().parents[2]
     folders = [folder / RECIPE_FOLDER for folder in (Path(), *([home] if home else []), checkout)]
-    if name.endswith((".yaml", ".yml")):
+    if is_recipe_file(name):
         return Path(name)
     for folder in folders:
-        if (folder / f"{name}.yaml").is_file():
+        if os.path.isfile(folder / f"{name}.yaml"):  # a name too long for a file is none
             return folder / f"{name}.yaml"
     names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise UserError(
-        f"recipe: found {name!r}, expected one of {', '.join(names)}, or the path of a YAML file"
-        f"{did_you_mean(name, names)}"
+        f"recipe: found {shown(name)}, expected one of {', '.join(names)}, or the path of a YAML "
+        f"file{did_you_mean(name, names)}"
     )
 
 
@@ -347,12 +323,12 @@ def _chosen(
         wanted = (wanted,)
     if isinstance(wanted, Mapping):
         named = {**offered, **wanted}
-        chosen = {name: one for name, one in named.items() if one not in (None, "null")}
+        chosen = {name: one for name, one in named.items() if one not in NULL}
     else:
         missing = [name for name in wanted if name not in offered]
         if missing:
             raise UserError(
-                f"variants: found {missing[0]!r}, expected one of the recipe's, "
+                f"variants: found {shown(missing[0])}, expected one of the recipe's, "
                 f"{', '.join(offered)}{did_you_mean(missing[0], offered)}"
             )
         chosen = {name: offered[name] for name in wanted}
@@ -366,40 +342,59 @@ def _chosen(
 def _check_variant(name: str, changes: Any) -> None:
     if not re.fullmatch(NAME, name) or name == SHARED:
         raise UserError(
-            f"variants: found the name {name!r}, expected text matching {NAME}, and not {SHARED!r}"
+            f"variants: found the name {shown(name)}, expected text matching {NAME}, and not "
+            f"{SHARED!r}"
         )
     if not isinstance(changes, Mapping):
-        raise UserError(f"variants.{name}: found {changes!r}, expected a mapping of sections")
-    unknown = [section for section in changes if section not in VARIED]
-    if unknown:
+        raise UserError(f"variants.{name}: found {shown(changes)}, expected a mapping of sections")
+    if unknown := told_unknown(changes, VARIED):
+        raise UserError(f"variants.{name}: {unknown}")
+
+
+def _check_count(count: int, sweep: Mapping[str, Sequence[Any]]) -> None:
+    """Before anything is made of them. count: seeds times variants, without the sweep."""
+    count *= math.prod(map(len, sweep.values()))
+    if count > MAXIMUM_RUNS:
         raise UserError(
-            f"variants.{name}: unknown key {unknown[0]}{did_you_mean(str(unknown[0]), VARIED)}; "
-            f"allowed: {', '.join(VARIED)}"
+            f"{'sweep' if sweep else 'seeds'}: found {count:,} combinations with seeds and "
+            f"variants, expected at most {MAXIMUM_RUNS:,}"
         )
+    if len(sweep) > MAXIMUM_SWEPT:
+        raise UserError(f"sweep: found {len(sweep)} keys, expected at most {MAXIMUM_SWEPT}")
 
 
 def _expanded(
     chosen: Mapping[str, Mapping[str, Any]], sweep: Mapping[str, Sequence[Any]]
-) -> dict[str, tuple[tuple[str, Mapping[str, Any]], ...]]:
+) -> dict[str, tuple[Part, ...]]:
     """Every variant with every combination of the sweep's values, as the parts of its name."""
     axes = []
     for path, values in sweep.items():
         section, *keys = path.split(".")
         if section not in VARIED:
             raise UserError(
-                f"sweep: found {path}, expected one of the sections {', '.join(VARIED)}"
+                f"sweep: found {word(path)}, expected one of the sections {', '.join(VARIED)}"
                 f"{did_you_mean(section, VARIED)}"
             )
         if not keys or not values:
-            raise UserError(f"sweep: found {path}: {list(values)}, expected section.key: [values]")
-        axes.append([(_part_name(keys[-1], value), _nested(path, value)) for value in values])
-    expanded = {}
-    for name, changes in chosen.items():
-        for combination in itertools.product(*axes):
-            full = "-".join((name, *(part for part, _ in combination)))
-            if full in expanded:
-                raise UserError(f"sweep: two variants would be named {full}: give other values")
-            expanded[full] = ((name, changes), *combination)
+            found = f"{word(path)}: {shown(list(values))}"
+            raise UserError(f"sweep: found {found}, expected section.key: [values]")
+        axes.append([Part(_part_name(keys[-1], value), _nested(path, value)) for value in values])
+    expanded: dict[str, tuple[Part, ...]] = {}
+    taken: set[str] = set()
+    for own in (Part(*one) for one in chosen.items()):
+        for parts in itertools.product([own], *axes):
+            full = "-".join(part.name for part in parts)
+            if not re.fullmatch(NAME, full):
+                raise UserError(
+                    f"sweep: found the name {shown(full)}, expected text matching {NAME}"
+                )
+            if full.casefold() in taken:
+                raise UserError(
+                    f"variants: two variants would be named {full}, where case does not count: "
+                    "give other names or values"
+                )
+            taken.add(full.casefold())
+            expanded[full] = parts
     return expanded
 
 
@@ -414,11 +409,14 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _changed(base: Mapping[str, Any], changes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    changed = copy.deepcopy(dict(base))
-    for one in changes:
-        changed = merge(changed, one)
-    return changed
+def _changed(base: Mapping[str, Any], parts: Iterable[Part]) -> dict[str, Any]:
+    return reduce(merge, (part.changes for part in parts), dict(base))
+
+
+def _fewest_first(parts: Sequence[Part]) -> Iterator[tuple[Part, ...]]:
+    return itertools.chain.from_iterable(
+        itertools.combinations(parts, count) for count in range(len(parts) + 1)
+    )
 
 
 def _validated_sections(values: Mapping[str, Any]) -> dict[str, Settings]:
@@ -433,7 +431,7 @@ def _check_datasets(variants: Mapping[str, Variant]) -> None:
     known: dict[str, Settings] = {}
     for variant in variants.values():
         data = variant.sections["data"]
-        if known.setdefault(data.name, data) != data:
+        if known.setdefault(data.name.casefold(), data) != data:
             raise UserError(
                 f"variants.{variant.name} changes `data` but not data.name {data.name!r}: give its "
                 "dataset a name of its own"

@@ -9,13 +9,17 @@ page of the config. Faults are told in one line: the key's path, what was found,
 """
 
 import datetime
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Field,
     SerializeAsAny,
     ValidationError,
     model_serializer,
@@ -23,11 +27,22 @@ from pydantic import (
 )
 
 from fairway.errors import UserError
+from fairway.plain import dotted, shown, word
 from fairway.plugins import did_you_mean, label, load
+
+NULL = (None, "null")
+"""Null in a file, and as a command line has it."""
 
 
 class Fault(ValueError):
-    """A fault of a section or a choice, told without its path, which `explain` puts before it."""
+    """A fault of a section or a choice, told without its path, which `explain` puts before it.
+
+    path: from the section or the choice on.
+    """
+
+    def __init__(self, message: str, path: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class _Within(ValueError):
@@ -36,6 +51,26 @@ class _Within(ValueError):
     def __init__(self, name: str, error: ValidationError) -> None:
         super().__init__(name)
         self.name, self.error = name, error
+
+
+def _as_path(text: str) -> str:
+    """A path as Snakemake wants it: without `./`, `//` and a slash at the end."""
+    if not text.isprintable() or text != text.strip() or re.search(r"^~|[{}*?]", text):
+        raise Fault(
+            f"found {shown(text)}, expected a path without any of {{ }} * ? or line breaks, and "
+            "without ~ or blanks at its ends"
+        )
+    path = PurePath(re.sub("//+", "/", text))
+    if max(len(part.encode()) for part in (*path.parts, "")) > 255:
+        raise Fault(f"found {shown(text)}, expected names of at most 255 bytes in a path")
+    return str(path)
+
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,199}$"
+"""Of a folder; in full, for `$` may stand before a line break. Files beside it have longer ones."""
+Name = Annotated[str, Field(pattern=NAME)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_as_path)]
+"""The path of a file or folder, which need not be there."""
 
 
 class Settings(BaseModel):
@@ -56,15 +91,11 @@ class Settings(BaseModel):
         """Undo what YAML or a command line made of a value, and refuse unknown keys by name."""
         if not isinstance(values, Mapping):
             return values
-        unknown = sorted(str(key) for key in values if key not in cls.model_fields)
-        if unknown:
-            known = list(cls.model_fields)
-            raise Fault(
-                f"unknown key {', '.join(unknown)}{did_you_mean(unknown[0], known)}; "
-                f"allowed: {', '.join(known) or 'none'}"
-            )
+        if unknown := told_unknown(values, cls.model_fields):
+            raise Fault(unknown)
         return {
-            key: _meant(value, cls.model_fields[key].annotation) for key, value in values.items()
+            key: _meant(value, cls.model_fields[key].annotation, (key,))
+            for key, value in values.items()
         }
 
     def changed(self, **changes: Any) -> Self:
@@ -98,10 +129,10 @@ class Choice(BaseModel):
         if isinstance(value, str):
             value = {value: {}}
         if not isinstance(value, Mapping) or len(value) != 1:
-            raise Fault(f"found {value!r}, expected a name or {{name: {{its settings}}}}")
+            raise Fault(f"found {shown(value)}, expected a name or {{name: {{its settings}}}}")
         ((name, settings),) = value.items()
         if not isinstance(name, str):
-            raise Fault(f"found the name {name!r}, expected text")
+            raise Fault(f"found the name {shown(name)}, expected text")
         if isinstance(settings, Settings):
             return {"name": name, "settings": settings}
         try:
@@ -110,8 +141,9 @@ class Choice(BaseModel):
             raise Fault(str(error)) from None
         if not _has_settings(kind):
             raise Fault(f"{name!r} is no class with a nested `Settings(fairway.settings.Settings)`")
+        settings = {} if settings in NULL else settings
         try:
-            return {"name": name, "settings": kind.Settings.model_validate(settings or {})}
+            return {"name": name, "settings": kind.Settings.model_validate(settings)}
         except ValidationError as error:
             raise _Within(name, error) from None
 
@@ -156,25 +188,34 @@ def explain(error: ValidationError, path: Sequence[str | int] = ()) -> str:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):  # tells its keys itself
         return str(cause)
-    place = [*path, *first["loc"]]
+    place = [*path, *first["loc"], *getattr(cause, "path", ())]
     if isinstance(cause, _Within):
         before = place[:-1] if place and isinstance(place[-1], int) else place
         return explain(cause.error, (*before, cause.name))
     if isinstance(cause, Fault):
-        return f"{_dotted(place)}: {cause}"
+        return f"{dotted(place)}: {cause}"
     if first["type"] == "missing":
-        return f"{_dotted(place[:-1])}: missing key {place[-1]}"
+        return f"{dotted(place[:-1])}: missing key {place[-1]}"
     # The members of a union each have a fault of their own, one level further down.
     same = [first, *(one for one in others if one["input"] is first["input"])]
     if len(same) > 1:
         depth = min(len(one["loc"]) for one in same)
         place = [*path, *first["loc"][: depth - 1]]
     allowed = " or ".join(dict.fromkeys(map(_allowed, same)))
-    return f"{_dotted(place)}: found {first['input']!r}, expected {allowed}"
+    return f"{dotted(place)}: found {shown(first['input'])}, expected {allowed}"
 
 
-def _dotted(place: Iterable[str | int]) -> str:
-    return ".".join(map(str, place)) or "config"
+def told_unknown(keys: Iterable[Any], known: Iterable[str]) -> str | None:
+    """`unknown key x; did you mean y?; allowed: …` where any key is not among the known ones."""
+    known = list(known)
+    unknown = sorted((key for key in keys if key not in known), key=str)
+    if not unknown:
+        return None
+    more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+    return (
+        f"unknown key {', '.join(map(word, unknown[:3]))}{more}"
+        f"{did_you_mean(str(unknown[0]), known)}; allowed: {', '.join(known) or 'none'}"
+    )
 
 
 _KINDS = {
@@ -214,12 +255,14 @@ def _allowed(fault: Mapping[str, Any]) -> str:
     return _KINDS.get(kind.split("_")[0], fault["msg"])
 
 
-def _meant(value: Any, annotation: Any) -> Any:
-    """A field's value as it was written, where YAML 1.1 or `--config` gave it another type."""
+def _meant(value: Any, annotation: Any, path: tuple[str | int, ...]) -> Any:
+    """A field's value as it was written, where YAML 1.1 or `--config` gave it another type.
+
+    path: from the section on. Raises Fault where pydantic would take what was not meant.
+    """
     members = _members(annotation)
-    if isinstance(value, list | tuple):
-        entries = _entries(annotation)
-        return [_meant(one, entries[0]) for one in value] if entries else value
+    if isinstance(value, list | tuple) and (entries := _entries(annotation)):
+        return [_meant(one, entries[0], (*path, index)) for index, one in enumerate(value)]
     if isinstance(value, datetime.date):
         return value.isoformat()
     if isinstance(value, bool) and bool not in members and Any not in members:
@@ -228,7 +271,23 @@ def _meant(value: Any, annotation: Any) -> Any:
         return ("off", "on")[value] if is_switch else str(value).lower()
     if value in ("null", "~") and type(None) in members:
         return None
+    if isinstance(value, float) and str in members and float not in members:
+        # 1.50 would be 1.5, and the commit 1234e56 another number.
+        raise Fault(f"found the number {value}, expected text: quote it", path)
+    if int in members and float not in members and not _may_be_whole(value, members):
+        names = [one for one in members if isinstance(one, str)]
+        allowed = f"one of {', '.join(names)} or a whole number" if names else "a whole number"
+        raise Fault(f"found {shown(value)}, expected {allowed}", path)
     return value
+
+
+def _may_be_whole(value: Any, members: Sequence[Any]) -> bool:
+    """Whether a number is written as an integer of 64 bits: not 2.0, which would name a sweep's
+    variant otherwise than 2.
+    """
+    if isinstance(value, str):
+        return value in members or re.fullmatch(r"[-+]?[0-9_]{1,18}", value) is not None
+    return not isinstance(value, float) and not (isinstance(value, int) and abs(value) >= 2**63)
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -292,11 +351,11 @@ def merge_named(entries: Sequence[Any], overlay: Mapping[str, Any]) -> list[Any]
     named = {}
     for entry in entries:
         ((name, settings),) = [(entry, {})] if isinstance(entry, str) else entry.items()
-        named[name] = settings or {}
+        named[name] = {} if settings in NULL else settings
     for name, changes in overlay.items():
-        if changes in (None, "null"):
+        if changes in NULL:
             named.pop(name, None)
-        elif isinstance(changes, Mapping):
+        elif isinstance(changes, Mapping) and isinstance(named.get(name, {}), Mapping):
             named[name] = merge(named.get(name, {}), changes)
         else:
             named[name] = changes

@@ -35,8 +35,9 @@ from fairway.distributed import (
     peak_memory_bytes,
 )
 from fairway.errors import UserError, in_short, out_of_disk, out_of_memory
-from fairway.files import require_file, sha256_of, write_json
+from fairway.files import parse_json, require_file, sha256_of, write_json
 from fairway.metrics import checked_metrics
+from fairway.plain import check_plain, shown
 from fairway.plugins import search_beside
 from fairway.provenance import PROVENANCE, check_product, write_provenance
 from fairway.recipe import load_config, sections_of
@@ -247,11 +248,14 @@ def stage_settings(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
     if options.settings is None:
         return load_config(options.config).stage_settings(stage.name, options.variant)
     try:
-        settings = json.loads(options.settings)
-    except json.JSONDecodeError as error:
+        settings = parse_json(options.settings)
+    except ValueError as error:
         raise UserError(f"--settings is not JSON: {error}") from error
+    check_plain(settings, "--settings")
     expected = {name.partition(".")[0] for name in stage.sections}
     if not isinstance(settings, dict) or set(settings) != expected:
         found = sorted(settings) if isinstance(settings, dict) else settings
-        raise UserError(f"--settings: found {found!r}, expected the sections {sorted(expected)}")
+        raise UserError(
+            f"--settings: found {shown(found)}, expected the sections {sorted(expected)}"
+        )
     return settings

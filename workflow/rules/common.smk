@@ -26,7 +26,14 @@ sys.path.insert(0, str(HOME / "src"))
 from fairway.code_hash import code_hash
 from fairway.errors import UserError
 from fairway.plugins import search_beside
-from fairway.recipe import canonical, complete, plugin_files, read_files, typed_values
+from fairway.recipe import (
+    canonical,
+    complete,
+    is_recipe_file,
+    plugin_files,
+    read_files,
+    typed_values,
+)
 from fairway.settings import merge
 from fairway.stages import STAGES, stages_per
 
@@ -41,34 +48,43 @@ def get_config():
         return config
     settings = workflow.config_settings
     own = workflow.configfiles[len(settings.configfiles) :]
-    files = [
-        *(own if not settings.replace_workflow_config else []),
-        *settings.configfiles,
-    ]
+    own += [name for name in ["config.yaml"] if os.path.exists(name)]
+    files = [*([] if settings.replace_workflow_config else own), *settings.configfiles]
     return merge(read_files(files), typed_values(settings.config_args or []))
 
 
-def get_plugin_folders(values):
+def get_plugin_folders(*more_files):
     """Where modules of the user's own lie: the working directory, and beside the config's files."""
-    recipe = str(values.get("recipe"))
-    files = [*workflow.configfiles, *([recipe] if recipe.endswith(".yaml") else [])]
+    files = [*workflow.configfiles, *more_files]
     folders = [Path.cwd(), *(Path(file).resolve().parent for file in files)]
     return list(dict.fromkeys(map(str, folders)))
 
 
 try:
     VALUES = get_config()
-    PLUGIN_FOLDERS = get_plugin_folders(VALUES)
-    search_beside(PLUGIN_FOLDERS)
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+
+# Only now, for Snakemake does not say what is wrong with a file that it cannot read.
+configfile: "config.yaml"
+
+
+try:
+    search_beside(get_plugin_folders())
     CONFIG = complete(VALUES, home=HOME)
     FOLDERS = CONFIG.folders
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-RUN = f"{CONFIG.results}/{CONFIG.run}"
+PLUGIN_FOLDERS = get_plugin_folders(*filter(is_recipe_file, [VALUES.get("recipe")]))
+RESULTS = Path(CONFIG.results)
+if any(map(os.path.isfile, (RESULTS, *RESULTS.parents))):
+    raise WorkflowError(f"results: {RESULTS} is or lies in a file, expected a folder")
+RUN = str(RESULTS / CONFIG.run)
 LOGS = f"{RUN}/logs"
 BENCHMARKS = f"{RUN}/benchmarks"
-DATASET = f"{CONFIG.results}/data/{{dataset}}"
+DATASET = str(RESULTS / "data/{dataset}")
 SEED = f"{RUN}/seed-{{seed}}"
 
 # A variant that uses what lies in a stage's folder, or a dataset: its settings made it.
@@ -314,6 +330,7 @@ def get_report_files():
     names = [
         "metrics.json",
         "metrics.parquet",
+        "artifact.bin",
         "tokens.parquet",
         "audit.json",
         "reach.parquet",
@@ -330,7 +347,6 @@ def get_variants():
         ]
     )
 
-        "artifact.bin",
 
 def is_fetched():
     """Whether any dataset comes over the network, where trying again may help."""

@@ -13,7 +13,7 @@ rule run_tokenize:
         # this copy of its manifest, with every shard's hash, stands for the folder's changes.
         manifest=f"{DATASET}.manifest.json",
     log:
-        f"{CONFIG.results}/logs/tokenize_{{dataset}}.log",
+        str(RESULTS / "logs/tokenize_{dataset}.log"),
     cache: "omit-software"
     retries: 2 if is_fetched() else 0
     conda:

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fairway.errors import UserError
-from fairway.settings import Choice, Settings
+from fairway.settings import Choice, Name, PathText, Settings
 
 SOURCE_KEYS = ("paths", "folder", "repository", "revision", "form")
 """Keys that configure sources; each is read by those that name it in `Corpus.reads`."""
@@ -29,13 +29,13 @@ class SourceChoice(Choice):
 class DataSettings(Settings):
     """Which text, which tokenizer, and how the tokens are split."""
 
-    name: str = Field(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Name
     """Folder under results/data."""
     source: SourceChoice
     """Where the text comes from."""
-    paths: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    paths: tuple[PathText, ...] = ()
     """For `jsonl`: the files, plain or .gz, .xz, .zst, in this order."""
-    folder: str | None = None
+    folder: PathText | None = None
     """For `shards`: a folder in the challenge's layout, used in place."""
     repository: str = "willdepueoai/parameter-golf"
     """For `huggingface`: the dataset repository."""
@@ -43,7 +43,7 @@ class DataSettings(Settings):
     """For `huggingface`: a commit or branch; null is the newest."""
     form: Literal["documents", "shards"] = "documents"
     """For `huggingface`: tokenize its documents, or take its shards and their tokenizer."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """A SentencePiece .model to use; null trains one."""
     vocab_size: int = Field(1024, ge=1, le=65536)
     """Tokens of the vocabulary, those of single bytes included; at least 300 to train one."""

@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt corpus-requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[workflow,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r corpus-requirements.txt
-	touch $(READY)
+	touch $^ $@  # what it was made from too: after a clock that was ahead it would stay newer
 
 run: setup  ## run config.yaml, to results/quickstart/report (CORES=2)
 	$(SNAKEMAKE)

@@ -13,6 +13,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
+from fairway.errors import UserError
 from fairway.resume import note_finish, note_start, share_folder
 
 
@@ -30,9 +31,12 @@ def start_run(run):
             workflow.persistence.started(job)
     if is_typed():
         folder = os.path.relpath(run["typed_in"])
-        run["mark"] = note_start(
-            sys.argv[1:], folder, forced=forced, resumed=run["resumed"]
-        )
+        try:
+            run["mark"] = note_start(
+                sys.argv[1:], folder, forced=forced, resumed=run["resumed"]
+            )
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
 
 
 def finish_run(run):

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from filelock import FileLock
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fairway.errors import UserError
@@ -34,6 +33,8 @@ RESUMED = "FAIRWAY_RESUMED"
 """Tells the Snakemake that a resume becomes: the descriptor of the lock, and the run's mark."""
 MARK = "FAIRWAY_RUN"
 """The run's mark, in the environment of the processes that its jobs start."""
+
+FORCING = ("-f", "--force", "-F", "--forceall")
 
 STOP_SECONDS = 60.0
 """What a process has to write a checkpoint in after SIGTERM."""
@@ -59,19 +60,12 @@ class Run(BaseModel):
 
     def arguments_to_resume(self) -> list[str]:
         """What was forced is marked as incomplete where it has not run again yet."""
-        if not self.forced:
-            return _with_options(self.arguments, "--rerun-incomplete")
-        forcing = ("-f", "--force", "-F", "--forceall")
-        kept = [word for word in self.arguments if word not in forcing]
+        dropped = {"--rerun-incomplete", *(FORCING if self.forced else ())}
+        words = [word for word in self.arguments if word not in dropped]
+        end = words.index("--") if "--" in words else len(words)
         # The last --forcerun counts, and an empty one forces nothing.
-        return _with_options(kept, "--rerun-incomplete", "--forcerun")
-
-
-def _with_options(arguments: list[str], *options: str) -> list[str]:
-    """Arguments with options before a `--`, after which there are only targets."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    before = [word for word in arguments[:end] if word != "--rerun-incomplete"]
-    return [*before, *options, *arguments[end:]]
+        options = ["--rerun-incomplete", *(["--forcerun"] if self.forced else [])]
+        return [*words[:end], *options, *words[end:]]
 
 
 # --- what the workflow does, in the folder that it works in --------------------------------------
@@ -82,11 +76,11 @@ def share_folder() -> str | None:
 
     Returns the mark of the run that this process resumes, if it does.
     """
-    descriptor, _, resumed = os.environ.pop(RESUMED, "").partition(":")
+    handed_on, _, resumed = os.environ.pop(RESUMED, "").partition(":")
+    descriptor = int(handed_on) if handed_on else _open("lock")
+    os.set_inheritable(descriptor, False)
     with suppress(OSError):  # a file system without locks
-        fcntl.flock(int(descriptor) if descriptor else _open_lock(), fcntl.LOCK_SH)
-    if descriptor:
-        os.set_inheritable(int(descriptor), False)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
     return resumed or None
 
 
@@ -118,11 +112,15 @@ def note_finish(mark: str) -> None:
 
 @contextmanager
 def _changed_runs() -> Iterator[list[Run]]:
-    STATE.mkdir(parents=True, exist_ok=True)
-    with FileLock(RUNS.with_suffix(".lock")):
+    descriptor = _open("runs.lock")
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
         runs = read_runs()
         yield runs
         write_json(RUNS, [run.model_dump() for run in runs])
+    finally:
+        os.close(descriptor)
 
 
 def read_runs() -> list[Run]:
@@ -138,9 +136,9 @@ def read_runs() -> list[Run]:
         ) from error
 
 
-def _open_lock() -> int:
+def _open(name: str) -> int:
     STATE.mkdir(parents=True, exist_ok=True)
-    return os.open(STATE / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    return os.open(STATE / name, os.O_RDWR | os.O_CREAT, 0o666)
 
 
 # --- what the user does --------------------------------------------------------------------------
@@ -175,7 +173,7 @@ def resume(*, not_running: bool = False) -> str:
 @contextmanager
 def _alone(unfinished: list[Run], not_running: bool) -> Iterator[int]:
     """Hold the lock, whose descriptor it yields, where no process of the workflow lives here."""
-    lock, unseen = _open_lock(), [run for run in unfinished if run.host != platform.node()]
+    lock, unseen = _open("lock"), [run for run in unfinished if run.host != platform.node()]
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -217,6 +217,6 @@ def read_metrics(path: str | Path, stage: str, made_by: str) -> dict[str, Any]:
     record = read_record(METRICS.get(stage, Metrics), path, made_by)
     if record.stage != stage:
         raise UserError(
-            f"{path} is of the {record.stage} stage: expected the file made by {made_by}"
+            f"{path} is of the stage {record.stage!r:.80}: expected the file made by {made_by}"
         )
     return record.model_dump(mode="json")

@@ -1,26 +1,59 @@
 """report.html: what it says, where, and that it needs nothing but itself."""
 
+import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from fairway.report.content import cautions
 from fairway.report.format import compact, joined, probability, signed
 from synthetic_run import (
     FAILING,
     QUICKSTART,
     SEEDS,
+    load_results,
     make_report,
+    make_run,
     make_tokens,
+    reseal,
 )
 
 
 def test_the_page_says_what_a_pass_means(finished):
     text = (finished[1] / "report.html").read_text(encoding="utf-8")
     assert text.count("12 replacements in an excerpt of 4,000 targets") == len(QUICKSTART)
+
+
+def test_what_the_text_is_too_small_for_stands_above_the_score(finished, tmp_path):
+    assert '<ul class="cautions">' not in (finished[1] / "report.html").read_text(encoding="utf-8")
+    make_run(tmp_path, (42,))
+    warning = "The validation text has 3 documents: that is few."
+    manifest = tmp_path / "results/data/embedded/manifest.json"
+    metrics = tmp_path / "results/quickstart/seed-42/leaky/slot_eval/metrics.json"
+    for path, change in ((manifest, {"warnings": [warning]}), (metrics, {"windows": 1})):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    reseal(metrics)
+    page = (make_report(tmp_path, (42,)) / "report.html").read_text(encoding="utf-8")
+    above, _, _ = page.partition('<table class="headline">')
+    assert above.count(f"<li>{warning}</li>") == 1  # of both variants
+    assert "leaky was scored in 1 window: " in above and "causal was scored in" not in above
+
+
+def test_a_dataset_that_says_nothing_is_spoken_for(finished):
+    """One that was made before manifests had warnings."""
+    results = load_results(finished[0])
+    assert cautions(results) == []
+    few = {
+        key: replace(sums, by_document=sums.by_document[:19])
+        for key, sums in results.tokens.items()
+    }
+    (caution,) = cautions(replace(results, tokens=few))
+    assert "19 documents" in caution
 
 
 class PageReader(HTMLParser):

@@ -266,7 +266,7 @@ def _checked_folder(path: Path, seed: int) -> _Folder:
     record = read_provenance(provenance, again)
     if (record.stage, record.seed) != (stage, seed):
         raise UserError(
-            f"{provenance} is of the {record.stage} stage, seed {record.seed}: expected seed "
+            f"{provenance} is of the {record.stage:.80} stage, seed {record.seed}: expected seed "
             f"{seed} of {again}"
         )
     hashes = {file: check_product(file, again, record) for file in files}
@@ -321,8 +321,8 @@ def _read_audit(folder: _Folder) -> AuditRecord:
 def _require_place(path: Path, seed: int | None, name: str | None, folder: _Folder) -> None:
     if (seed, name) != (folder.seed, folder.path.parent.name):
         raise UserError(
-            f"{path} is of seed {seed} and folder {name}: expected seed {folder.seed} and folder "
-            f"{folder.path.parent.name}, as made by {folder.made_by}"
+            f"{path} is of seed {seed} and folder {name!r:.80}: expected seed {folder.seed} and "
+            f"folder {folder.path.parent.name!r}, as made by {folder.made_by}"
         )
 
 

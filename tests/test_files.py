@@ -25,6 +25,7 @@ from fairway.files import (
     write_table,
     write_tensors,
 )
+from fairway.model.weights import load_weights
 from malformed_products import ODD_TEXTS, time_limit
 
 COLUMNS = {"step": "int64", "loss": "float64", "own": "bool"}
@@ -197,6 +198,14 @@ def test_tensors_survive_the_file(tmp_path):
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
     save_file(TENSORS, path, metadata={"config": "older than checksums"})
     assert read_tensors(path, "a stage")[1] == {"config": "older than checksums"}
+
+
+@pytest.mark.parametrize("record", ["3", "[]", '{"config": 3}', '{"config": null}', '[["a"]]', "{"])
+def test_metadata_of_another_shape_is_refused(tmp_path, record):
+    path = tmp_path / "weights.safetensors"
+    save_file(TENSORS, path, metadata={"fairway": record})
+    with pytest.raises(UserError, match=r"weights\.safetensors"):
+        load_weights(path)
 
 
 @settings(deadline=None, max_examples=100)

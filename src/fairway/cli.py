@@ -57,6 +57,8 @@ def run_audit(parsed: argparse.Namespace) -> int:
 
 def audit_named(parsed: argparse.Namespace) -> AuditResult:
     """Audit the evaluator that the command line names, and write audit.json where asked to."""
+    if parsed.output is not None and parsed.output.is_dir():
+        raise UserError(f"--output {parsed.output} is a folder: name a file")
     sys.path.insert(0, str(Path.cwd()))
     values = {name: getattr(parsed, name) for name in AuditSettings.model_fields}
     result = audit(

@@ -305,6 +305,8 @@ def read_tensors(path: str | Path, made_by: str) -> tuple[dict[str, "Tensor"], d
         metadata = dict(file.metadata() or {})
         if TENSORS_RECORD in metadata:
             metadata = dict(parse_json(metadata[TENSORS_RECORD]))
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise TypeError("its metadata is not text")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         checksum = metadata.pop(TENSORS_CHECKSUM, None)
         if checksum is not None and checksum != _tensors_sha256(tensors, metadata):

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import os
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from fairway.audit.runner import audit
 from fairway.cli import main
 from fairway.data.shards import write_shard
 from fairway.errors import UserError
+from malformed_products import ODD_TEXTS, time_limit
 from provenance_chain import make_chain
 
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/leaking_evaluator.py"
@@ -102,6 +104,34 @@ def test_bad_usage_exits_2_with_one_line(arguments, capsys, change, message):
     assert run(arguments | change) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fairway: ") and message in error
+
+
+@pytest.mark.parametrize("option", ["--tokens", "--provenance", "--output"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Path.mkdir,
+        os.mkfifo,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to(path),
+        *(lambda path, text=text: path.write_bytes(text) for text in ODD_TEXTS),
+    ],
+)
+def test_an_option_may_name_anything(arguments, capsys, option, make):
+    """No file, or another; a provenance.json that does not hold is a FAIL, and an output is lost
+    only where it is a folder."""
+    make(Path("odd"))
+    few = {"--flips": "2", "--null-tokens": "64"}
+    with time_limit():
+        status = run(arguments | few | {option: "odd"})
+    told = capsys.readouterr()
+    if option == "--provenance":
+        assert status == 1 and re.search("^FAIL +lineage ", told.out, re.MULTILINE)
+    elif option == "--output" and not Path("odd").is_dir():
+        assert status == 0 and json.loads(Path("odd").read_text())["verdict"] == "PASS"
+    else:
+        *_, line = told.err.splitlines()
+        assert status == 2 and line.startswith("fairway: ") and "odd" in line
 
 
 @pytest.mark.parametrize(

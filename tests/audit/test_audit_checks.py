@@ -7,27 +7,37 @@ import pandas as pd
 import pytest
 import torch
 
-from fairway.audit.bookkeeping import (
-    check_coverage,
-    check_reported_score,
-    coverage_errors,
-    read_evaluation,
+from fairway.audit.bookkeeping import check_coverage, check_reported_score, read_evaluation
+from fairway.audit.checks import (
+    check_attribution,
+    check_budgets,
+    check_normalization,
+    check_width,
 )
-from fairway.audit.checks import check_attribution, check_budgets, check_normalization
 from fairway.audit.flip import (
+    FlipRun,
     check_flips,
     detectable_leak_rate,
     largest_changes,
-    measure_noise,
     reach_table,
     run_flips,
 )
 from fairway.audit.flip_plan import Flip, Geometry, choose_excerpt, plan_flips
-from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, UNBOUNDED_NATS, Scores
+from fairway.audit.fresh import load_callable
+from fairway.audit.interface import (
+    FAIL,
+    NOT_APPLICABLE,
+    NOT_RUN,
+    PASS,
+    UNBOUNDED_NATS,
+    Scores,
+    evaluate,
+)
 from fairway.audit.null import check_null, draw_stream, largest_gains
+from fairway.audit.repeats import repeat_calls
 from fairway.audit.result import AuditResult
-from fairway.audit.runner import AuditSettings
-from fairway.cli import load_callable
+from fairway.audit.runner import NO_FLIPS, AuditSettings
+from fairway.audit.tally import Tally, tally_of
 from fairway.errors import UserError
 from fairway.evaluation.windows import lane_runs, sliding_windows
 from fairway.settings import validated
@@ -119,22 +129,33 @@ def test_the_excerpt_holds_the_most_documents():
 # ---- flips ----
 
 
+def flip_run(evaluator, tokens, flips, references=(), noise=0.0) -> FlipRun:
+    """The flips' results, judged by a limit of 1e-4 bpb at a byte a token."""
+    found = run_flips(
+        evaluator,
+        tokens,
+        references or [evaluate(evaluator, tokens)],
+        flips,
+        vocab_size=VOCAB_SIZE,
+        bos_id=BOS_ID,
+        noise_nats=noise,
+    )
+    return FlipRun(*found, limit_nats=1e-4 * math.log(2), limit_bpb=1e-4)
+
+
 def test_reach_is_the_distance_that_a_peeking_evaluator_looks_ahead():
     tokens = stream(60)
     evaluator = peeking(7)
-    reference = evaluator(tokens)
     flips = [Flip(position, 0, "random") for position in (3, 20, 60)]
-    results = run_flips(evaluator, tokens, reference, flips)
-    table = reach_table(results, 0.0)
+    run = flip_run(evaluator, tokens, flips)
+    table = reach_table(run)
     assert table.loc[table["changed"] > 0, "distance_tokens"].tolist() == [7]
     assert table["pairs"].tolist()[:3] == [3, 3, 3]
-    check = check_flips(results, 0.0)
+    check = check_flips(run)
     assert check.verdict == FAIL
     assert check.evidence["reach_tokens"] == 7
     assert check.evidence["leaking_flips"] == 2  # nothing lies seven targets before the third
-    assert (
-        check_flips(run_flips(peeking(-1), tokens, peeking(-1)(tokens), flips), 0.0).verdict == PASS
-    )
+    assert check_flips(flip_run(peeking(-1), tokens, flips)).verdict == PASS
 
 
 def test_one_bit_is_a_change_and_nan_is_not():
@@ -154,11 +175,10 @@ def test_a_noisy_backend_is_compared_with_its_own_noise():
     tokens, flips = stream(60), [Flip(position, 0, "random") for position in (20, 30, 40)]
     for distance, verdict in ((-1, PASS), (2, FAIL)):
         evaluator = noisy(peeking(distance))
-        reference = evaluator(tokens)
-        noise = measure_noise(evaluator, tokens, reference, 3)
-        assert 0 < noise < 2e-6
-        check = check_flips(run_flips(evaluator, tokens, reference, flips), noise)
-        assert check.verdict == verdict
+        repeats = repeat_calls(evaluator, tokens, evaluate(evaluator, tokens), 3)
+        assert 0 < repeats.noise_nats < 2e-6 and not repeats.remembers
+        run = flip_run(evaluator, tokens, flips, repeats.answers, repeats.noise_nats)
+        assert check_flips(run).verdict == verdict
 
 
 def test_detectable_leak_rate_is_the_rate_seen_with_the_stated_confidence():
@@ -216,18 +236,30 @@ def test_a_drawn_stream_follows_its_source_and_its_seed():
 
 def test_normalization():
     log_probs = torch.log_softmax(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), -1)
-    assert check_normalization(log_probs, 8).verdict == PASS
-    assert check_normalization(log_probs, 9).verdict == FAIL
-    assert check_normalization(log_probs + 1e-3, 8).verdict == FAIL
+    assert check_width(log_probs, 8) is None
+    assert check_width(log_probs, 9).verdict == FAIL
+    assert normalization(log_probs).verdict == PASS
+    assert normalization(log_probs + 1e-3).verdict == FAIL
     log_probs[2, 3] = math.nan
-    check = check_normalization(log_probs, 8)
-    assert check.verdict == FAIL and check.evidence["off_distributions"] == 1
+    check = normalization(log_probs)
+    assert check.verdict == FAIL and check.evidence["excerpt"]["off_distributions"] == 1
+
+
+def normalization(log_probs):
+    tally = Tally(len(log_probs))
+    tally.add_distributions(log_probs)
+    return check_normalization({"excerpt": tally}, log_probs.shape[1], 1e-4)
 
 
 def scores_at(positions, lanes=None) -> Scores:
     positions = torch.tensor(positions)
     lanes = None if lanes is None else torch.tensor(lanes)
     return Scores(torch.zeros(4, 2), positions, torch.zeros(len(positions)), lanes)
+
+
+def errors_of(scores: Scores):
+    tokens = torch.zeros(5, dtype=torch.int64)
+    return tally_of(evaluate(lambda text: scores, tokens), tokens, BOS_ID).coverage_errors()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +274,7 @@ def scores_at(positions, lanes=None) -> Scores:
     ],
 )
 def test_coverage_of_an_evaluator_s_scores(positions, lanes, fault):
-    errors = coverage_errors(scores_at(positions, lanes), 4)
+    errors = errors_of(scores_at(positions, lanes))
     for kind in ("missing", "repeated", "out_of_range", "out_of_order"):
         assert getattr(errors, kind) == (kind == fault)
 
@@ -273,9 +305,8 @@ def evaluated(tmp_path, table: pd.DataFrame, tokens: np.ndarray, **metrics: floa
 def test_the_whole_evaluation(tmp_path):
     tokens = stream(100).numpy()
     evaluation = evaluated(tmp_path, token_table(tokens), tokens)
-    distributions = torch.zeros(4, 2)
-    assert check_coverage(distributions, 4, evaluation).verdict == PASS
-    assert check_reported_score(distributions, stream(4), evaluation).verdict == PASS
+    assert check_coverage({}, evaluation).verdict == PASS
+    assert check_reported_score({}, evaluation, 1e-4).verdict == PASS
     check = check_attribution(evaluation)
     assert check.verdict == PASS
     assert check.evidence["gain_nats_per_token"] == pytest.approx(0.1)
@@ -296,7 +327,7 @@ def test_a_table_that_is_not_one_pass_fails(tmp_path, fault):
         table.loc[40, "window"] = 0
     else:
         table = table.iloc[::-1]
-    assert check_coverage(torch.zeros(4, 2), 4, evaluated(tmp_path, table, tokens)).verdict == FAIL
+    assert check_coverage({}, evaluated(tmp_path, table, tokens)).verdict == FAIL
 
 
 @pytest.mark.parametrize("fault", ["val_loss", "val_bpb", "token", "bytes"])
@@ -311,7 +342,7 @@ def test_totals_that_the_table_does_not_give_fail(tmp_path, fault):
     else:
         metrics[fault] = 1.0
     evaluation = evaluated(tmp_path, table, tokens, **metrics)
-    assert check_reported_score(torch.zeros(4, 2), stream(4), evaluation).verdict == FAIL
+    assert check_reported_score({}, evaluation, 1e-4).verdict == FAIL
 
 
 def test_attribution_splits_the_gain_exactly(tmp_path):
@@ -345,7 +376,7 @@ def test_budgets():
 
 
 def result_of(*checks) -> AuditResult:
-    return AuditResult(checks, reach_table([], 0.0), "unknown", None, "Little.", {"seed": 1}, {})
+    return AuditResult(checks, reach_table(NO_FLIPS), "unknown", None, "Little.", {"seed": 1}, {})
 
 
 def test_the_result_lists_what_was_not_run_and_what_does_not_apply():

@@ -8,6 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -47,8 +49,10 @@ def arguments(tmp_path, monkeypatch):
     }
 
 
-def run(arguments: dict[str, str]) -> int:
-    return main(["audit", *(word for pair in arguments.items() for word in pair)])
+def run(arguments: dict[str, str], *more: str) -> int:
+    """In this process, unless `more` says otherwise: a new one for each call takes seconds."""
+    words = [word for pair in arguments.items() for word in pair]
+    return main(["audit", *words, *(more or ["--no-fresh"])])
 
 
 def verdicts() -> dict[str, str]:
@@ -62,13 +66,13 @@ def test_the_honest_example_exits_0(arguments, capsys):
     printed = capsys.readouterr().out
     assert re.search("^PASS +flip ", printed, re.MULTILINE)
     last = printed.strip().splitlines()[-1]
-    assert re.match("PASS +overall +6 of 6 applicable checks pass; ", last)
+    assert re.match("PASS +overall +7 of 7 applicable checks pass; ", last)
     assert "NOT APPLICABLE: attribution, lineage, budgets" in last
 
 
-def test_with_provenance_seven_of_seven_checks_pass(arguments, capsys, tmp_path):
+def test_with_provenance_eight_of_eight_checks_pass(arguments, capsys, tmp_path):
     assert run(arguments | {"--provenance": str(make_chain(tmp_path))}) == 0
-    assert "7 of 7 applicable checks pass" in capsys.readouterr().out
+    assert "8 of 8 applicable checks pass" in capsys.readouterr().out
 
 
 def test_without_the_plain_model_the_null_test_is_not_run(arguments, capsys):
@@ -98,6 +102,11 @@ def test_the_leaking_example_exits_1_and_its_reach_is_its_block(arguments, capsy
         ({"--vocab-size": "8"}, "the vocabulary size is 8"),
         ({"--stride-tokens": "64"}, "stride"),
         ({"--flips": "1"}, "audit.flips"),
+        ({"--bos-id": "64"}, "bos_id is 64"),
+        ({"--limits": "seconds"}, "expected name=number"),
+        ({"--table": "missing.parquet"}, "missing.parquet"),
+        ({"--artifact": "missing.bin"}, "missing.bin"),
+        ({"--tokenizer": "worked_example.py"}, "not a SentencePiece model"),
     ],
 )
 def test_bad_usage_exits_2_with_one_line(arguments, capsys, change, message):
@@ -152,6 +161,72 @@ def test_an_evaluator_that_stops_or_raises_is_not_audited(arguments, capsys, bod
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fairway: stops:evaluate ") and message in error
     assert not Path("audit.json").exists()
+
+
+@pytest.fixture
+def table(arguments):
+    """The honest example's table of scored targets: its file, val_loss and val_bpb."""
+    import worked_example
+
+    tokens = worked_example.example_text(513)
+    nll = worked_example.honest(tokens).reported_nll.double().numpy()
+    count = len(nll)
+    pd.DataFrame(
+        {
+            "position": np.arange(1, count + 1),
+            "token": tokens[1:].numpy(),
+            "window": np.arange(count) // 32,
+            "lane": 0,
+            "nll_before": nll,
+            "nll_after": nll,
+            "bytes": 2,
+            "in_own_loss": False,
+        }
+    ).to_parquet("tokens.parquet")
+    return Path("tokens.parquet"), nll.mean(), nll.sum() / np.log(2) / (2 * count)
+
+
+def test_with_table_artifact_and_limits_all_ten_checks_pass(arguments, table, tmp_path, capsys):
+    path, val_loss, val_bpb = table
+    Path("weights.bin").write_bytes(bytes(1000))
+    more = {
+        "--provenance": str(make_chain(tmp_path)),
+        "--table": str(path),
+        "--val-loss": str(val_loss),
+        "--val-bpb": str(val_bpb),
+        "--artifact": "weights.bin",
+        "--used": "evaluation_seconds=455",
+        "--limits": "evaluation_seconds=600",
+    }
+    assert run(arguments | more) == 0
+    assert "10 of 10 applicable checks pass" in capsys.readouterr().out
+    assert run(arguments | more | {"--val-bpb": str(val_bpb - 0.01)}) == 1
+    assert verdicts()["reported_score"] == "FAIL"
+    assert run(arguments | more | {"--limits": "artifact_bytes=999"}) == 1
+    assert verdicts()["budgets"] == "FAIL"
+
+
+def test_a_submissions_folder_feeds_the_checks(arguments, table, tmp_path):
+    path, val_loss, val_bpb = table
+    folder = tmp_path / "submission"
+    folder.mkdir()
+    shutil.copy(path, folder)
+    scores = {"val_loss": val_loss, "val_bpb": val_bpb}
+    (folder / "submission.json").write_text(json.dumps(scores))
+    (folder / "artifact.bin").write_bytes(bytes(100))
+    assert run(arguments | {"--submission": str(folder)}) == 0
+    found = verdicts()
+    assert found["attribution"] == found["reported_score"] == found["budgets"] == "PASS"
+    (folder / "submission.json").write_text(json.dumps(scores | {"val_loss": val_loss - 0.1}))
+    assert run(arguments | {"--submission": str(folder)}) == 1
+    assert verdicts()["reported_score"] == "FAIL"
+
+
+@pytest.mark.slow  # half a dozen processes that import torch
+def test_each_call_has_a_process_of_its_own_unless_told(arguments):
+    few = {"--flips": "2", "--null-tokens": "0", "--stream-tokens": "64"}
+    assert run(arguments | few, "--fresh", "--no-whole-text") == 0
+    assert json.loads(Path("audit.json").read_text())["parameters"]["fresh"] is True
 
 
 def test_the_python_example_does_what_it_says():

@@ -82,7 +82,7 @@ def evidence(content: dict, name: str) -> dict:
 
 
 def test_the_causal_variant_passes_every_check(causal):
-    assert len(causal["checks"]) == 9
+    assert len(causal["checks"]) == 10
     assert set(verdicts(causal).values()) == {"PASS"}, causal["checks"]
     assert causal["verdict"] == "PASS" and causal["track"] == "adaptive"
     assert evidence(causal, "flip")["comparison"] == "bitwise"
@@ -117,7 +117,7 @@ def test_a_pass_says_what_it_means(causal):
 
 def test_metrics_tell_what_each_part_costs(chain, causal):
     metrics = chain.read("causal", "metrics.json")
-    assert set(metrics["check_seconds"]) == {"noise", "flip", "null", "track"}
+    assert set(metrics["check_seconds"]) == {"noise", "flip", "null", "track", "whole_text"}
     assert 0 < sum(metrics["check_seconds"].values()) < metrics["seconds"]
     assert metrics["verdict"] == "PASS"
 

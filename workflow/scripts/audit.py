@@ -20,15 +20,17 @@ from torch import Tensor
 
 from fairway.audit.bookkeeping import read_evaluation
 from fairway.audit.checks import check_budgets
-from fairway.audit.flip_plan import Geometry, choose_excerpt
+from fairway.audit.flip_plan import Geometry, TokenClasses, choose_excerpt
 from fairway.audit.interface import Scores
 from fairway.audit.lineage import check_lineage
 from fairway.audit.runner import AuditTarget, audit_evaluator
 from fairway.code_hash import import_closure
 from fairway.data.dataset import load_dataset, read_split
 from fairway.data.manifest_fields import read_manifest
+from fairway.data.token_classes import token_classes
+from fairway.data.tokenizer import load_tokenizer
 from fairway.evaluation.evaluator import Evaluator
-from fairway.files import write_json, write_table
+from fairway.files import sha256_of, write_json, write_table
 from fairway.metrics import read_metrics
 from fairway.model.runtime import prepare, runtime_metrics
 from fairway.model.sampling import sample_documents
@@ -58,6 +60,7 @@ def audit(stage: StageRun) -> None:
         model, stage.settings.evaluation, bos_id=dataset.bos_id, seed=stage.seed, runtime=runtime
     )
     tokens = read_split(dataset, "val").astype(np.int64)
+    split_bytes = read_manifest(manifest).splits.val.bytes
     unadapted = stage.settings.evaluation.changed(adapters=())
     target = AuditTarget(
         evaluator=as_audited(evaluator, ranks),
@@ -74,9 +77,11 @@ def audit(stage: StageRun) -> None:
         evaluation=read_evaluation(
             table,
             tokens,
-            split_bytes=read_manifest(manifest).splits.val.bytes,
+            split_bytes=split_bytes,
             metrics=metrics["slot_eval"],
         ),
+        classes=known_classes(take("tokenize", "tokenizer.model"), manifest),
+        bytes_per_token=split_bytes / (len(tokens) - 1),
     )
     result = audit_evaluator(target, stage.settings.audit, stage.seed).with_checks(
         check_lineage(
@@ -92,6 +97,14 @@ def audit(stage: StageRun) -> None:
     stage.finish(
         {"verdict": result.verdict, "check_seconds": result.seconds, **runtime_metrics(model)}
     )
+
+
+def known_classes(tokenizer: Path, manifest: Path) -> TokenClasses | None:
+    """Classes of the vocabulary; None for another tokenizer than the manifest's, which lineage
+    fails."""
+    if sha256_of(tokenizer) != read_manifest(manifest).tokenizer.sha256:
+        return None
+    return token_classes(load_tokenizer(tokenizer))
 
 
 def as_audited(evaluator: Evaluator, ranks: int) -> Callable[[Tensor], Scores]:

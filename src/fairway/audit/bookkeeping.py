@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from fairway.audit.interface import FAIL, NOT_APPLICABLE, PASS, Check, Scores
+from fairway.audit.interface import FAIL, NOT_APPLICABLE, PASS, UNDECIDED, Check
+from fairway.audit.tally import SCORE_TOLERANCE_NATS, CoverageErrors, Tally
 from fairway.errors import UserError
 from fairway.files import read_batches
 
 MADE_BY = "the slot_eval stage"
-SCORE_TOLERANCE_NATS = 1e-4
-"""This is a fiftieth of the smallest gain that the challenge counts, and far above float32
-rounding."""
+
+ROUNDING_Z = 5.0
+"""The mean of rounded scores is off by less than so many of its standard errors."""
 
 COLUMNS = {
     "position": "int64",
@@ -34,22 +35,6 @@ COLUMNS = {
     "in_own_loss": "bool",
 }
 """The columns of tokens.parquet that the audit reads; the evaluation defines them."""
-
-
-@dataclass(frozen=True)
-class CoverageErrors:
-    """How a list of scores departs from one score for each target, in order.
-
-    targets, scores: how many there are; the other counts are zero where nothing is wrong.
-    out_of_range: scores of no target. out_of_order: scores after a later target of the same lane.
-    """
-
-    targets: int
-    scores: int
-    missing: int
-    repeated: int
-    out_of_range: int
-    out_of_order: int
 
 
 @dataclass(frozen=True)
@@ -77,8 +62,8 @@ class Evaluation:
 
     in_fit, out_of_fit: targets inside and outside the loss of the fit that scored them.
     token_mismatches: rows whose token is not the text's at that position.
-    bytes: of all rows. split_bytes: of the split's text.
-    val_loss (nats a token), val_bpb: as reported.
+    bytes: of all rows. split_bytes: of the split's text; None where that is not known.
+    val_loss (nats a token), val_bpb: as reported; None where they were not.
     """
 
     errors: CoverageErrors
@@ -86,9 +71,9 @@ class Evaluation:
     out_of_fit: Totals
     token_mismatches: int
     bytes: int
-    split_bytes: int
-    val_loss: float
-    val_bpb: float
+    split_bytes: int | None
+    val_loss: float | None
+    val_bpb: float | None
 
     @property
     def gain_nats_per_token(self) -> float:
@@ -98,12 +83,12 @@ class Evaluation:
 
 
 def read_evaluation(
-    path: str | Path, tokens: np.ndarray, *, split_bytes: int, metrics: Mapping[str, float]
+    path: str | Path, tokens: np.ndarray, *, split_bytes: int | None, metrics: Mapping[str, float]
 ) -> Evaluation:
     """Add up tokens.parquet.
 
-    tokens: integers [n + 1], the text that was scored. split_bytes: the bytes of that text.
-    metrics: the `val_loss` and `val_bpb` that were reported.
+    tokens: integers [n + 1], the text that was scored. split_bytes: the bytes of that text, if
+    known. metrics: the `val_loss` and `val_bpb` that were reported, as far as they were.
     Raises UserError where the table is damaged, lacks a column, or has losses that are not finite.
     """
     order = _Order(len(tokens) - 1)
@@ -128,8 +113,8 @@ def read_evaluation(
         token_mismatches=token_mismatches,
         bytes=total_bytes,
         split_bytes=split_bytes,
-        val_loss=metrics["val_loss"],
-        val_bpb=metrics["val_bpb"],
+        val_loss=metrics.get("val_loss"),
+        val_bpb=metrics.get("val_bpb"),
     )
 
 
@@ -172,39 +157,19 @@ class _Order:
         )
 
 
-def coverage_errors(scores: Scores, num_targets: int) -> CoverageErrors:
-    """The coverage errors of an evaluator's own scores; targets are 1 … num_targets."""
-    positions = scores.positions.detach().cpu().numpy().astype(np.int64)
-    inside = (positions >= 1) & (positions <= num_targets)
-    times = np.bincount(positions[inside], minlength=num_targets + 1)[1:]
-    lanes = np.zeros(len(positions)) if scores.lanes is None else scores.lanes.cpu().numpy()
-    out_of_order = 0
-    for lane in np.unique(lanes):
-        scored = positions[lanes == lane]
-        out_of_order += int((scored[1:] < np.maximum.accumulate(scored)[:-1]).sum())
-    return CoverageErrors(
-        targets=num_targets,
-        scores=len(positions),
-        missing=int((times == 0).sum()),
-        repeated=int((times > 1).sum()),
-        out_of_range=int((~inside).sum()),
-        out_of_order=out_of_order,
-    )
+def check_coverage(tallies: Mapping[str, Tally], evaluation: Evaluation | None) -> Check:
+    """PASS where every target was scored exactly once, in order within its lane.
 
-
-def check_coverage(
-    scores: Tensor | Scores, num_targets: int, evaluation: Evaluation | None
-) -> Check:
-    """PASS where every target was scored exactly once, in order within its lane."""
-    errors: dict[str, CoverageErrors] = {}
-    if isinstance(scores, Scores):
-        errors["excerpt"] = coverage_errors(scores, num_targets)
+    tallies: of the scores that an evaluator returned, by the text's name; empty where it returned
+    distributions only.
+    """
+    errors = {source: tally.coverage_errors() for source, tally in tallies.items()}
     if evaluation is not None:
         errors["whole evaluation"] = evaluation.errors
     if not errors:
         reason = (
             "The evaluator returned one distribution for each target and no order of scoring; it "
-            "can return fairway.audit.interface.Scores."
+            "can return fairway.audit.Scores."
         )
         return Check("coverage", NOT_APPLICABLE, reason)
     evidence = {source: asdict(counts) for source, counts in errors.items()}
@@ -220,10 +185,16 @@ def check_coverage(
         if counts[kind]
     ]
     if wrong:
-        sentence = f"Not one pass from left to right: {', '.join(wrong)}."
+        effect = max(
+            (counts.effect_nats_per_token for counts in errors.values()), key=abs, default=0.0
+        )
+        repeated = f" Repeats change the mean by {effect:+.3g} nats a token." if effect else ""
+        sentence = f"Not one pass in the declared order: {', '.join(wrong)}.{repeated}"
         return Check("coverage", FAIL, sentence, evidence)
     scored = " and ".join(f"{counts.targets:,} ({source})" for source, counts in errors.items())
-    sentence = f"Every target was scored exactly once, in order: {scored}."
+    marks = max(counts.missing_marks for counts in errors.values())
+    but = f", but for {marks:,} marks of documents, which stand for no bytes" if marks else ""
+    sentence = f"Every target was scored exactly once, in order: {scored}{but}."
     return Check("coverage", PASS, sentence, evidence)
 
 
@@ -238,52 +209,52 @@ def wrong_row_count(log_probs: Tensor, num_targets: int) -> Check:
 
 
 def check_reported_score(
-    scores: Tensor | Scores, tokens: Tensor, evaluation: Evaluation | None
+    tallies: Mapping[str, Tally], evaluation: Evaluation | None, limit_nats: float
 ) -> Check:
-    """PASS where each reported nll is -log p(x_t) of the distribution that was returned, and where
+    """PASS where each reported loss is -log p(x_t) of the distribution that made it, and where
     val_loss and val_bpb follow from the table, whose tokens and bytes are the split's.
 
-    tokens: int64 [n + 1], the excerpt.
+    tallies: as in `check_coverage`. limit_nats: what rounding may be worth, nats a token.
     """
     evidence: dict[str, dict] = {}
-    faults, good = [], []
-    if isinstance(scores, Scores):
-        compared = evidence["excerpt"] = _compare_scores(scores, tokens)
-        count = compared["scores"]
-        if compared["off_scores"]:
-            faults.append(
-                f"{compared['off_scores']:,} of {count:,} reported scores are not -log p of their "
-                f"token, together {compared['understated_nats']:.4g} nats too low"
+    faults, rounded, good = [], [], []
+    for source, tally in tallies.items():
+        if not tally.compared:
+            continue
+        effect = tally.understated_nats / tally.compared
+        rounding = ROUNDING_Z * math.sqrt(tally.rounding_variance) / tally.compared
+        evidence[source] = {
+            "scores": tally.compared,
+            "off_scores": tally.off_scores,
+            "largest_difference_nats": tally.largest_difference_nats,
+            "understated_nats": tally.understated_nats,
+            "understated_nats_per_token": effect,
+            "tolerance_nats": SCORE_TOLERANCE_NATS,
+        }
+        if tally.off_scores or abs(effect) > limit_nats:
+            is_rounding = not tally.off_scores and abs(effect) <= rounding
+            (rounded if is_rounding else faults).append(
+                f"{tally.off_scores:,} of {tally.compared:,} reported scores ({source}) are not "
+                f"-log p of their token, together {tally.understated_nats:.4g} nats too low, "
+                f"{effect:.3g} nats a token"
             )
-        good.append(f"all {count:,} reported scores are -log p of their token")
+        good.append(f"all {tally.compared:,} reported scores ({source}) are -log p of their token")
     if evaluation is not None:
         evidence["whole evaluation"], wrong = _compare_totals(evaluation)
         faults += wrong
         good.append("the table of scored targets gives the reported val_loss and val_bpb")
     if not evidence:
-        reason = "The evaluator returned distributions only, so its scores follow from them."
+        reason = (
+            "The evaluator returned losses only, so there is nothing to compare them with."
+            if tallies
+            else "The evaluator returned distributions only, so its scores follow from them."
+        )
         return Check("reported_score", NOT_APPLICABLE, reason)
-    sentence = "; ".join(faults or good)
-    verdict = FAIL if faults else PASS
+    if rounded:
+        rounded[-1] += ", as rounding to half precision gives: report float32"
+    sentence = "; ".join(faults or rounded or good)
+    verdict = FAIL if faults else UNDECIDED if rounded else PASS
     return Check("reported_score", verdict, f"{sentence[0].upper()}{sentence[1:]}.", evidence)
-
-
-def _compare_scores(scores: Scores, tokens: Tensor) -> dict:
-    positions = scores.positions.detach().long().cpu()
-    valid = (positions >= 1) & (positions < len(tokens))
-    positions = positions[valid]
-    log_probs = scores.log_probs.detach().cpu()
-    shown = -log_probs[positions - 1, tokens.cpu()[positions]].double()
-    reported = scores.reported_nll.detach().cpu().double()[valid]
-    differences = (reported - shown).abs()
-    finite = differences.isfinite()
-    return {
-        "scores": len(positions),
-        "off_scores": int((~(differences <= SCORE_TOLERANCE_NATS)).sum()),
-        "largest_difference_nats": float(differences[finite].max()) if finite.any() else None,
-        "understated_nats": float((shown - reported)[finite].sum()),
-        "tolerance_nats": SCORE_TOLERANCE_NATS,
-    }
 
 
 def _compare_totals(evaluation: Evaluation) -> tuple[dict, list[str]]:
@@ -293,7 +264,7 @@ def _compare_totals(evaluation: Evaluation) -> tuple[dict, list[str]]:
     faults = []
     if evaluation.token_mismatches:
         faults.append(f"{evaluation.token_mismatches:,} rows name another token than the text's")
-    if evaluation.bytes > evaluation.split_bytes:
+    if evaluation.split_bytes is not None and evaluation.bytes > evaluation.split_bytes:
         # Fewer are no fault: a first token without predecessor is not scored.
         faults.append(
             f"the table counts {evaluation.bytes:,} bytes where the text has "
@@ -303,7 +274,7 @@ def _compare_totals(evaluation: Evaluation) -> tuple[dict, list[str]]:
         ("val_loss", evaluation.val_loss, loss),
         ("val_bpb", evaluation.val_bpb, bpb),
     ):
-        if not math.isclose(reported, summed, rel_tol=1e-6):
+        if reported is not None and not math.isclose(reported, summed, rel_tol=1e-6):
             faults.append(f"{name} is reported as {reported:.6f}, the table gives {summed:.6f}")
     evidence = {
         "val_loss": loss,

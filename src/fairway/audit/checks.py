@@ -3,44 +3,76 @@
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from fairway.audit.bookkeeping import Evaluation
-from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, Check
-
-NORMALIZATION_TOLERANCE_NATS = 1e-4
-"""A float32 log-softmax over a few thousand entries errs by about 1e-6."""
+from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, UNDECIDED, Check
+from fairway.audit.tally import SCORE_TOLERANCE_NATS, Tally
 
 
-def check_normalization(log_probs: Tensor, vocab_size: int) -> Check:
-    """PASS where every row [n, V] is one distribution over the whole vocabulary: log Σ p = 0."""
+def check_width(log_probs: Tensor, vocab_size: int) -> Check | None:
+    """The normalization check of distributions [n, V] over another vocabulary; None where fine."""
     width = log_probs.shape[1]
-    if width != vocab_size:
-        sentence = (
-            f"The distributions have {width:,} entries where the vocabulary has {vocab_size:,}: a "
-            "score must come from one softmax over the whole vocabulary."
-        )
-        return Check("normalization", FAIL, sentence, {"width": width, "vocab_size": vocab_size})
-    totals = torch.logsumexp(log_probs.double(), dim=1).abs()
-    off = ~(totals <= NORMALIZATION_TOLERANCE_NATS)  # also catches NaN
-    worst = float(torch.nan_to_num(totals, nan=math.inf).max())
+    if width == vocab_size:
+        return None
+    sentence = (
+        f"The distributions have {width:,} entries where the vocabulary has {vocab_size:,}: a "
+        "score must come from one softmax over the whole vocabulary."
+    )
+    return Check("normalization", FAIL, sentence, {"width": width, "vocab_size": vocab_size})
+
+
+def check_normalization(tallies: Mapping[str, Tally], vocab_size: int, limit_nats: float) -> Check:
+    """PASS where every distribution covers the whole vocabulary and sums to one: log Σ p = 0.
+
+    tallies: by the text's name. limit_nats: what rounding may be worth, nats a token. FAIL where
+    sums are off by more than the rounding of their float type, UNDECIDED where that rounding could
+    be worth more than the limit.
+    """
     evidence = {
-        "distributions": len(totals),
-        "vocab_size": vocab_size,
-        "off_distributions": int(off.sum()),
-        "largest_error_nats": worst if math.isfinite(worst) else None,
-        "tolerance_nats": NORMALIZATION_TOLERANCE_NATS,
+        source: {
+            "distributions": tally.distributions,
+            "vocab_size": vocab_size,
+            "off_distributions": tally.off_distributions,
+            "largest_error_nats": _finite(tally.largest_sum_error_nats),
+            "worth_nats_per_token": _finite(_sum_error(tally)),
+            "tolerance_nats": SCORE_TOLERANCE_NATS,
+        }
+        for source, tally in tallies.items()
     }
-    if off.any():
-        size = f"{worst:.3g} nats" if math.isfinite(worst) else "infinitely"
-        sentence = (
-            f"{int(off.sum()):,} of {len(totals):,} distributions do not sum to one (off by up to "
-            f"{size}): the scores are not comparable."
+    worst = max(tallies.values(), key=_sum_error)
+    count, error = worst.distributions, _sum_error(worst)
+    size = f"{worst.largest_sum_error_nats:.3g} nats" if math.isfinite(error) else "infinitely"
+    if worst.off_distributions and error > limit_nats:
+        off = (
+            f"{worst.off_distributions:,} of {count:,} distributions do not sum to one (off by up "
+            f"to {size}, on average by {error:.3g} nats)"
         )
-        return Check("normalization", FAIL, sentence, evidence)
-    sentence = f"All {len(totals):,} distributions cover the {vocab_size:,} tokens and sum to one."
+        if worst.beyond_rounding:
+            verdict, sentence = FAIL, f"{off}: the scores are not comparable."
+        else:
+            verdict = UNDECIDED
+            sentence = f"{off}, as rounding to half precision does: give float32 distributions."
+        return Check("normalization", verdict, sentence, evidence)
+    covered = " and ".join(f"{one.distributions:,} ({name})" for name, one in tallies.items())
+    rounding = (
+        f"; rounding of up to {size} is worth {error:.2g} nats a token"
+        if worst.off_distributions
+        else ""
+    )
+    sentence = (
+        f"All distributions cover the {vocab_size:,} tokens and sum to one: {covered}{rounding}."
+    )
     return Check("normalization", PASS, sentence, evidence)
+
+
+def _sum_error(tally: Tally) -> float:
+    """Mean |log Σ p|, nats: what the sums can be worth to a score."""
+    return tally.sum_error_nats / max(1, tally.distributions)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def check_attribution(evaluation: Evaluation | None) -> Check:

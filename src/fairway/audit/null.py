@@ -33,12 +33,14 @@ from fairway.audit.interface import (
     Evaluator,
     Predictor,
     evaluate,
-    log_probs_of,
 )
 from fairway.progress import progress
 
 BLOCK_TOKENS = 64
 """The confidence interval uses blocks of this length: adaptations correlate on this scale."""
+
+POWER_Z = 2.33
+"""A standard normal variable stays below this with probability 99 %."""
 
 CONFIDENCE = 0.95
 """This is the confidence of the interval of the mean gain; the verdict does not use it."""
@@ -80,9 +82,23 @@ def null_gains(evaluator: Evaluator, tokens: Tensor, drawn_log_probs: np.ndarray
 
     It is 0 for a target that was not drawn. tokens, drawn_log_probs: from a `NullSampler`.
     """
-    log_probs = log_probs_of(evaluate(evaluator, tokens))
-    scored = log_probs.gather(1, tokens[1:, None]).squeeze(1).double().cpu().numpy()
-    return np.where(np.isnan(drawn_log_probs), 0.0, scored - drawn_log_probs)
+    answer = evaluate(evaluator, tokens)
+    scored = -answer.nll.numpy()
+    left_out = np.isnan(drawn_log_probs)
+    if not answer.has_distributions:  # a target without a score is a fault of coverage
+        left_out |= np.isnan(scored)
+    return np.where(left_out, 0.0, scored - drawn_log_probs)
+
+
+def detectable_gain(num_targets: int, limit_nats: float) -> float:
+    """Smallest mean gain, nats a token, that the test shows in 99 of 100 texts of n targets.
+
+    A gain of g nats a token from knowing something of the target varies by about √(2g) from token
+    to token (a log-likelihood ratio's variance is twice its mean, where it is small), so its sum
+    exceeds the limit L with that probability where n·g − 2.33·√(2·g·n) ≥ L.
+    """
+    root = (POWER_Z * math.sqrt(2) + math.sqrt(2 * POWER_Z**2 + 4 * limit_nats)) / 2
+    return root**2 / num_targets
 
 
 def block_interval(gains: np.ndarray, confidence: float) -> tuple[float, float, float]:
@@ -142,7 +158,7 @@ def check_null(
         return Check("null", NOT_RUN, reason)
     largest = largest_gains(gains, significance)
     leaks = [gain for gain in largest if not gain.nats <= gain.limit_nats]  # also catches NaN
-    detectable = largest[0].limit_nats / len(gains)
+    detectable = detectable_gain(len(gains), largest[0].limit_nats)
     mean, low, high = block_interval(gains, CONFIDENCE)
     bounded = math.isfinite(low) and math.isfinite(mean)
     evidence = {
@@ -162,7 +178,7 @@ def check_null(
     if not leaks:
         sentence = (
             f"On {text} the evaluator gains no more than chance allows: {overall}. A leak worth "
-            f"{detectable:.4f} nats a token would have failed."
+            f"{detectable:.4f} nats a token would have failed with 99 % probability."
         )
         return Check("null", PASS, sentence, evidence)
     worst = leaks[0]

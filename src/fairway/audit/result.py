@@ -1,6 +1,6 @@
 """What an audit found: the verdicts, what they mean, and audit.json."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -8,10 +8,14 @@ from typing import Any, Literal, Self
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from fairway.audit.flip_plan import RANDOM, Flip
-from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, Check
+from fairway.audit.flip import NOISE_MARGIN, FlipRun
+from fairway.audit.flip_plan import RANDOM, TokenClasses
+from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, UNDECIDED, Check
 from fairway.records import read_record
 from fairway.settings import Fault
+
+GRAVITY = (FAIL, UNDECIDED, NOT_RUN, PASS)
+"""The verdicts that count for the overall one, gravest first."""
 
 FIXED = "fixed"
 """The track of an evaluator that scores with the plain model's distributions."""
@@ -28,7 +32,7 @@ class AuditRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    verdict: Literal["PASS", "FAIL", "NOT RUN"]
+    verdict: Literal["PASS", "FAIL", "UNDECIDED", "NOT RUN"]
     variant: str | None
     """Folder of the stage, where it is one of a run."""
     seed: int
@@ -42,7 +46,7 @@ class AuditRecord(BaseModel):
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:
-        found = {check.verdict for check in self.checks} & {PASS, FAIL, NOT_RUN}
+        found = {check.verdict for check in self.checks} & set(GRAVITY)
         if not found or self.verdict != _overall_verdict(found):
             raise Fault(f"found the verdict {self.verdict}, expected the gravest of its checks'")
         return self
@@ -54,7 +58,7 @@ def read_audit(path: str | Path, made_by: str) -> AuditRecord:
 
 
 def _overall_verdict(found: Iterable[str]) -> str:
-    return next(verdict for verdict in (FAIL, NOT_RUN, PASS) if verdict in found)
+    return next(verdict for verdict in GRAVITY if verdict in found)
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,8 @@ class AuditResult:
 
     @property
     def verdict(self) -> str:
-        """FAIL where any check fails, NOT RUN where any was left out, else PASS.
-
-        A check that does not apply to the evaluator has no part in it.
-        """
+        """FAIL where any check fails, UNDECIDED where any cannot tell, NOT RUN where any was left
+        out, else PASS. A check that does not apply to the evaluator has no part in it."""
         return _overall_verdict({check.verdict for check in self.checks})
 
     def names(self, verdict: str) -> list[str]:
@@ -120,26 +122,41 @@ class AuditResult:
     def _overall(self) -> str:
         applicable = len(self.checks) - len(self.names(NOT_APPLICABLE))
         parts = [f"{len(self.names(PASS))} of {applicable} applicable checks pass"]
-        for verdict in (FAIL, NOT_RUN, NOT_APPLICABLE):
+        for verdict in (FAIL, UNDECIDED, NOT_RUN, NOT_APPLICABLE):
             if names := self.names(verdict):
                 parts.append(f"{verdict}: {', '.join(names)}")
         return "; ".join([*parts, f"track: {self.track}"])
 
 
 def meaning_of_pass(
-    flips: Sequence[Flip], num_targets: int, leak_rate: float | None, null: Check
+    run: FlipRun | None,
+    num_targets: int,
+    leak_rate: float | None,
+    null: Check,
+    classes: TokenClasses | None,
 ) -> str:
     """What a reviewer may conclude from a PASS, in plain words."""
-    random_flips = sum(flip.seam == RANDOM for flip in flips)
+    if run is None:
+        return "Nothing could be compared: the evaluator keeps state between calls."
+    random_flips = [one.flip for one in run.results if one.flip.seam == RANDOM]
+    compared = "distributions" if run.has_distributions else "losses, no distributions,"
     text = (
-        f"{len(flips)} replacements in an excerpt of {num_targets:,} targets, {random_flips} of "
-        "them at random and the others at the seams of the geometry: "
+        f"{len(run.results)} replacements in an excerpt of {num_targets:,} targets, "
+        f"{len(random_flips)} of them at random and the others at the seams of the geometry; "
+        f"{compared} were compared "
     )
+    text += (
+        f"above {run.threshold_nats:.3g} nats, {NOISE_MARGIN:.0f} times the noise, "
+        if run.noise_nats
+        else "bit for bit, "
+    )
+    text += f"and what was seen of rounding may be worth {run.limit_bpb:g} bpb at most. "
     if leak_rate is not None:
+        also = f", by a token of another {' or '.join(classes)} in turn" if classes else ""
         text += (
-            f"a leak at {leak_rate:.1%} of all tokens or more would have been seen with 99 % "
-            "probability; a rarer one is seen where it crosses a seam that was tried, and may be "
-            "missed elsewhere."
+            f"A leak at {leak_rate:.1%} of all tokens or more would have been seen with 99 % "
+            f"probability, if it shows whatever replaces them{also}; a rarer one is seen where it "
+            "crosses a seam that was tried, and may be missed elsewhere."
         )
     if "detectable_gain_nats_per_token" in null.evidence:
         gain = null.evidence["detectable_gain_nats_per_token"]

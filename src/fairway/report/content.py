@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from fairway.audit.interface import FAIL, NOT_RUN, PASS
+from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, UNDECIDED
+from fairway.audit.result import GRAVITY
 from fairway.data.manifest import ENOUGH_DOCUMENTS
 from fairway.files import sha256_of_json
 from fairway.report.format import (
@@ -53,8 +54,6 @@ BUDGET_TITLES = {
 }
 FEW_WINDOWS = 5
 """An adapter learns in one window for the next; in fewer there is no next to speak of."""
-# The gravest of a check's verdicts is quoted; others than these, such as NOT APPLICABLE, come last.
-GRAVITY = {FAIL: 0, NOT_RUN: 1, PASS: 2}
 
 
 class Caption(NamedTuple):
@@ -174,7 +173,11 @@ def _headline(
         "difference": "–" if failed else signed(loss["difference_nats"]),
         "p": "–" if failed else probability(loss["welch_p"]) + beats,
         "reasons": [_outcome(results, variant, name) for name in failing],
-        "not_run": [check_title(name) for name in results.checks_with(variant, NOT_RUN)],
+        "open": [
+            (verdict.lower(), [check_title(name) for name in names])
+            for verdict in (UNDECIDED, NOT_RUN)
+            if (names := results.checks_with(variant, verdict))
+        ],
     }
 
 
@@ -349,7 +352,8 @@ def _attribution(results: Results, variant: str) -> dict[str, Any]:
 def _outcome(results: Results, variant: str, name: str) -> dict[str, Any]:
     """One check of a variant: a badge for each seed, and the gravest verdict's sentence."""
     by_seed = results.checks(variant)[name]
-    seed = min(by_seed, key=lambda one: GRAVITY.get(by_seed[one].verdict, len(GRAVITY)))
+    ranked = (*GRAVITY, NOT_APPLICABLE)
+    seed = min(by_seed, key=lambda one: ranked.index(by_seed[one].verdict))
     same = [str(one) for one in by_seed if by_seed[one].verdict == by_seed[seed].verdict]
     some = f"seed{'s' if len(same) > 1 else ''} {joined(same)}"
     return {

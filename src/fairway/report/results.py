@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from fairway.audit.interface import FAIL, NOT_RUN, PASS, Check
-from fairway.audit.result import AuditRecord, read_audit
+from fairway.audit.interface import FAIL, Check
+from fairway.audit.result import GRAVITY, AuditRecord, read_audit
 from fairway.data.manifest_fields import read_manifest
 from fairway.errors import UserError
 from fairway.files import read_table, require_file, sha256_of
@@ -141,7 +141,7 @@ class Results:
     def verdict(self, variant: str) -> str:
         """The gravest verdict of any seed: one seed that fails makes the variant's mean invalid."""
         found = [self.audits[variant, seed].verdict for seed in self.seeds]
-        return FAIL if FAIL in found else PASS if set(found) == {PASS} else NOT_RUN
+        return min(found, key=GRAVITY.index)
 
     def failed(self, variant: str) -> bool:
         """Whether the variant's score is no valid one."""

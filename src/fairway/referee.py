@@ -1,0 +1,235 @@
+"""Is an evaluator's score causal, complete and within budget? `fairway audit`; docs/audit.md has
+the details."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from fairway.audit.bookkeeping import Evaluation, read_evaluation
+from fairway.audit.flip_plan import Geometry
+from fairway.audit.fresh import FreshEvaluator, load_callable
+from fairway.audit.interface import FAIL, Evaluator
+from fairway.audit.result import AuditResult
+from fairway.audit.runner import AuditSettings, audit
+from fairway.data.shards import read_shard
+from fairway.data.token_bytes import byte_counts, token_bytes
+from fairway.data.token_classes import token_classes
+from fairway.data.tokenizer import load_tokenizer
+from fairway.errors import UserError, told
+from fairway.files import read_json, require_file, write_json
+from fairway.settings import validated
+from fairway.stages import Budgets
+
+SCORES = ("val_loss", "val_bpb")
+"""What a submission.json reports."""
+
+COUNTED = (".bin", ".py", ".pyz", ".ptz", ".xz", ".zst", ".br")
+"""Files of a submission's folder whose bytes count: weights and code."""
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """`fairway audit`; whatever the audited code does is told as a UserError."""
+    try:
+        result = audit_named(parsed)
+    except UserError:
+        raise
+    except SystemExit as stopped:
+        raise UserError(
+            f"{parsed.evaluator} ended the program with sys.exit({stopped.code!r}), so nothing was "
+            "audited: remove that call"
+        ) from stopped
+    except Exception as error:
+        raise UserError(
+            f"{parsed.evaluator} could not be audited: it raised {told(error)}"
+        ) from error
+    print(result)
+    return 1 if result.verdict == FAIL else 0
+
+
+def audit_named(parsed: argparse.Namespace) -> AuditResult:
+    """Audit the evaluator that the command line names, and write audit.json where asked to."""
+    if parsed.output is not None and parsed.output.is_dir():
+        raise UserError(f"--output {parsed.output} is a folder: name a file")
+    sys.path.insert(0, str(Path.cwd()))
+    values = {name: getattr(parsed, name) for name in AuditSettings.model_fields}
+    tokens = read_shard(parsed.tokens)
+    tokenizer = None if parsed.tokenizer is None else load_tokenizer(parsed.tokenizer)
+    _check_vocabulary(parsed, tokenizer)
+    byte_total = None if tokenizer is None else _text_bytes(tokens, tokenizer)
+    submission = Submission.read(parsed)
+    result = audit(
+        _evaluator(parsed),
+        tokens,
+        vocab_size=parsed.vocab_size,
+        bos_id=parsed.bos_id,
+        next_token=_optional_callable(parsed.next_token, "--next-token"),
+        base=_optional_callable(parsed.base, "--base"),
+        geometry=_geometry(parsed),
+        token_classes=None if tokenizer is None else token_classes(tokenizer),
+        bytes_per_token=1.0 if byte_total is None else byte_total / (len(tokens) - 1),
+        evaluation=submission.evaluation(tokens, byte_total),
+        provenance=submission.provenance,
+        used=submission.used,
+        limits=submission.limits,
+        settings=validated(AuditSettings, values, "audit"),
+        seed=parsed.seed,
+    ).with_checks(evaluator=parsed.evaluator, tokens=str(parsed.tokens), fresh=parsed.fresh)
+    if parsed.output is not None:
+        write_json(parsed.output, result.content())
+    return result
+
+
+def _evaluator(parsed: argparse.Namespace) -> Evaluator:
+    """In a process of its own for each call, unless told otherwise."""
+    if not parsed.fresh:
+        return load_callable(parsed.evaluator, "--evaluator")
+    return FreshEvaluator(parsed.evaluator, Path.cwd())
+
+
+def _check_vocabulary(parsed: argparse.Namespace, tokenizer: SentencePieceProcessor | None) -> None:
+    if tokenizer is not None and tokenizer.vocab_size() != parsed.vocab_size:
+        raise UserError(
+            f"--vocab-size is {parsed.vocab_size}, {parsed.tokenizer} has {tokenizer.vocab_size()} "
+            "tokens: give the tokenizer of the text"
+        )
+
+
+def _text_bytes(tokens: np.ndarray, tokenizer: SentencePieceProcessor) -> int:
+    return int(token_bytes(tokens.astype(np.int64), byte_counts(tokenizer)).sum(dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is known of a submission beside its evaluator, from options and `--submission`'s folder.
+
+    used, limits: budgets by name. scores: the reported `val_loss` and `val_bpb`, as far as known.
+    """
+
+    table: Path | None
+    provenance: Path | None
+    used: dict[str, float]
+    limits: dict[str, float]
+    scores: dict[str, float]
+
+    @classmethod
+    def read(cls, parsed: argparse.Namespace) -> "Submission":
+        """Options count before what lies in the folder. Raises UserError for a file that is told
+        and missing, and for a budget that is no `name=number`."""
+        folder = parsed.submission
+        found: dict[str, Path] = {}
+        scores: dict[str, float] = {}
+        artifacts = list(parsed.artifact)
+        if folder is not None:
+            values = read_json(require_file(folder / "submission.json", "the submission's author"))
+            scores = {name: values[name] for name in SCORES if name in values}
+            names = ("tokens.parquet", "provenance.json")
+            found = {name: folder / name for name in names if (folder / name).is_file()}
+            artifacts += [path for path in sorted(folder.iterdir()) if path.suffix in COUNTED]
+        used, limits = _numbers(parsed.used, "--used"), _numbers(parsed.limits, "--limits")
+        if artifacts:
+            paths = [require_file(path, "--artifact") for path in artifacts]
+            used = {"artifact_bytes": float(sum(path.stat().st_size for path in paths)), **used}
+            limits = {"artifact_bytes": float(Budgets().artifact_bytes), **limits}
+        told = {"val_loss": parsed.val_loss, "val_bpb": parsed.val_bpb}
+        scores |= {name: value for name, value in told.items() if value is not None}
+        return cls(
+            table=parsed.table or found.get("tokens.parquet"),
+            provenance=parsed.provenance or found.get("provenance.json"),
+            used=used,
+            limits=limits,
+            scores=scores,
+        )
+
+    def evaluation(self, tokens: np.ndarray, byte_total: int | None) -> Evaluation | None:
+        """The table of the whole evaluation of `tokens`, integers [n + 1]; None without one."""
+        if self.table is None:
+            return None
+        return read_evaluation(
+            self.table, tokens.astype(np.int64), split_bytes=byte_total, metrics=self.scores
+        )
+
+
+def _numbers(pairs: Sequence[str], option: str) -> dict[str, float]:
+    numbers = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        try:
+            numbers[name] = float(text)
+        except ValueError:
+            raise UserError(f"{option}: found {pair!r}, expected name=number") from None
+        if not math.isfinite(numbers[name]):
+            raise UserError(f"{option}: found {pair!r}, expected a finite number")
+    return numbers
+
+
+def _optional_callable(name: str | None, option: str) -> Callable | None:
+    return None if name is None else load_callable(name, option)
+
+
+def _geometry(parsed: argparse.Namespace) -> Geometry | None:
+    if parsed.window_tokens is None and parsed.stride_tokens is None:
+        return None
+    if parsed.window_tokens is None or parsed.stride_tokens is None:
+        raise UserError("--window-tokens and --stride-tokens aim the flips together: give both")
+    return Geometry(parsed.window_tokens, parsed.stride_tokens, parsed.lanes, parsed.batch_windows)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `fairway audit`."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add = parser.add_argument
+    function = "MODULE:FUNCTION"
+    add(
+        "--evaluator",
+        required=True,
+        metavar=function,
+        help="tokens [n+1] → log-probabilities [n, V]",
+    )
+    add("--tokens", required=True, type=Path, metavar="SHARD", help="shard of validation tokens")
+    add("--vocab-size", required=True, type=int, help="tokens in the vocabulary")
+    add("--bos-id", type=int, default=1, help="token that starts each document")
+    add("--next-token", metavar=function, help="plain model: prefix → log-probabilities [V]")
+    add("--base", metavar=function, help="the evaluator without adaptation, to name the track")
+    add(
+        "--fresh",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="call the evaluator in a new process each time, so that it can keep nothing",
+    )
+    add("--tokenizer", type=Path, metavar="MODEL", help="counts bytes, and varies replacements")
+    submission = parser.add_argument_group("the submission (each feeds a check)")
+    told = submission.add_argument
+    told(
+        "--submission",
+        type=Path,
+        metavar="FOLDER",
+        help="submission.json, artifact and code; tokens.parquet and provenance.json if there",
+    )
+    told("--table", type=Path, metavar="PARQUET", help="one row a scored target, as tokens.parquet")
+    told("--val-loss", type=float, metavar="NATS", help="reported mean, held against the table")
+    told("--val-bpb", type=float, metavar="BPB", help="reported score, held against the table")
+    told("--artifact", type=Path, nargs="+", default=[], metavar="FILE", help="weights and code")
+    budget = "NAME=NUMBER"
+    told("--used", nargs="+", default=[], metavar=budget, help="such as evaluation_seconds=455")
+    told("--limits", nargs="+", default=[], metavar=budget, help="such as evaluation_seconds=600")
+    told("--provenance", type=Path, help="provenance.json of the evaluation")
+    geometry = parser.add_argument_group("geometry of the evaluation (aims the flips)")
+    geometry.add_argument("--window-tokens", type=int, help="context length of a window")
+    geometry.add_argument("--stride-tokens", type=int, help="targets scored by each later window")
+    geometry.add_argument("--lanes", type=int, default=1, help="runs of windows side by side")
+    geometry.add_argument("--batch-windows", type=int, default=1, help="windows adapted together")
+    for name, field in AuditSettings.model_fields.items():
+        option = f"--{name.replace('_', '-')}"
+        if field.annotation is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": field.annotation}
+        add(option, default=field.default, help=field.description, **kind)
+    add("--seed", type=int, default=0, help="of the flips and the drawn text")
+    add("--output", type=Path, metavar="JSON", help="write audit.json there")

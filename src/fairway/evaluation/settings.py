@@ -65,7 +65,7 @@ class EvaluationSettings(WindowSettings):
             choice.settings.check_fits(self)
         if self.windows_scored_together is not None and len(self.adapters) > 1:
             raise UserError(
-                f"evaluation.adapters: found [{', '.join(self.labels)}], one of which scores several "
-                "windows together, so no other goes with it: use it alone"
+                f"evaluation.adapters: found [{', '.join(self.labels)}], one of which scores "
+                "several windows together, so no other goes with it: use it alone"
             )
         return self

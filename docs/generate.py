@@ -118,7 +118,8 @@ def metrics_page() -> str:
 
 def stages_page() -> str:
     """The table of stages."""
-    rows = ["| stage | reads | takes | makes | once a | charged to |", "|---|---|---|---|---|---|"]
+    head = ("stage", "reads", "takes", "makes", "once a", "charged to", "lower for less memory")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for stage in STAGES.values():
         per = {"variant": "seed and variant"}.get(stage.per, stage.per)
         cells = (
@@ -128,6 +129,7 @@ def stages_page() -> str:
             ", ".join(f"`{name}`" for name in stage.products),
             per,
             stage.charged or "–",
+            ", ".join(f"`{key}`" for key in stage.memory) or "–",
         )
         rows.append(f"| {' | '.join(cells)} |")
     text = "Each also writes `metrics.json` and `provenance.json`; ../stages.md explains each.\n"

@@ -76,8 +76,8 @@ STAGES = {
             sections=("data",),
             needs=(),
             products=("tokenizer.model", "manifest.json"),
-            per="dataset",
             memory=("data.shard_tokens", "data.max_train_docs"),
+            per="dataset",
         ),
         Stage(
             "train",
@@ -85,11 +85,11 @@ STAGES = {
             sections=("model", "train", "gptq.quantizer", "runtime"),
             needs=("tokenize",),
             products=("weights.safetensors", "averages.safetensors", "metrics.parquet"),
+            memory=("train.micro_batch_sequences", "model.width"),
             charged="training",
             scores=True,
             # Late QAT rounds as the quantizer does; of the built-in one that is `integers.py`.
             names_only=("fairway.quantization.quantizers",),
-            memory=("train.micro_batch_sequences", "model.width"),
         ),
         Stage(
             "ema",
@@ -97,9 +97,9 @@ STAGES = {
             sections=("ema", "runtime"),
             needs=("tokenize", "train"),
             products=("weights.safetensors",),
+            memory=("train.ema_decays", "model.width"),
             charged="training",
             scores=True,
-            memory=("train.ema_decays", "model.width"),
         ),
         Stage(
             "ttt",
@@ -107,9 +107,9 @@ STAGES = {
             sections=("ttt", "runtime"),
             needs=("tokenize", "ema"),
             products=("weights.safetensors",),
+            memory=("ttt.batch_sequences", "model.width"),
             charged="training",
             scores=True,
-            memory=("ttt.batch_sequences", "model.width"),
         ),
         Stage(
             "gptq",
@@ -117,9 +117,9 @@ STAGES = {
             sections=("gptq", "budgets.artifact_bytes", "runtime"),
             needs=("tokenize", "ttt"),
             products=("artifact.bin", "layers.parquet"),
+            memory=("gptq.batch_sequences", "gptq.calibration_tokens"),
             charged="training",
             scores=True,
-            memory=("gptq.batch_sequences", "gptq.calibration_tokens"),
         ),
         Stage(
             "slot_eval",
@@ -127,9 +127,9 @@ STAGES = {
             sections=("evaluation", "runtime"),
             needs=("tokenize", "gptq"),
             products=("tokens.parquet",),
+            memory=("evaluation.forward_windows", "evaluation.window_tokens"),
             charged="evaluation",
             scores=True,
-            memory=("evaluation.forward_windows", "evaluation.window_tokens"),
         ),
         Stage(
             "audit",

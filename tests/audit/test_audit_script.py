@@ -1,12 +1,14 @@
 """The audit stage over a real, tiny chain: the causal variant passes, the leaky one fails."""
 
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from fairway.stages import STAGES
+from malformed_products import kept
 from tiny import run_script
 from trainings import run_here
 
@@ -149,3 +151,14 @@ def test_a_byte_that_the_score_depends_on_cannot_change_unseen(chain, causal, da
         path.write_bytes(original)
     assert verdicts(content)["lineage"] == "FAIL"
     assert evidence(content, "lineage")["faults"]
+
+
+def test_an_ancestor_without_a_record_is_audited_and_may_have_read_anything(chain, causal):
+    path = chain.products("causal", "ttt") / "provenance.json"
+    with kept(path):
+        path.unlink()
+        os.mkfifo(path)
+        content = chain.audit("causal")
+    assert verdicts(content)["lineage"] == "FAIL"
+    assert "ttt/provenance.json is no file" in evidence(content, "lineage")["faults"][0]
+    assert chain.read("causal", "provenance.json")["splits"] == ["train", "val"]

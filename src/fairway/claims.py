@@ -18,7 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,9 +72,7 @@ def claimed(folder: str | Path, voucher: str | None = None) -> Iterator[None]:
     claim = Claim(folder, lock, token, folder / voucher if voucher else None)
     _held.append(claim)
     try:
-        for pattern in (f".*{TEMPORARY}", f"*/.*{TEMPORARY}"):
-            for left in folder.glob(pattern):
-                delete(left)
+        _sweep(folder)
         yield
     finally:
         _held.remove(claim)
@@ -127,11 +125,20 @@ def remove(path: str | Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete what may be gone already, and may be left if need be: the next claim tries again."""
+    """Delete what is temporary, which may be gone already; the next claim deletes what is left."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
+
+
+def _sweep(folder: Path) -> None:
+    for pattern in (f".*{TEMPORARY}", f"*/.*{TEMPORARY}"):
+        for left in folder.glob(pattern):
+            delete(left)
+            if os.path.lexists(left):
+                raise UserError(f"{left} could not be deleted: make its folder writable")
 
 
 def _acquire(lock: Path) -> tuple[int, bytes]:

@@ -23,5 +23,5 @@ def read_record(kind: type[Record], path: str | Path, made_by: str) -> Record:
     try:
         return kind.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        fault = explain(error, (path.name,))
-        raise UserError(f"{path.parent}/{fault}; expected the file made by {made_by}") from None
+        folder, fault = str(path).removesuffix(path.name), explain(error, (path.name,))
+        raise UserError(f"{folder}{fault}; expected the file made by {made_by}") from None

@@ -3,12 +3,14 @@ the details."""
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 from sentencepiece import SentencePieceProcessor
 
 from fairway.audit.bookkeeping import Evaluation, read_evaluation
@@ -22,15 +24,22 @@ from fairway.data.token_bytes import byte_counts, token_bytes
 from fairway.data.token_classes import token_classes
 from fairway.data.tokenizer import load_tokenizer
 from fairway.errors import UserError, told
-from fairway.files import read_json, require_file, write_json
+from fairway.files import require_file, write_json
+from fairway.records import read_record
 from fairway.settings import validated
 from fairway.stages import Budgets
 
-SCORES = ("val_loss", "val_bpb")
-"""What a submission.json reports."""
-
 COUNTED = (".bin", ".py", ".pyz", ".ptz", ".xz", ".zst", ".br")
 """Files of a submission's folder whose bytes count: weights and code."""
+
+
+class Reported(BaseModel):
+    """What is read of a submission.json."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    val_loss: float | None = None
+    val_bpb: float | None = None
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -123,13 +132,13 @@ class Submission:
         and missing, and for a budget that is no `name=number`."""
         folder = parsed.submission
         found: dict[str, Path] = {}
-        scores: dict[str, float] = {}
+        scores: dict[str, float | None] = {}
         artifacts = list(parsed.artifact)
         if folder is not None:
-            values = read_json(require_file(folder / "submission.json", "the submission's author"))
-            scores = {name: values[name] for name in SCORES if name in values}
+            author = "the submission's author"
+            scores = dict(read_record(Reported, folder / "submission.json", author))
             names = ("tokens.parquet", "provenance.json")
-            found = {name: folder / name for name in names if (folder / name).is_file()}
+            found = {name: folder / name for name in names if os.path.lexists(folder / name)}
             artifacts += [path for path in sorted(folder.iterdir()) if path.suffix in COUNTED]
         used, limits = _numbers(parsed.used, "--used"), _numbers(parsed.limits, "--limits")
         if artifacts:
@@ -138,12 +147,13 @@ class Submission:
             limits = {"artifact_bytes": float(Budgets().artifact_bytes), **limits}
         told = {"val_loss": parsed.val_loss, "val_bpb": parsed.val_bpb}
         scores |= {name: value for name, value in told.items() if value is not None}
+        scores = dict(validated(Reported, scores, "the reported score"))
         return cls(
             table=parsed.table or found.get("tokens.parquet"),
             provenance=parsed.provenance or found.get("provenance.json"),
             used=used,
             limits=limits,
-            scores=scores,
+            scores={name: value for name, value in scores.items() if value is not None},
         )
 
     def evaluation(self, tokens: np.ndarray, byte_total: int | None) -> Evaluation | None:

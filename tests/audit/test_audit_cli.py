@@ -115,7 +115,10 @@ def test_bad_usage_exits_2_with_one_line(arguments, capsys, change, message):
     assert error.startswith("fairway: ") and message in error
 
 
-@pytest.mark.parametrize("option", ["--tokens", "--provenance", "--output"])
+OPTIONS = ("--tokens", "--tokenizer", "--table", "--provenance", "--output")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(
     "make",
     [
@@ -141,6 +144,26 @@ def test_an_option_may_name_anything(arguments, capsys, option, make):
     else:
         *_, line = told.err.splitlines()
         assert status == 2 and line.startswith("fairway: ") and "odd" in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(text for text in ODD_TEXTS if text not in (b"{}", b'{"stage": "\xff"}')),
+        *(b'{"val_loss": %s}' % value for value in (b'"1"', b"[1]", b"true", b"{}", b"NaN")),
+    ],
+)
+def test_a_submission_of_another_shape_is_refused(arguments, capsys, text):
+    Path("submission.json").write_bytes(text)
+    with time_limit():
+        assert run(arguments | {"--submission": "."}) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fairway: submission.json") and "the submission's author" in line
+
+
+def test_a_reported_score_is_a_number(arguments, capsys):
+    assert run(arguments | {"--val-loss": "nan"}) == 2
+    assert "val_loss: found nan, expected a finite number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,16 @@ def test_no_folder_of_another_seed_or_variant_is_taken(root, tmp_path, stage):
     load_results(root, SEEDS)
 
 
+def test_an_audit_that_could_not_decide_is_shown_as_that(tmp_path):
+    make_run(tmp_path, SEEDS)
+    path = seed_folder(tmp_path) / "shared/audit/audit.json"
+    audit = json.loads(path.read_text())
+    audit["checks"][0]["verdict"] = audit["verdict"] = "UNDECIDED"
+    path.write_text(json.dumps(audit))
+    reseal(path)
+    assert load_results(tmp_path, SEEDS).verdict("causal") == "UNDECIDED"
+
+
 def test_another_artifact_than_the_audited_one_is_refused(root):
     """Nothing on the page is of the artifact itself, but the verdict is about it."""
     artifact = seed_folder(root) / "shared/gptq/artifact.bin"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fairway.errors import UserError
 
-Verdict = Literal["PASS", "FAIL", "NOT RUN", "NOT APPLICABLE"]
+Verdict = Literal["PASS", "FAIL", "UNDECIDED", "NOT RUN", "NOT APPLICABLE"]
 
 PASS = "PASS"
 """The check ran and found no fault."""

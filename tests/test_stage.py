@@ -334,6 +334,24 @@ def test_what_is_not_as_its_stage_left_it_is_not_taken(own_run, name, damage, me
     assert not own_run.taken
 
 
+def test_products_of_another_seed_are_not_taken(own_run):
+    write_record(own_run.inputs["ema"], ["train"], seed=8)
+    with pytest.raises(UserError, match="ema is of seed 8: expected seed 7 of the ema stage; run "):
+        own_run.take("ema", "product")
+
+
+def test_products_made_from_another_dataset_are_not_taken(own_run, tmp_path):
+    dataset, elsewhere = own_run.inputs["tokenize"], tmp_path / "elsewhere"
+    for folder in (dataset, elsewhere):
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").write_text(folder.name)
+        write_record(folder)
+    write_record(own_run.inputs["ema"], ["train"], inputs=[elsewhere / "manifest.json"])
+    own_run.take("tokenize", "manifest.json")
+    with pytest.raises(UserError, match="ema was made from another dataset than .*/tokenize: "):
+        own_run.take("ema", "product")
+
+
 def test_both_hashes_and_the_command_are_named(own_run):
     product = own_run.inputs["ema"] / "product"
     listed = sha256_of(product)

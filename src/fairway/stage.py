@@ -39,7 +39,7 @@ from fairway.files import parse_json, require_file, sha256_of, write_json
 from fairway.metrics import checked_metrics
 from fairway.plain import check_plain, shown
 from fairway.plugins import search_beside
-from fairway.provenance import PROVENANCE, check_product, write_provenance
+from fairway.provenance import PROVENANCE, check_product, read_provenance, write_provenance
 from fairway.recipe import load_config, sections_of
 from fairway.stages import STAGES, Stage, made_by
 
@@ -77,13 +77,31 @@ class StageRun:
 
         check: whether its SHA-256 must be the one in its stage's provenance.json. Only the audit,
         which has a verdict for other files, does without.
-        Raises UserError where the file is missing, unfinished or another.
+        Raises UserError where the file is missing, unfinished or another, or of another seed or
+        dataset.
         """
         path = require_file(self.inputs[stage] / name, made_by(stage))
         if path not in self.taken:
-            again = made_by(stage, again=True)
-            self.taken[path] = check_product(path, again) if check else sha256_of(path)
+            self.taken[path] = self._checked(stage, path) if check else sha256_of(path)
         return path
+
+    def _checked(self, stage: str, path: Path) -> str:
+        """SHA-256 of a product that is as it was made: with this stage's seed, of its dataset."""
+        again = made_by(stage, again=True)
+        record = read_provenance(path.parent / PROVENANCE, again)
+        if record.seed not in (None, self.seed):
+            raise UserError(
+                f"{path.parent} is of seed {record.seed}: expected seed {self.seed} of {again}"
+            )
+        manifest = self.inputs.get("tokenize", Path()) / "manifest.json"
+        for name, listed in record.inputs.items():
+            if Path(name).name == manifest.name and listed != self.taken.get(manifest, listed):
+                raise UserError(
+                    f"{path.parent} was made from another dataset than {manifest.parent}: its "
+                    f"{PROVENANCE} lists a {manifest.name} with SHA-256 {listed[:12]}, found "
+                    f"{self.taken[manifest][:12]}; give its dataset, or expect another of {again}"
+                )
+        return check_product(path, again, record)
 
     def note_inputs(self, paths: Iterable[Path]) -> None:
         """Note files from outside the workflow as inputs."""

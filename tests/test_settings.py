@@ -82,6 +82,14 @@ def test_values_are_read_as_they_were_meant(values, expected):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"entries": [2.0]}, "outer.entries.0: found 2.0, expected a whole number"),
+        ({"entries": ["2.0"]}, "outer.entries.0: found '2.0', expected a whole number"),
+        (
+            {"entries": [2**63]},
+            "outer.entries.0: found 9223372036854775808, expected a whole number",
+        ),
+        ({"name": 1.50}, "outer.name: found the number 1.5, expected text: quote it"),
+        ({"inner": {"width": 2.0}}, "outer.inner.width: found 2.0, expected a whole number"),
         ({"nummer": 1}, "outer: unknown key nummer; did you mean number?; allowed: number, switch"),
         ({"number": True}, "outer.number: found 'true', expected a number"),
         ({"entries": [1, True]}, "outer.entries.1: found 'true', expected a whole number"),
@@ -185,6 +193,9 @@ def own_module(tmp_path, monkeypatch):
     (tmp_path / "raising_choice.py").write_text("x = 1\n\nraise ValueError('two\\nlines')\n")
     (tmp_path / "broken_choice.py").write_text("def broken(:\n    pass\n")
     (tmp_path / "needing_choice.py").write_text("import a_module_that_is_not_there\n")
+    (tmp_path / "leaving_choice.py").write_text("import sys\nprint('so long')\nsys.exit(0)\n")
+    (tmp_path / "long_choice.py").write_text("raise ImportError('x\\n' * 10_000)\n")
+    (tmp_path / "folder_choice").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     return "choices_of_tests"
@@ -227,6 +238,15 @@ def test_a_choice_is_written_as_it_may_be_read(own_module):
         ("raising_choice:X", "raising_choice.py, line 3)"),
         ("broken_choice:X", "could not be imported: SyntaxError: "),
         ("needing_choice:X", "No module named 'a_module_that_is_not_there'"),
+        ("leaving_choice:X", "'leaving_choice:X' could not be imported: SystemExit: 0 ("),
+        ("long_choice:X", "'long_choice:X' could not be imported: ImportError: x x x"),
+        ("folder_choice:X", "'folder_choice:X': folder_choice has no class X"),
+        ("choices_of_tests:Cache\n", "one: found 'choices_of_tests:Cache\\n', expected a name or"),
+        ("..choices:Cache", "one: found '..choices:Cache', expected a name or module:Name"),
+        ("a/b:C", "one: found 'a/b:C', expected a name or module:Name"),
+        ("a\0b:C", "one: found 'a\\x00b:C', expected a name or module:Name"),
+        ("a:b:C", "one: found 'a:b:C', expected a name or module:Name"),
+        ("x" * 10_000 + ":X", "one: 'xxxx"),
         (3, "one: found 3, expected a name or {name: {its settings}}"),
         ([], "one: found [], expected a name"),
         ({}, "one: found {}, expected a name"),
@@ -244,6 +264,7 @@ def test_a_choice_that_cannot_be_is_told_in_one_line(own_module, form, message):
     with pytest.raises(UserError) as error:
         validated(Named, {"one": form})
     assert message in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
     with pytest.raises(UserError) as error:
         validated(Named, {"several": ["slot", form]})
     assert "\n" not in str(error.value) and str(error.value).startswith("several.")

@@ -24,10 +24,10 @@ class UserError(ValueError):
     """
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """What a user's own code raised, in one line with the line of code."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text} ({last.filename}, line {last.lineno})"
 
 

@@ -22,12 +22,13 @@ from fairway.errors import UserError
 from fairway.plain import check_plain, read_yaml, shown, typed_value, word
 from fairway.plugins import did_you_mean, load, search_beside, source_file
 from fairway.settings import (
-    NAME,
+    NAMES,
     NULL,
     Choice,
     Name,
     PathText,
     Settings,
+    is_name,
     list_defaults,
     merge,
     told_unknown,
@@ -266,7 +267,7 @@ def complete(values: Mapping[str, Any], home: Path | None = None) -> Config:
             raise UserError(f"{prefix}{error}") from None
     _check_datasets(variants)
     name = settings.run or (Path(settings.recipe).stem if settings.recipe else "run")
-    if not re.fullmatch(NAME, name):
+    if not is_name(name):
         raise UserError(f"run: the recipe's name {shown(name)} is no name of a folder: set run")
     if name.casefold() in RESERVED:
         raise UserError(f"run: found {name!r}, expected another name than {' and '.join(RESERVED)}")
@@ -340,10 +341,9 @@ def _chosen(
 
 
 def _check_variant(name: str, changes: Any) -> None:
-    if not re.fullmatch(NAME, name) or name == SHARED:
+    if not is_name(name) or name.casefold() == SHARED:
         raise UserError(
-            f"variants: found the name {shown(name)}, expected text matching {NAME}, and not "
-            f"{SHARED!r}"
+            f"variants: found the name {shown(name)}, expected {NAMES}, and not {SHARED!r}"
         )
     if not isinstance(changes, Mapping):
         raise UserError(f"variants.{name}: found {shown(changes)}, expected a mapping of sections")
@@ -384,10 +384,8 @@ def _expanded(
     for own in (Part(*one) for one in chosen.items()):
         for parts in itertools.product([own], *axes):
             full = "-".join(part.name for part in parts)
-            if not re.fullmatch(NAME, full):
-                raise UserError(
-                    f"sweep: found the name {shown(full)}, expected text matching {NAME}"
-                )
+            if not is_name(full):
+                raise UserError(f"sweep: found the name {shown(full)}, expected {NAMES}")
             if full.casefold() in taken:
                 raise UserError(
                     f"variants: two variants would be named {full}, where case does not count: "

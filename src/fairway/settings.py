@@ -55,10 +55,10 @@ class _Within(ValueError):
 
 def _as_path(text: str) -> str:
     """A path as Snakemake wants it: without `./`, `//` and a slash at the end."""
-    if not text.isprintable() or text != text.strip() or re.search(r"^~|[{}*?]", text):
+    if not text.isprintable() or text != text.strip() or re.search(r"^[~-]|[{}*?]", text):
         raise Fault(
-            f"found {shown(text)}, expected a path without any of {{ }} * ? or line breaks, and "
-            "without ~ or blanks at its ends"
+            f"found {shown(text)}, expected a path without line breaks, without any of {{ }} * ?, "
+            "without ~ or - at its start and without blanks at its ends"
         )
     path = PurePath(re.sub("//+", "/", text))
     if max(len(part.encode()) for part in (*path.parts, "")) > 255:
@@ -67,8 +67,23 @@ def _as_path(text: str) -> str:
 
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,199}$"
-"""Of a folder; in full, for `$` may stand before a line break. Files beside it have longer ones."""
-Name = Annotated[str, Field(pattern=NAME)]
+NAMES = f"text matching {NAME} that does not end in 20 repetitions"
+"""What messages say of names of folders. Files beside them have longer names."""
+
+
+def is_name(text: str) -> bool:
+    """Whether a folder may have this name; Snakemake takes repetitions for a rule without end."""
+    return bool(re.fullmatch(NAME, text)) and not re.search(r"(.+)\1{19}$", text)
+
+
+def _as_name(text: str) -> str:
+    if not is_name(text):
+        raise Fault(f"found {shown(text)}, expected {NAMES}")
+    return text
+
+
+Name = Annotated[str, Field(pattern=NAME), AfterValidator(_as_name)]
+"""The name of a folder."""
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_as_path)]
 """The path of a file or folder, which need not be there."""
 

@@ -224,6 +224,17 @@ HOSTILE = (
 )  # fmt: skip
 
 
+BOMB = (
+    b"run: [&a [x,x,x,x,x,x,x,x,x,x]"
+    + b"".join(
+        f",&{after} [{','.join([f'*{before}'] * 10)}]".encode()
+        for before, after in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    + b"]"
+)
+"""A billion values in 300 bytes."""
+
+
 def damaged(content: bytes, random: Random) -> bytes:
     way = random.choice(["insert", "insert", "cut", "flip", "utf-16", "latin-1", "twice"])
     at = random.randint(0, max(len(content) - 1, 0))

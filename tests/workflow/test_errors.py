@@ -10,12 +10,13 @@ import subprocess
 import pytest
 import torch
 
-from checkouts import CONFIG_FILE, change_config, make_project
+from checkouts import CONFIG_FILE, TEXT, change_config, make_project
 from fairway import files
 from fairway.data.shards import read_shard, write_shard
 from fairway.settings import merge
+from malformed_configs import BOMB
 from producers import write_record
-from tiny import run_script, synthetic_documents, write_jsonl
+from tiny import TINY_CONFIG, run_script, synthetic_documents, write_jsonl
 from trainings import run_here
 
 # --- the configuration, at Snakemake's parse time ----------------------------------------------
@@ -56,6 +57,8 @@ def project(checkout):
         ({"ttt": {"frozen_blocks": 4}}, "ttt.frozen_blocks"),
         ({"data": {"paths": []}}, "data.source is 'jsonl' but data.paths is empty: list the files"),
         ({"data": {"paths": ["nowhere.jsonl"]}}, "Missing input files for rule run_tokenize"),
+        ({"results": "{seed}"}, "results: found '{seed}', expected a path without line breaks"),
+        ({"results": f"{CONFIG_FILE}/x"}, f"results: {CONFIG_FILE}/x is or lies in a file"),
     ],
     ids=str,
 )  # fmt: skip
@@ -65,6 +68,42 @@ def test_a_configs_fault_stops_snakemake_before_any_job(project, dry_runs, chang
     assert code != 0
     assert sum(message in line for line in output.splitlines()) == 1, output
     assert "Traceback" not in output and "Job stats" not in output
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "config.yaml",
+            "run: caf\xe9".encode("latin-1"),
+            "config.yaml could not be read: byte 9 is",
+        ),
+        (
+            "more.yaml",
+            b"run: a\nrun: b",
+            "more.yaml is not YAML: found the key 'run' twice, line 2",
+        ),
+        ("more.yaml", BOMB, "more.yaml: run: found more than 100,000 values, aliases counted"),
+    ],
+    ids=["latin-1", "twice", "bomb"],
+)
+def test_a_file_that_is_no_config_stops_snakemake(project, dry_runs, name, content, message):
+    (project / "more.yaml").write_text("{}")
+    before = (project / name).read_bytes()
+    (project / name).write_bytes(content)
+    code, output = dry_runs.run(project, "--configfile", CONFIG_FILE, "more.yaml")
+    (project / name).write_bytes(before)
+    assert code != 0 and "Traceback" not in output
+    assert sum(message in line for line in output.splitlines()) == 1, output
+
+
+def test_paths_are_taken_in_their_plain_sense(project, dry_runs):
+    """Snakemake warns of such paths, and takes them for others than the same ones written plainly."""
+    change_config(project, {"results": ".//results/", "data": {"paths": [f"./{TEXT}"]}})
+    code, output = dry_runs.run(project, "--configfile", CONFIG_FILE)
+    assert code == 0
+    assert "inconsistent results of the file-matching" not in output
+    assert f" results/{TINY_CONFIG['run']}/report/report.html" in output
 
 
 # --- stage scripts -----------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_a_file_that_is_no_config_stops_snakemake(project, dry_runs, name, conte
 
 
 def test_paths_are_taken_in_their_plain_sense(project, dry_runs):
-    """Snakemake warns of such paths, and takes them for others than the same ones written plainly."""
+    """Snakemake warns of others, and takes them for other files."""
     change_config(project, {"results": ".//results/", "data": {"paths": [f"./{TEXT}"]}})
     code, output = dry_runs.run(project, "--configfile", CONFIG_FILE)
     assert code == 0

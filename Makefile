@@ -14,12 +14,13 @@ help:  ## list the targets
 
 setup: $(READY)  ## make .venv with pinned dependencies
 
+# After a clock that was ahead, what it is made from would stay newer: that is touched too.
 $(READY): pyproject.toml constraints.txt corpus-requirements.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python {v[0]}.{v[1]} found, 3.11 or newer expected: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[workflow,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r corpus-requirements.txt
-	touch $^ $@  # what it was made from too: after a clock that was ahead it would stay newer
+	touch $^ $@
 
 run: setup  ## run config.yaml, to results/quickstart/report (CORES=2)
 	$(SNAKEMAKE)

@@ -17,10 +17,15 @@ def check(folder: Path) -> dict[Path, str]:
     """Hold the stages under `folder`, and those that they build on, against their provenance.json.
 
     Returns what is wrong, by the file or folder. The current folder must be the run's.
+    Raises UserError where there is no stage.
     """
     faults: dict[Path, str] = {}
     records: dict[Path, Provenance] = {}
     waiting = _stage_folders(folder)
+    if not waiting:
+        raise UserError(
+            f"{folder} holds no stage's files: name a run's, such as results/quickstart"
+        )
     for stage_folder in waiting:
         try:
             record = read_provenance(stage_folder / PROVENANCE, _maker(stage_folder))
@@ -100,8 +105,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """`fairway check`: exit status 1 where a file is at fault."""
-    if not parsed.folder.is_dir():
-        raise UserError(f"{parsed.folder} is no folder: name a run's, such as results/quickstart")
     faults = check(parsed.folder)
     if not faults:
         print(f"{parsed.folder}: every file is as it was made")

@@ -85,8 +85,7 @@ def test_what_a_stage_was_made_from_counts(check, spoil, told):
     assert status == 1 and any(told in line for line in lines)
 
 
-def test_a_folder_that_is_not_there(check):
-    assert check("nowhere") == (
-        2,
-        ["fairway: nowhere is no folder: name a run's, such as results/quickstart"],
-    )
+@pytest.mark.parametrize("folder", ["nowhere", "config"])
+def test_a_folder_without_results(check, folder):
+    told = f"fairway: {folder} holds no stage's files: name a run's, as results/quickstart"
+    assert check(folder) == (2, [told])

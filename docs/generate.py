@@ -142,6 +142,11 @@ def _introduction() -> str:
         "config.yaml, then the files of `--configfile`, then `--config`; later ones go over\n"
         "earlier ones, key by key. Over a list of named entries, as `evaluation.adapters` is, a\n"
         "mapping changes the entries of those names, and null takes one out.\n"
+        "\n"
+        "A file is UTF-8 and has each key once. Whole numbers are written without a point: `2`, not\n"
+        "`2.0`. Text that looks like a number with a point, such as `'1.50'`, is quoted. What else a\n"
+        "config can't mean is refused in one line before any work. Snakemake opens the files of\n"
+        "`--configfile` first; of one that it cannot read (no UTF-8, a folder), it says so itself.\n"
     )
 
 

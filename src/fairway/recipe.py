@@ -57,6 +57,7 @@ VARIED = tuple(name for name in SECTIONS if name != "report")
 RECIPE_FOLDER = Path("config")
 RESERVED = ("data", "logs")
 """Folders under `results` that belong to no run."""
+SEED_LIMIT = 2**32
 MAXIMUM_RUNS = 2000
 """Seeds times variants: Snakemake makes a list of all their jobs at every start."""
 MAXIMUM_SWEPT = 6
@@ -73,7 +74,7 @@ class RunSettings(Settings):
     """`config/<recipe>.yaml`, or the path of a YAML file; null: the library's defaults."""
     results: PathText = "results"
     """Folder of all products."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=SEED_LIMIT)], ...] = Field(min_length=1)
     """Each is a training run of its own."""
     variants: str | tuple[str, ...] | dict[str, Any] = "all"
     """`all` of the recipe's, a list of some, or a mapping: its entries add or replace a variant of

@@ -40,7 +40,7 @@ from fairway.metrics import checked_metrics
 from fairway.plain import check_plain, shown
 from fairway.plugins import search_beside
 from fairway.provenance import PROVENANCE, check_product, read_provenance, write_provenance
-from fairway.recipe import load_config, sections_of
+from fairway.recipe import SEED_LIMIT, load_config, sections_of
 from fairway.stages import STAGES, Stage, made_by
 
 
@@ -263,6 +263,9 @@ def stage_parser(stage: Stage, documentation: str | None) -> argparse.ArgumentPa
 def stage_settings(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
     """The stage's sections as plain values: from `--settings`, or cut from `--config` files."""
     search_beside([Path.cwd()])
+    seed = getattr(options, "seed", 0)
+    if not 0 <= seed < SEED_LIMIT:
+        raise UserError(f"--seed: found {shown(seed)}, expected 0 to {SEED_LIMIT - 1}")
     if options.settings is None:
         return load_config(options.config).stage_settings(stage.name, options.variant)
     try:

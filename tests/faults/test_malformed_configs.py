@@ -278,9 +278,15 @@ def test_config_arguments(argument, message):
     assert refused(lambda: complete(merge(BASE, typed_values([argument])))).startswith(message)
 
 
-def settings(text: str):
+def settings(text: str, **options):
     stage = STAGES["ema"]
-    return sections_of(stage_settings(stage, Namespace(settings=text, config=None)))
+    return sections_of(stage_settings(stage, Namespace(settings=text, config=None, **options)))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**400])
+def test_seeds_that_no_run_can_have(seed):
+    with pytest.raises(UserError, match="--seed: found .*, expected 0 to 4294967295"):
+        settings("{}", seed=seed)
 
 
 @pytest.mark.parametrize(

@@ -87,5 +87,5 @@ def test_what_a_stage_was_made_from_counts(check, spoil, told):
 
 @pytest.mark.parametrize("folder", ["nowhere", "config"])
 def test_a_folder_without_results(check, folder):
-    told = f"fairway: {folder} holds no stage's files: name a run's, as results/quickstart"
+    told = f"fairway: {folder} holds no stage's files: name a run's, such as results/quickstart"
     assert check(folder) == (2, [told])

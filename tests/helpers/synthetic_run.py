@@ -121,6 +121,10 @@ def make_run(
                     inputs = [paths[need] / "provenance.json" for need in TABLE[stage].needs[1:]]
                     if stage == "prune":
                         inputs = [paths["gptq"] / "provenance.json"]
+                    if stage == "audit":
+                        read = ("metrics.json", "artifact.bin", "tokens.parquet")
+                        beside = [path.with_name(name) for path in inputs for name in read]
+                        inputs += [path for path in beside if path.exists()]
                     write_stage(folder, variant, seed, generator, [manifest, *inputs])
     return root
 

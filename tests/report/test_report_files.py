@@ -59,7 +59,10 @@ def test_nor_is_it_believed_with_records_that_fit(tmp_path):
     assert "leaky/audit was not made from" in refusal(tmp_path)
     record, leaky = failing / "provenance.json", seed_folder(tmp_path) / "leaky"
     inputs = json.loads(record.read_text())["inputs"]
-    needed = [leaky / stage / "provenance.json" for stage in ("ttt", "gptq", "slot_eval")]
+    needed = [path for stage in ("ttt", "gptq", "slot_eval") for path in (leaky / stage).iterdir()]
+    others = [path for path in needed if path.name != "artifact.bin"]
+    edit(record, inputs=inputs | {str(path): sha256_of(path) for path in others})
+    assert "leaky/gptq/artifact.bin; expected the files made by the audit" in refusal(tmp_path)
     edit(record, inputs=inputs | {str(path): sha256_of(path) for path in needed})
     assert "leaky/audit/metrics.json is of seed 42 and folder 'shared'" in refusal(tmp_path)
     forge(failing / "metrics.json", folder="leaky")

@@ -39,6 +39,8 @@ FILES_READ = {
     "audit": ("audit.json", "reach.parquet"),
 }
 """The files that are read of a stage's folder besides its records; of the artifact, the hash."""
+AUDITED = ("metrics.json", "artifact.bin", "tokens.parquet")
+"""Of them, those that the audit reads of other stages."""
 CURVE_COLUMNS = {
     "step": "int64",
     "loss": "float64",
@@ -274,14 +276,17 @@ def _checked_folder(path: Path, seed: int) -> _Folder:
 
 
 def _require_parent(folder: _Folder, needed: _Folder) -> None:
-    """A stage's provenance.json must list those that it builds on, as they lie there now."""
-    provenance = needed.path / PROVENANCE
-    if needed.hashes[provenance] not in folder.record.inputs.values():
-        raise UserError(
-            f"{folder.path} was not made from {needed.path} as it is now: its {PROVENANCE} does "
-            f"not list SHA-256 {needed.hashes[provenance][:12]} of {provenance}; expected the "
-            f"files made by {folder.made_by}"
-        )
+    """A stage's provenance.json must list those that it builds on, as they lie there now; the
+    audit's, which takes what is damaged, the files too."""
+    names = (PROVENANCE, *(AUDITED if folder.stage == "audit" else ()))
+    listed = set(folder.record.inputs.values())
+    for path, digest in needed.hashes.items():
+        if path.name in names and digest not in listed:
+            raise UserError(
+                f"{folder.path} was not made from {needed.path} as it is now: its {PROVENANCE} "
+                f"does not list SHA-256 {digest[:12]} of {path}; expected the files made by "
+                f"{folder.made_by}"
+            )
 
 
 def _checked_manifest(folder: _Folder) -> tuple[Path, str]:

@@ -81,6 +81,9 @@ EVALUATOR_CHECKS = (
 )
 """These checks need the evaluator; `audit_evaluator` reports them in this order."""
 
+NO_FLIPS = FlipRun(results=(), noise_nats=0.0, limit_nats=1.0, limit_bpb=1.0)
+"""This stands for the flips of an evaluator that could not be compared."""
+
 
 class AuditSettings(Settings):
     """How thorough the audit is (config section `audit`)."""
@@ -258,9 +261,6 @@ def audit_evaluator(target: AuditTarget, settings: AuditSettings, seed: int) -> 
         parameters=parameters,
         seconds=seconds,
     )
-
-
-NO_FLIPS = FlipRun(results=(), noise_nats=0.0, limit_nats=1.0, limit_bpb=1.0)
 
 
 def _fault_of_shape(reference: Answer, num_targets: int, vocab_size: int) -> Check | None:

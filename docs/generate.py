@@ -143,10 +143,10 @@ def _introduction() -> str:
         "earlier ones, key by key. Over a list of named entries, as `evaluation.adapters` is, a\n"
         "mapping changes the entries of those names, and null takes one out.\n"
         "\n"
-        "A file is UTF-8 and has each key once. Whole numbers are written without a point: `2`, not\n"
-        "`2.0`. Text that looks like a number with a point, such as `'1.50'`, is quoted. What else a\n"
-        "config can't mean is refused in one line before any work. Snakemake opens the files of\n"
-        "`--configfile` first; of one that it cannot read (no UTF-8, a folder), it says so itself.\n"
+        "A file is UTF-8 and has each key once. Whole numbers are written without a point: `2`,\n"
+        "not `2.0`. Text that looks like a number with a point, such as `'1.50'`, is quoted.\n"
+        "What else a config can't mean is refused in one line before any work. Snakemake opens\n"
+        "the files of `--configfile` first, and says itself which of them it cannot read.\n"
     )
 
 

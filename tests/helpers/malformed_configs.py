@@ -23,7 +23,7 @@ import annotated_types
 import yaml
 
 from fairway.errors import UserError
-from fairway.plain import shown
+from fairway.plain import shown, word
 from fairway.plugins import built_in_names, load
 from fairway.recipe import (
     SECTIONS,
@@ -322,7 +322,7 @@ def outcome_of(way, changes, placed, folder: Path, random: Random) -> tuple[str,
             sections = next(iter(made.variants.values())).sections
     except UserError as error:
         text = str(error)
-        begins = BEGINNING.match(text) or text.startswith(str(folder))
+        begins = BEGINNING.match(text) or text.startswith((str(folder), *map(word, changes)))
         if not begins or not text.isprintable() or len(text) > LONGEST_MESSAGE:
             return "traceback", f"a message of {len(text)} characters: {text[:700]!r}"
         return "refused", text

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 NO_MEMORY = re.compile(
     "out of memory|can.?t (allocate memory|start new thread)|cannot allocate|bad_alloc|"
-    "not enough memory|failed to map segment|resource temporarily unavailable|"
+    "alloc_failed|not enough memory|failed to map segment|resource temporarily unavailable|"
     "without (setting an )?exception",
     re.IGNORECASE,
 )

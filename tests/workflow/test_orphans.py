@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from checkouts import COMMAND, RESULTS, SEED, make_project
 from fairway.stages import STAGES
 from runs import Call, calls
 from tiny import ROOT, SCRIPTS
@@ -146,3 +147,22 @@ def test_the_loss_of_a_process_is_one_line(name, scripts, tmp_path):
     errors = [line for line in log.read_text().splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "another process of this stage is gone (" in errors[0]
     assert all(key in errors[0] for key in call.stage.memory)
+
+
+def test_a_stage_that_the_system_kills_has_its_line_in_the_log(tmp_path):
+    folder = make_project(tmp_path / "project", train={"max_steps": 100_000})
+    with (folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            [*COMMAND, "train"], cwd=folder, env=ENVIRONMENT, stdout=output, stderr=output
+        )
+    log = folder / RESULTS / f"logs/seed-{SEED}/shared/train.log"
+    while not log.exists() or "train: " not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    (lock,) = (folder / RESULTS).glob(f"seed-{SEED}/shared/.train.lock")
+    os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
+    assert process.wait(timeout=60) == 1
+    line = log.read_text().splitlines()[-1]
+    assert line.startswith("error: train was killed, most likely by the system for its memory: ")
+    assert "lower train.micro_batch_sequences or model.width, or " in line
+    assert line in (folder / "output.txt").read_text()  # --show-failed-logs

@@ -269,7 +269,16 @@ def get_call(script, launcher="python"):
 def get_command(stage, launcher="python", more_options=""):
     """The shell command of a stage that runs once a seed and folder."""
     call = get_call(STAGES[stage].script, launcher)
-    return f"{call} {{params.options}}{more_options} > {{log:q}} 2>&1"
+    return f"{call} {{params.options}}{more_options}{get_end(stage)}"
+
+
+def get_end(stage):
+    """The last words of a stage's command: its log, with a line where the system kills it."""
+    keys = " or ".join(STAGES[stage].memory)
+    line = f"error: {stage} was killed, most likely by the system for its memory: "
+    line += f"{f'lower {keys}, or ' if keys else ''}run less beside it"
+    tell = f'[ $status -ne 137 ] || echo "{line}" >> {{log:q}}'
+    return f" > {{log:q}} 2>&1 || {{{{ status=$?; {tell}; exit $status; }}}}"
 
 
 def get_target(stage):

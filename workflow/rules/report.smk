@@ -38,4 +38,5 @@ rule run_report:
         "report: {output.page}"
     shell:
         get_call("report.py") + " --run {params.run:q} --seeds {params.seeds}"
-        " --variants {params.variants:q} --output {params.run:q}/report > {log:q} 2>&1"
+        " --variants {params.variants:q} --output {params.run:q}/report"
+        + get_end("report")

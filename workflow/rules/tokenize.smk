@@ -29,5 +29,6 @@ rule run_tokenize:
         "tokenize: making the dataset {output.dataset}"
     shell:
         get_call("tokenize_text.py")
-        + " --threads {threads} --output {output.dataset:q} > {log:q} 2>&1"
-        " && cp {output.dataset:q}/manifest.json {output.manifest:q}"
+        + " --threads {threads} --output {output.dataset:q}"
+        + get_end("tokenize")
+        + " && cp {output.dataset:q}/manifest.json {output.manifest:q}"

@@ -226,6 +226,18 @@ def test_the_loss_of_another_process_is_one_line(error, capsys, monkeypatch):
         raise error
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "provenance.json"])
+def test_a_folder_in_a_products_place_is_refused_before_any_work(
+    name, tmp_path, config_file, capsys
+):
+    given = arguments(STAGES["ttt"], tmp_path, "--config", config_file)
+    (tmp_path / "shared/ttt" / name).mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        run_stage("ttt", lambda stage: pytest.fail("it must not start"), None, given)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name} is a folder, expected to write a file there" in line
+
+
 # Seconds, metrics, provenance
 
 

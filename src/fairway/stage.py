@@ -179,6 +179,7 @@ def run_stage(
     with user_errors(stage):
         options = parser.parse_args(arguments)
         settings = stage_settings(stage, options)
+        _check_output(stage, options.output)
         runtime = sections_of(settings).get("runtime")
         with (
             distributed_world(runtime.device if runtime else "cpu") as world,
@@ -186,6 +187,12 @@ def run_stage(
         ):
             work(StageRun(stage, options, settings, world))
             barrier(world)
+
+
+def _check_output(stage: Stage, folder: Path) -> None:
+    for path in (folder / name for name in stage.files):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, expected to write a file there: remove it")
 
 
 @contextmanager

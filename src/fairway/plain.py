@@ -170,9 +170,10 @@ def typed_value(text: str) -> Any:
     """What a command line says: plain values, in which every scalar is the text that was typed."""
     text = text.strip("'\"")
     try:
-        return yaml.load(text, _TextLoader)
+        value = yaml.load(text, _TextLoader)
     except _YAML_ERRORS:
         return text
+    return text if isinstance(value, str) else value  # YAML makes a blank of a line break
 
 
 def _read_text(path: str | Path) -> str:

@@ -271,6 +271,8 @@ def test_a_large_sweep_is_made_in_seconds():
          "&e [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]]}", "sweep: found more than 100,000 values"),
         ("variants=&a {x: *a}", "variants: found '&a {x: *a}'"),
         ("run=!x y", "run: found '!x y'"),
+        ("results=a\nb", "results: found 'a\\nb', expected a path without line breaks"),
+        ("run=a\n", "run: found 'a\\n', expected text matching"),
     ],
     ids=lambda one: str(one)[:30],
 )  # fmt: skip

@@ -359,7 +359,8 @@ def lost(sections: dict[str, Settings]) -> Iterator[str]:
 
 def told_otherwise(made, sections, placed, way) -> Iterator[str]:
     """Values of the last change of a place that do not say what was written."""
-    if way is from_file or len(placed) != 1:  # a damaged file says something else; changes overlap
+    # Damaged bytes may say something else, and of two changes one may undo the other.
+    if way in (from_file, from_settings) or len(placed) != 1:
         return
     place, given = placed[0]
     if place.path == ("run",) and given in NULL:  # the recipe's name
@@ -387,22 +388,18 @@ def same(given: Any, found: Any) -> bool:
     """Whether a value is the plain sense of what was written."""
     if isinstance(found, tuple) and isinstance(given, list):
         return len(found) == len(given) and all(map(same, given, found))
+    text = " ".join(str(given).split())  # as YAML reads text within a mapping
     if isinstance(found, bool):
-        return str(given).lower() in (
-            ("true", "1", "1.0", "yes", "on") if found else ("false", "0", "-0.0", "0.0")
-        )
+        meant = {"true", "1", "1.0", "yes", "on"} if found else {"false", "0", "-0.0", "0.0"}
+        return text.lower() in meant
     if isinstance(found, int):
-        return (
-            type(given) is not float
-            and re.fullmatch(r"[-+]?[0-9_]+", str(given)) is not None
-            and int(given) == found
-        )
+        return re.fullmatch(r"[-+]?[0-9_]+", text) is not None and int(text) == found
     if isinstance(found, float):
         return not isinstance(given, bool) and float(given) == found
     if isinstance(found, str):
-        as_switch = {True: "on", False: "off"}.get(given) if isinstance(given, bool) else None
-        texts = {str(given), str(given).lower(), as_switch}
-        return found in texts or found == str(PurePath(re.sub("//+", "/", str(given))))
+        as_path = str(PurePath(re.sub("//+", "/", text)))
+        as_switch = {"True": "on", "False": "off"}.get(text)
+        return found in (str(given), text, text.lower(), as_path, as_switch)
     return True
 
 

@@ -67,7 +67,12 @@ class _Score(_Model):
     tokens: int
     """Targets scored."""
     bytes: int
-    """Bytes of text that they stand for."""
+    """Bytes of text that they stand for, as they decode."""
+    val_bpb_original: float | None = None
+    """Σ nats / (ln 2 · original_bytes)."""
+    original_bytes: int | None = None
+    """Bytes of the validation split's text before the tokenizer normalized it; null where only its
+    tokens are known, as of finished shards."""
 
 
 class TokenizeMetrics(Metrics):

@@ -54,7 +54,7 @@ def evaluate(stage: StageRun) -> None:
         write_table(stage.product("tokens.parquet"), table)
     stage.finish(
         {
-            **table_metrics(table),
+            **table_metrics(table, dataset.original_bytes),
             "adapters": evaluator.adapters,
             "shares_batches": settings.windows_scored_together is not None,
             "windows": windows,

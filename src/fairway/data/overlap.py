@@ -38,7 +38,7 @@ FILTER_BITS = 16
 _RANDOM = np.random.default_rng(0)
 _TOKEN_HASHES = _RANDOM.integers(0, 1 << 64, MAX_VOCAB_SIZE, dtype=np.uint64)
 _FACTORS = _RANDOM.integers(0, 1 << 62, NGRAM_TOKENS.bit_length() - 1, dtype=np.uint64) * 4 + 3
-"""Of the form 4k + 3, so that tokens in another order differ in all bits but a few of the lowest."""
+"""Of the form 4k + 3: tokens in another order differ in all bits but a few of the lowest."""
 
 
 def find_overlap(
@@ -114,12 +114,13 @@ def _find(
     """The first indices of the sorted `hashes` that occur in a piece, and its tokens."""
     tokens = np.concatenate(piece[::-1])
     begin = len(piece[1])
-    passed = [_short_documents(tokens, begin, bos)[0]]
+    candidates = []
     for start in range(begin, len(tokens), BLOCK_TOKENS):
         block = tokens[max(0, start - NGRAM_TOKENS) : start + BLOCK_TOKENS]
-        ngrams, _ = _ngrams(block, min(start, NGRAM_TOKENS))
-        passed.append(ngrams[_passes(ngrams, bits)])
-    candidates = np.sort(np.concatenate(passed))
+        before = min(start, NGRAM_TOKENS)
+        for found, _ in (_ngrams(block, before), _short_documents(block, before, bos)):
+            candidates.append(found[_passes(found, bits)])
+    candidates = np.sort(np.concatenate(candidates))
     index = np.minimum(np.searchsorted(hashes, candidates), len(hashes) - 1)
     return index[hashes[index] == candidates], len(piece[0])
 
@@ -156,7 +157,7 @@ def _hash(tokens: np.ndarray) -> np.ndarray:
 
 
 def _filter(hashes: np.ndarray) -> np.ndarray:
-    """Bytes with a bit for each value of a hash's topmost bits, set where one of `hashes` has it."""
+    """A bit for each value of a hash's topmost bits, set where one of `hashes` has it."""
     places = max(8, FILTER_BITS * len(hashes))
     bits = np.zeros(1 << (places - 1).bit_length() - 3, np.uint8)
     byte, place = _place(hashes, bits)

@@ -8,7 +8,7 @@ import numpy as np
 from fairway.data.dataset import Dataset, read_split
 from fairway.data.token_bytes import byte_counts, token_bytes
 from fairway.data.tokenizer import load_tokenizer
-from fairway.evaluation.bits_per_byte import bits_per_byte
+from fairway.evaluation.bits_per_byte import bits_per_byte, original_metrics
 from fairway.model.gpt import GPT
 from fairway.model.losses import target_losses
 from fairway.model.runtime import runtime_metrics
@@ -51,4 +51,5 @@ def val_metrics(stage: StageRun, model: GPT, dataset: Dataset) -> dict[str, Any]
     """Score the validation split, on the evaluation's clock; with how the model computes."""
     with stage.charge("evaluation"):
         score = evaluate_split(model, dataset, "val")
-    return {**score.as_metrics(), **runtime_metrics(model)}
+    original = original_metrics(score.nats, dataset.original_bytes)
+    return {**score.as_metrics(), **original, **runtime_metrics(model)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fairway.data.token_bytes import ByteCounts, token_bytes
 from fairway.errors import UserError
-from fairway.evaluation.bits_per_byte import bits_per_byte
+from fairway.evaluation.bits_per_byte import bits_per_byte, original_metrics
 from fairway.evaluation.text import ScoredBatch
 
 COLUMNS = {
@@ -119,10 +119,13 @@ def _check_finite(table: pd.DataFrame) -> None:
             raise UserError(f"the loss of validation token {position} is not finite {advice}")
 
 
-def table_metrics(table: pd.DataFrame) -> dict[str, float | int]:
+def table_metrics(
+    table: pd.DataFrame, original_bytes: int | None = None
+) -> dict[str, float | int | None]:
     """Sums over the table: loss and bits per byte with the adapters and without, and the gains.
 
     val_loss, val_loss_before, gain_nats, gain_<adapter>_nats: nats per token.
+    original_bytes: of the table's text before normalization, where that is known.
     """
     tokens, total_bytes = len(table), int(table["bytes"].sum())
     before, after = float(table["nll_before"].sum()), float(table["nll_after"].sum())
@@ -136,4 +139,5 @@ def table_metrics(table: pd.DataFrame) -> dict[str, float | int]:
         **{f"{name}_nats": float(table[name].sum()) / tokens for name in gains},
         "tokens": tokens,
         "bytes": total_bytes,
+        **original_metrics(after, original_bytes),
     }

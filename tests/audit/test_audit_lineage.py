@@ -3,23 +3,28 @@
 import copy
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from fairway.audit.interface import FAIL, NOT_APPLICABLE, PASS
+from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS
 from fairway.audit.lineage import check_lineage
 from fairway.files import sha256_of
 from malformed_products import ODD_TEXTS, ODD_VALUES, time_limit, with_odd_value
-from provenance_chain import STAGES, edit, make_chain
+from producers import write_record
+from provenance_chain import NO_OVERLAP, STAGES, edit, make_chain
+from tiny import synthetic_documents, write_jsonl
+from trainings import run_here
 
 
 def test_an_honest_ancestry_passes(tmp_path):
     check = check_lineage(make_chain(tmp_path))
     assert check.verdict == PASS, check.sentence
     assert check.evidence["splits"] == ["train"]
-    assert check.evidence["files_verified"] == 2 * len(STAGES)
+    assert check.evidence["files_verified"] == 2 * len(STAGES) + 1
 
 
 def test_validation_text_in_the_ancestry_fails_and_names_the_stage(tmp_path):
@@ -87,25 +92,103 @@ def test_an_audited_file_that_no_ancestor_lists_fails(tmp_path):
 
 def test_the_manifest_s_shards_are_verified(tmp_path):
     provenance, folder = make_chain(tmp_path), tmp_path / "tokenize"
-    (folder / "shard.bin").write_text("tokens")
-    (folder / "tokenizer.model").write_text("pieces")
-    entries = {
-        name: {"sha256": sha256_of(folder / name)} for name in ("shard.bin", "tokenizer.model")
-    }
-    manifest = folder / "manifest.json"
-    tokenizer = {"path": "tokenizer.model"} | entries.pop("tokenizer.model")
-    manifest.write_text(json.dumps({"shards": entries, "tokenizer": tokenizer}))
-    last = json.loads(provenance.read_text())
-    edit(provenance, inputs=last["inputs"] | {str(manifest): sha256_of(manifest)})
+    shard, manifest = folder / "shard.bin", folder / "manifest.json"
+    shard.write_text("tokens")
+    content = json.loads(manifest.read_text())
+    manifest.write_text(
+        json.dumps(content | {"shards": {shard.name: {"sha256": sha256_of(shard)}}})
+    )
+    for stage in STAGES:
+        relist(tmp_path / stage / "provenance.json")
     assert check_lineage(provenance).verdict == PASS
-    for name, fault in (("tokenizer.model", "is not the file listed"), ("shard.bin", "missing")):
-        content = (folder / name).read_text()
-        if fault == "missing":
-            (folder / name).unlink()
-        else:
-            (folder / name).write_text("changed")
-        assert fault in check_lineage(provenance).sentence
-        (folder / name).write_text(content)
+    shard.write_text("changed")
+    assert "is not the file listed" in check_lineage(provenance).sentence
+    shard.unlink()
+    assert "missing" in check_lineage(provenance).sentence
+
+
+def relist(provenance: Path) -> None:
+    """List the files as they are now."""
+    entry = json.loads(provenance.read_text())
+    edit(
+        provenance,
+        inputs={name: sha256_of(name) for name in entry["inputs"]},
+        outputs={name: sha256_of(provenance.parent / name) for name in entry["outputs"]},
+    )
+
+
+@pytest.mark.parametrize(
+    ("exact", "near", "limit", "verdict"),
+    [
+        (40, 0, 0.01, FAIL),
+        (0, 1, 0.01, FAIL),
+        (1, 0, 0.02, PASS),
+        (1, 1, 0.02, FAIL),
+        (0, 0, 0.0, PASS),
+        (1, 0, 0.0, FAIL),
+        (50, 0, 1.0, PASS),
+    ],
+)
+def test_validation_documents_in_the_training_text_may_be_few(
+    tmp_path, exact, near, limit, verdict
+):
+    provenance = make_chain(tmp_path, overlap=NO_OVERLAP | {"exact": exact, "near": near})
+    check = check_lineage(provenance, overlap_share=limit)
+    said = f"{exact + near} of 50 validation documents occur in the training text ({exact} exactly"
+    assert check.verdict == verdict
+    assert said in check.sentence and check.evidence["faults"] == []
+    assert check.evidence["overlap"]["exact"] == exact
+
+
+def test_without_a_count_of_the_overlap_nothing_passes(tmp_path):
+    provenance = make_chain(tmp_path, overlap=None)
+    check = check_lineage(provenance)
+    assert check.verdict == NOT_RUN and check.evidence["overlap"] is None
+    assert "training text was not checked" in check.sentence
+    edit(provenance, splits=["train", "val"], splits_read=["val"])
+    assert check_lineage(provenance).verdict == FAIL
+
+
+@pytest.fixture
+def datasets(tmp_path) -> Callable[..., Path]:
+    """Make a dataset by its script, from a text that is the same for all; its folder."""
+    text = write_jsonl(tmp_path / "text.jsonl", synthetic_documents(30))
+    data = {"source": "jsonl", "paths": [str(text)], "vocab_size": 320, "val_docs": 3}
+    sizes = {"selection_tokens": 512, "adaptation_tokens": 512}
+
+    def make(name: str, **changes) -> Path:
+        source = changes if changes.get("source") == "shards" else data | changes
+        sections = {"data": {"name": name, "vocab_size": 320, **sizes, **source}}
+        settings = json.dumps(sections)
+        run_here("tokenize_text.py", "--settings", settings, "--output", tmp_path / "data" / name)
+        return tmp_path / "data" / name
+
+    return make
+
+
+def test_a_dataset_may_use_the_tokenizer_of_another(datasets):
+    """Which lies beside that one's provenance.json; whatever becomes of the rest of it later."""
+    first = datasets("first")
+    model = str(first / "tokenizer.model")
+    tokenized = datasets("second", tokenizer=model)
+    in_place = datasets("third", source="shards", folder=str(first), tokenizer=model)
+    for folder in (tokenized, in_place):
+        check = check_lineage(folder / "provenance.json")
+        assert check.verdict == PASS, check.sentence
+    before = sha256_of(first / "provenance.json")
+    datasets("first", tokenizer=shutil.copy(model, first.parent), val_docs=4)
+    assert sha256_of(first / "provenance.json") != before
+    assert check_lineage(tokenized / "provenance.json").verdict == PASS
+    assert check_lineage(in_place / "provenance.json").verdict == FAIL  # its shards are others now
+
+
+def test_a_text_may_lie_beside_a_provenance_of_anything(datasets, tmp_path):
+    folder = datasets("first")
+    for content in ("{}", "no JSON", json.dumps({"stage": "train", "splits": ["val"]})):
+        (tmp_path / "provenance.json").write_text(content)
+        assert check_lineage(folder / "provenance.json").verdict == PASS
+    write_record(tmp_path, ["train", "val"])  # it made the text, and from validation text
+    assert "is not in its ancestry" in check_lineage(folder / "provenance.json").sentence
 
 
 def test_a_loop_of_ancestors_ends(tmp_path):
@@ -126,7 +209,9 @@ def test_a_long_chain_is_followed_to_its_end(tmp_path, length):
         edit(path, stage=f"s{number}", inputs=inputs, outputs={}, parents=[str(parent)])
     with time_limit():
         check = check_lineage(path)
-    assert check.verdict == PASS and check.evidence["files_verified"] == 2 * len(STAGES) + length
+    assert (
+        check.verdict == PASS and check.evidence["files_verified"] == 2 * len(STAGES) + 1 + length
+    )
     (tmp_path / "ttt/product").write_text("another")
     assert check_lineage(path).verdict == FAIL
 

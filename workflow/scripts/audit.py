@@ -78,6 +78,7 @@ def audit(stage: StageRun) -> None:
             table,
             tokens,
             split_bytes=split_bytes,
+            original_bytes=dataset.original_bytes,
             metrics=metrics["slot_eval"],
         ),
         classes=known_classes(take("tokenize", "tokenizer.model"), manifest),
@@ -87,6 +88,7 @@ def audit(stage: StageRun) -> None:
         check_lineage(
             stage.inputs["slot_eval"] / "provenance.json",
             [manifest, artifact, table, *paths.values()],
+            stage.settings.audit.overlap_share,
         ),
         check_budgets(used_budgets(stage, artifact, metrics), dict(stage.settings.budgets)),
         ranks=ranks,

@@ -62,8 +62,10 @@ class Evaluation:
 
     in_fit, out_of_fit: targets inside and outside the loss of the fit that scored them.
     token_mismatches: rows whose token is not the text's at that position.
-    bytes: of all rows. split_bytes: of the split's text; None where that is not known.
-    val_loss (nats a token), val_bpb: as reported; None where they were not.
+    bytes: of all rows. split_bytes: of the split's text, as its tokens decode. original_bytes: of
+    that text before it was normalized. None where one is not known.
+    val_loss (nats a token), val_bpb, val_bpb_original (by original_bytes): as reported; None where
+    they were not.
     """
 
     errors: CoverageErrors
@@ -74,6 +76,8 @@ class Evaluation:
     split_bytes: int | None
     val_loss: float | None
     val_bpb: float | None
+    original_bytes: int | None = None
+    val_bpb_original: float | None = None
 
     @property
     def gain_nats_per_token(self) -> float:
@@ -83,12 +87,18 @@ class Evaluation:
 
 
 def read_evaluation(
-    path: str | Path, tokens: np.ndarray, *, split_bytes: int | None, metrics: Mapping[str, float]
+    path: str | Path,
+    tokens: np.ndarray,
+    *,
+    split_bytes: int | None,
+    metrics: Mapping[str, float | None],
+    original_bytes: int | None = None,
 ) -> Evaluation:
     """Add up tokens.parquet.
 
     tokens: integers [n + 1], the text that was scored. split_bytes: the bytes of that text, if
-    known. metrics: the `val_loss` and `val_bpb` that were reported, as far as they were.
+    known; original_bytes: those before normalization. metrics: the `val_loss`, `val_bpb` and
+    `val_bpb_original` that were reported, as far as they were.
     Raises UserError where the table is damaged, lacks a column, or has losses that are not finite.
     """
     order = _Order(len(tokens) - 1)
@@ -115,6 +125,8 @@ def read_evaluation(
         split_bytes=split_bytes,
         val_loss=metrics.get("val_loss"),
         val_bpb=metrics.get("val_bpb"),
+        original_bytes=original_bytes,
+        val_bpb_original=metrics.get("val_bpb_original"),
     )
 
 
@@ -240,9 +252,11 @@ def check_reported_score(
             )
         good.append(f"all {tally.compared:,} reported scores ({source}) are -log p of their token")
     if evaluation is not None:
-        evidence["whole evaluation"], wrong = _compare_totals(evaluation)
+        compared, wrong = _compare_totals(evaluation)
+        evidence["whole evaluation"] = compared
         faults += wrong
         good.append("the table of scored targets gives the reported val_loss and val_bpb")
+        good += _original_bytes(compared)
     if not evidence:
         reason = (
             "The evaluator returned losses only, so there is nothing to compare them with."
@@ -257,10 +271,24 @@ def check_reported_score(
     return Check("reported_score", verdict, f"{sentence[0].upper()}{sentence[1:]}.", evidence)
 
 
+def _original_bytes(compared: Mapping[str, float | None]) -> list[str]:
+    """What the score would be by the bytes of the text before it was normalized."""
+    if compared["original_bytes"] is None:
+        return []
+    return [
+        f"the text had {compared['original_bytes']:,.0f} bytes before normalization where its "
+        f"tokens count {compared['bytes']:,.0f}, so per original byte the score is "
+        f"{compared['val_bpb_original']:.4f} ({compared['difference_bpb_original']:+.4f})"
+    ]
+
+
 def _compare_totals(evaluation: Evaluation) -> tuple[dict, list[str]]:
     nats = evaluation.in_fit.nats_after + evaluation.out_of_fit.nats_after
     loss = nats / max(1, evaluation.errors.scores)
-    bpb = nats / (math.log(2) * max(1, evaluation.bytes))
+    bits = nats / math.log(2)
+    bpb = bits / max(1, evaluation.bytes)
+    original = evaluation.original_bytes
+    original_bpb = None if original is None else bits / max(1, original)
     faults = []
     if evaluation.token_mismatches:
         faults.append(f"{evaluation.token_mismatches:,} rows name another token than the text's")
@@ -273,16 +301,21 @@ def _compare_totals(evaluation: Evaluation) -> tuple[dict, list[str]]:
     for name, reported, summed in (
         ("val_loss", evaluation.val_loss, loss),
         ("val_bpb", evaluation.val_bpb, bpb),
+        ("val_bpb_original", evaluation.val_bpb_original, original_bpb),
     ):
-        if reported is not None and not math.isclose(reported, summed, rel_tol=1e-6):
+        if None not in (reported, summed) and not math.isclose(reported, summed, rel_tol=1e-6):
             faults.append(f"{name} is reported as {reported:.6f}, the table gives {summed:.6f}")
     evidence = {
         "val_loss": loss,
         "val_bpb": bpb,
+        "val_bpb_original": original_bpb,
+        "difference_bpb_original": None if original_bpb is None else original_bpb - bpb,
         "reported_val_loss": evaluation.val_loss,
         "reported_val_bpb": evaluation.val_bpb,
+        "reported_val_bpb_original": evaluation.val_bpb_original,
         "bytes": evaluation.bytes,
         "split_bytes": evaluation.split_bytes,
+        "original_bytes": original,
         "token_mismatches": evaluation.token_mismatches,
     }
     return evidence, faults

@@ -4,7 +4,8 @@ A stage's provenance.json names its inputs and outputs with their SHA-256, the p
 the stages it builds on (its parents), and the splits it read. From one of them the check follows
 every ancestor, computes every hash again from the files on disk, and derives the ancestry's splits
 anew: it believes nothing that it can compute. The dataset's manifest holds the hashes of its shards
-and tokenizer, so these are computed as well.
+and tokenizer, so these are computed as well; and it says how many validation documents occur in the
+training text, which is not counted again.
 
 Each provenance file is hashed by those that build on it. No later one hashes the first that is
 visited; the check compares it with its files, its ancestors and its own settings, and the audit's
@@ -17,9 +18,9 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from fairway.audit.interface import FAIL, NOT_APPLICABLE, PASS, Check
+from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, Check
 from fairway.errors import UserError
 from fairway.files import reading, require_file, sha256_of
 from fairway.provenance import PROVENANCE, Digest, Line, Provenance, read_provenance
@@ -39,11 +40,35 @@ class _Tokenizer(_Hashed):
     path: Line
 
 
+class Overlap(BaseModel):
+    """Validation documents that occur in the training text, of how many, and some of their numbers.
+
+    exact: of which all n-grams occur. near: of which at least half do.
+    """
+
+    documents: int = Field(ge=1)
+    exact: int
+    near: int
+    examples: list[int]
+
+    @property
+    def share(self) -> float:
+        """Of the documents that occur, exactly or nearly."""
+        return (self.exact + self.near) / self.documents
+
+    def __str__(self) -> str:
+        return (
+            f"{self.exact + self.near:,} of {self.documents:,} validation documents occur in the "
+            f"training text ({self.exact:,} exactly, {self.near:,} nearly)"
+        )
+
+
 class _Manifest(BaseModel):
     """What the check needs of a dataset's manifest.json."""
 
     shards: dict[Line, _Hashed]
     tokenizer: _Tokenizer
+    overlap: Overlap | None = None
 
 
 @dataclass
@@ -53,6 +78,7 @@ class _Walk:
     hashes: dict[str, str] = field(default_factory=dict)
     records: dict[str, tuple[Path, Provenance]] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
+    overlaps: list[Overlap | None] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
     def sha256(self, path: Path, lister: Path) -> str | None:
@@ -72,13 +98,17 @@ def _listed(lister: Path) -> str:
     return f"the run that {lister} records"
 
 
-def check_lineage(provenance: str | Path | None, used: Iterable[Path] = ()) -> Check:
-    """PASS where every file of the ancestry has its listed hash and no stage read `val`.
+def check_lineage(
+    provenance: str | Path | None, used: Iterable[Path] = (), overlap_share: float = 0.01
+) -> Check:
+    """PASS where every file of the ancestry has its listed hash, no stage read `val`, and no more
+    than `overlap_share` of the validation documents occur in the training text.
 
+    NOT RUN where only the last is not known.
     provenance: provenance.json of the stage that made the audited product; None where there is
     none. Paths in it are taken as given, relative to the working directory.
     used: files that the audit itself reads; a provenance file must list each.
-    evidence: splits (derived), splits_by_stage, files_verified, faults.
+    evidence: splits (derived), splits_by_stage, files_verified, faults, overlap (None: not known).
     """
     if provenance is None:
         return Check("lineage", NOT_APPLICABLE, "No provenance.json was given.")
@@ -94,17 +124,22 @@ def check_lineage(provenance: str | Path | None, used: Iterable[Path] = ()) -> C
             walk.faults.append(
                 f"{path} was audited, but nothing in the ancestry of {provenance} lists it"
             )
+    known = bool(walk.overlaps) and None not in walk.overlaps
+    overlap = max(walk.overlaps, key=lambda one: one.share) if known else None
     evidence = {
         "splits": sorted(splits),
         "splits_by_stage": dict(sorted(stages.items())),
         "files_verified": len(walk.hashes),
         "faults": walk.faults,
+        "overlap": overlap and {**overlap.model_dump(), "limit_share": overlap_share},
     }
     complaints = []
     if TAINTED_SPLIT in splits:
         readers = [stage for stage, read in stages.items() if TAINTED_SPLIT in read]
         by = f" (read by {', '.join(sorted(readers))})" if readers else ""
         complaints.append(f"the validation text is in the artifact's ancestry{by}")
+    if overlap and overlap.share > overlap_share:
+        complaints.append(f"{overlap}, {overlap.share:.1%} where {overlap_share:.1%} may")
     if walk.faults:
         more = f" and {len(walk.faults) - 1} more" if len(walk.faults) > 1 else ""
         fault = walk.faults[0][:LONGEST_FAULT]
@@ -114,9 +149,12 @@ def check_lineage(provenance: str | Path | None, used: Iterable[Path] = ()) -> C
         return Check("lineage", FAIL, f"{sentence[0].upper()}{sentence[1:]}.", evidence)
     sentence = (
         f"{len(walk.hashes)} files of {len(stages)} stages have the listed SHA-256, and the "
-        f"ancestry read {', '.join(sorted(splits)) or 'no data'} only."
+        f"ancestry read {', '.join(sorted(splits)) or 'no data'} only"
     )
-    return Check("lineage", PASS, sentence, evidence)
+    if overlap is None:
+        unknown = "whether validation documents occur in the training text was not checked"
+        return Check("lineage", NOT_RUN, f"{sentence}; {unknown}.", evidence)
+    return Check("lineage", PASS, f"{sentence}; {overlap}.", evidence)
 
 
 def _read_ancestry(first: Path, walk: _Walk) -> None:
@@ -196,20 +234,35 @@ def _verify_manifest(path: Path, walk: _Walk) -> None:
     except UserError as error:
         walk.faults.append(str(error))
         return
+    walk.overlaps.append(manifest.overlap)
     for name, entry in {**manifest.shards, manifest.tokenizer.path: manifest.tokenizer}.items():
         _verify_file(path.parent / name, entry.sha256, path, walk)
 
 
 def _verify_parents(provenance: Path, record: Provenance, walk: _Walk) -> None:
-    """The stage that made an input must be in the ancestry, and each parent's hash be listed."""
+    """A stage that made an input from a data split must be in the ancestry, and each parent's hash
+    be listed."""
     hashed = {os.path.realpath(name) for name in record.inputs}
-    for name in record.inputs:
+    for name, sha256 in record.inputs.items():
         maker = Path(name).parent / PROVENANCE
-        if os.path.isfile(maker) and os.path.realpath(maker) not in walk.records:
+        if os.path.realpath(maker) not in walk.records and _splits_of(Path(name), sha256, maker):
             walk.faults.append(f"{provenance} uses {name}, but {maker} is not in its ancestry")
     for parent in record.parents:
         if os.path.realpath(parent) not in hashed:
             walk.faults.append(f"{provenance} does not list the SHA-256 of its parent {parent}")
+
+
+def _splits_of(path: Path, sha256: str, maker: Path) -> list[str]:
+    """The splits that a provenance file beside an input says it was made from.
+
+    None where it does not say that it made this file, as where a text lies among other products;
+    none of a dataset's tokenizer, which another dataset may use.
+    """
+    try:
+        made = read_provenance(maker, "an earlier stage")
+    except UserError:
+        return []
+    return made.splits if made.outputs.get(path.name) == sha256 else []
 
 
 def _verify_settings(provenance: Path, record: Provenance, walk: _Walk) -> None:

@@ -105,6 +105,9 @@ class AuditSettings(Settings):
     losses only; 0 leaves it out."""
     whole_text: bool = True
     """Whether the evaluator also scores the whole text once, for coverage, sums and arithmetic."""
+    overlap_share: float = Field(0.01, ge=0, le=1)
+    """Share of the validation documents that may occur in the training text, exactly or nearly;
+    more fail `lineage`."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,10 @@ def audit(
         bytes_per_token=bytes_per_token,
     )
     result = audit_evaluator(target, settings, seed)
-    return result.with_checks(check_lineage(provenance), check_budgets(used or {}, limits or {}))
+    return result.with_checks(
+        check_lineage(provenance, overlap_share=settings.overlap_share),
+        check_budgets(used or {}, limits or {}),
+    )
 
 
 def audit_evaluator(target: AuditTarget, settings: AuditSettings, seed: int) -> AuditResult:

@@ -18,7 +18,9 @@ def bits_per_byte(total_nats: float, total_bytes: int) -> float:
     return total_nats / (math.log(2.0) * total_bytes)
 
 
-def original_metrics(total_nats: float, original_bytes: int | None) -> dict[str, float | int | None]:
+def original_metrics(
+    total_nats: float, original_bytes: int | None
+) -> dict[str, float | int | None]:
     """val_bpb_original and original_bytes: of the text as it was before normalization.
 
     original_bytes: None where that text is not known, as of finished shards; so are both then.

@@ -28,7 +28,7 @@ def texts(count: int, words: int = 60, seed: int = 0) -> list[str]:
 
 def spans(folder: Path, name: str, tokens: list[int], cuts: list[int]) -> list[Span]:
     """A text in shards that end wherever `cuts` say."""
-    ends = sorted({cut % len(tokens) for cut in cuts} - {0}) + [len(tokens)]
+    ends = [*sorted({cut % len(tokens) for cut in cuts} - {0}), len(tokens)]
     found = []
     for start, stop in zip([0, *ends], ends, strict=False):
         path = folder / f"{name}_{start}.bin"
@@ -85,5 +85,6 @@ def test_what_is_found_is_what_the_definition_says(
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setattr(overlap, "PIECE_TOKENS", piece)
         patch.setattr(overlap, "BLOCK_TOKENS", block)
-        shards = spans(folder, "val", val, val_cuts), spans(folder, "train", training, training_cuts)
-        assert find_overlap(*shards, BOS, pool) == as_defined(val, training)
+        held_out = spans(folder, "val", val, val_cuts)
+        found = find_overlap(held_out, spans(folder, "train", training, training_cuts), BOS, pool)
+    assert found == as_defined(val, training)

@@ -5,7 +5,7 @@ them that occurs anywhere in the training text says how much of the document was
 document that is shorter is one n-gram, filled up with BOS, and occurs where it is a whole document.
 Tokens are compared, so what the tokenizer's normalization makes equal is equal.
 
-Only 64-bit hashes of the validation text are kept, some 20 bytes for each of its tokens; the
+Only 64-bit hashes of the validation text are kept, some 30 bytes for each of its tokens; the
 training text streams past them. Other text of the same hash would count as found: of 60 million
 tokens of validation and 10 billion of training that is to be expected for 0.03 n-grams.
 """
@@ -55,7 +55,7 @@ def find_overlap(
     hashes, documents = hashes[order], documents[order]
     seen = np.zeros(len(hashes), np.bool_)
     find = partial(_find, hashes=hashes, bits=_filter(hashes), bos=bos)
-    with progress(sum(map(len, training)), "overlap", "token") as bar:
+    with progress(sum(map(len, training)) + 1, "overlap", "token") as bar:
         for found, tokens in pool.map(find, _pieces(training, bos, PIECE_TOKENS)):
             seen[found] = True
             bar.update(tokens)

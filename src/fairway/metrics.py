@@ -86,6 +86,10 @@ class TokenizeMetrics(Metrics):
     """Of decoded text, in all splits."""
     documents: int
     """In all splits."""
+    original_bytes: int | None = None
+    """Of the text before normalization, in all splits; null of finished shards."""
+    overlap_documents: int | None = None
+    """Validation documents that occur in the training text; null where nobody looked."""
     bytes_per_token: float
     """bytes / tokens."""
     splits: dict[str, dict[str, int]]

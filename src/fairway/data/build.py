@@ -1,6 +1,7 @@
 """Make a dataset: documents or finished shards → tokenizer, shards, splits and their manifest."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from fairway.data.corpora.base import Corpus
 from fairway.data.manifest import describe_dataset
 from fairway.data.manifest_fields import TRAINING_SPLITS, read_manifest
 from fairway.data.settings import DataSettings
-from fairway.data.shards import TOKEN_TYPE, ShardWriter
+from fairway.data.shards import TOKEN_TYPE, ShardWriter, read_shard
 from fairway.data.tokenizer import load_tokenizer, train_tokenizer
 from fairway.errors import UserError
 from fairway.files import atomic_path, write_json
@@ -61,11 +62,21 @@ def _describe_shards(
             f"data.folder {inside} is where the dataset would be written: change data.name "
             "or move the shards"
         )
-    load_tokenizer(shards.tokenizer, settings.vocab_size)
+    tokenizer = load_tokenizer(shards.tokenizer, settings.vocab_size)
+    _check_documents(shards.val, tokenizer.bos_id(), settings.val_docs)
     _remove_previous(folder, _previous_shards(folder))
     _write_tokenizer(folder, shards.tokenizer.read_bytes())
     manifest = describe_dataset(settings, folder / TOKENIZER, shards.train, shards.val, threads)
     return manifest, [shards.tokenizer]
+
+
+def _check_documents(val: Sequence[Path], bos: int, expected: int | None) -> None:
+    found = sum(int(np.count_nonzero(read_shard(path) == bos)) for path in val)
+    if expected not in (None, found):
+        raise UserError(
+            f"the validation shards in {val[0].parent} hold {found} documents, expected "
+            f"data.val_docs {expected}: bring the others, or set data.val_docs to {found}"
+        )
 
 
 def _tokenize(
@@ -80,9 +91,10 @@ def _tokenize(
     documents, model = _survey(corpus, settings)
     _remove_previous(folder, previous)
     tokenizer_path = _write_tokenizer(folder, model)
-    shards, decoded_bytes = _make_shards(corpus, settings, tokenizer_path, documents, threads)
+    shards, original = _make_shards(corpus, settings, tokenizer_path, documents, threads)
     manifest = describe_dataset(settings, tokenizer_path, shards["train"], shards["val"], threads)
-    _check_bytes(manifest["splits"], decoded_bytes, tokenizer_path)
+    manifest["original"] = {"training": original["train"], "validation": original["val"]}
+    _check_bytes(manifest, tokenizer_path)
     return manifest, inputs
 
 
@@ -116,29 +128,43 @@ def _write_tokenizer(folder: Path, model: bytes) -> Path:
 
 def _make_shards(
     corpus: Corpus, settings: DataSettings, tokenizer_path: Path, documents: int, threads: int
-) -> tuple[dict[str, list[Path]], dict[str, int]]:
-    """Tokenize: for `val` and `train`, the shards and the UTF-8 bytes of their decoded text."""
+) -> tuple[dict[str, list[Path]], dict[str, Counter[str]]]:
+    """Tokenize: for `val` and `train`, the shards, and how their decoded text differs."""
     tokenizer = load_tokenizer(tokenizer_path, settings.vocab_size)
     source = _selected_documents(corpus, settings)
     shards: dict[str, list[Path]] = {}
-    decoded_bytes = {"val": 0, "train": 0}
+    original: dict[str, Counter[str]] = {"val": Counter(), "train": Counter()}
     with progress(documents, "tokenize", "document") as bar:
-        for split, count in (("val", settings.val_docs), ("train", None)):
+        for split, count in (("val", settings.validation_documents), ("train", None)):
             writer = ShardWriter(tokenizer_path.parent, split, settings.shard_tokens)
             for batch in _batches(islice(source, count)):
-                tokens, text_bytes = encode_documents(tokenizer, batch, threads)
+                tokens, decoded = encode_documents(tokenizer, batch, threads)
                 writer.write(tokens)
-                decoded_bytes[split] += text_bytes
+                original[split].update(_compare(batch, decoded))
                 bar.update(len(batch))
             writer.close()
             shards[split] = writer.paths
-    return shards, decoded_bytes
+    return shards, original
+
+
+def _compare(documents: Iterable[str], decoded: Iterable[str]) -> dict[str, int]:
+    """What the tokenizer's normalization did to documents; `OriginalFields` describes it."""
+    lengths = [
+        (len(text.encode()), len(after.encode()), text != after)
+        for text, after in zip(documents, decoded, strict=True)
+    ]
+    return {
+        "bytes": sum(before for before, _, _ in lengths),
+        "lost_bytes": sum(max(0, before - after) for before, after, _ in lengths),
+        "added_bytes": sum(max(0, after - before) for before, after, _ in lengths),
+        "changed_documents": sum(is_changed for *_, is_changed in lengths),
+    }
 
 
 def _selected_documents(corpus: Corpus, settings: DataSettings) -> Iterator[str]:
     """The source's documents, validation first, cut at `max_train_docs`."""
     limit = settings.max_train_docs
-    stop = None if limit is None else min(settings.val_docs + limit, sys.maxsize)
+    stop = None if limit is None else min(settings.validation_documents + limit, sys.maxsize)
     return islice(corpus.documents(), stop)
 
 
@@ -150,7 +176,9 @@ def _survey(corpus: Corpus, settings: DataSettings) -> tuple[int, bytes]:
     """
     with progress(None, "read", "document") as bar:
         documents = _counted(_selected_documents(corpus, settings), bar)
-        with_text = [bool(text.strip()) for text in islice(documents, settings.val_docs)]
+        with_text = [
+            bool(text.strip()) for text in islice(documents, settings.validation_documents)
+        ]
         validation = len(with_text)
         if validation and not any(with_text):
             raise UserError(
@@ -161,8 +189,8 @@ def _survey(corpus: Corpus, settings: DataSettings) -> tuple[int, bytes]:
         if first is None:
             raise UserError(
                 f"the source holds {validation} documents, expected data.val_docs "
-                f"{settings.val_docs} and at least one to train on: lower data.val_docs or bring "
-                "more text"
+                f"{settings.validation_documents} and at least one to train on: lower "
+                "data.val_docs or bring more text"
             )
         training = chain([first], documents)
         if settings.tokenizer:
@@ -196,11 +224,11 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 def encode_documents(
     tokenizer: SentencePieceProcessor, documents: Sequence[str], threads: int
-) -> tuple[np.ndarray, int]:
-    """Tokens uint16 [n], a BOS before each document, and the UTF-8 length of what they decode to.
+) -> tuple[np.ndarray, list[str]]:
+    """Tokens uint16 [n], a BOS before each document, and what each document's tokens decode to.
 
-    The decoded text counts, not the given one: normalization folds spaces and compatibility
-    characters. Raises UserError for a character that the tokenizer has no piece for.
+    That is another text where normalization folds spaces and compatibility characters. Raises
+    UserError for a character that the tokenizer has no piece for.
     """
     encoded = tokenizer.encode(list(documents), num_threads=threads)
     decoded = tokenizer.decode(encoded, num_threads=threads)
@@ -209,7 +237,7 @@ def encode_documents(
     tokens = np.concatenate(parts)
     if np.any(tokens == tokenizer.unk_id()):
         _refuse_unknown(tokenizer, documents)
-    return tokens, sum(len(text.encode()) for text in decoded)
+    return tokens, decoded
 
 
 def _refuse_unknown(tokenizer: SentencePieceProcessor, documents: Iterable[str]) -> NoReturn:
@@ -228,17 +256,17 @@ def _refuse_unknown(tokenizer: SentencePieceProcessor, documents: Iterable[str])
     )
 
 
-def _check_bytes(
-    splits: Mapping[str, Any], decoded_bytes: Mapping[str, int], tokenizer_path: Path
-) -> None:
+def _check_bytes(manifest: Mapping[str, Any], tokenizer_path: Path) -> None:
     """Require that tokens stand for exactly the bytes they decode to, in every split made here."""
-    training = sum(splits[split]["bytes"] for split in TRAINING_SPLITS)
-    for split, counted in (("train", training), ("val", splits["val"]["bytes"])):
-        if counted != decoded_bytes[split]:
+    for name, splits in (("training", TRAINING_SPLITS), ("validation", ("val",))):
+        counted = sum(manifest["splits"][split]["bytes"] for split in splits)
+        original = manifest["original"][name]
+        decoded = original["bytes"] - original["lost_bytes"] + original["added_bytes"]
+        if counted != decoded:
             raise UserError(
-                f"the {split} tokens of {tokenizer_path} count {counted} bytes but decode to "
-                f"{decoded_bytes[split]}, expected the same, or bits per byte would be wrong: "
-                "name another data.tokenizer"
+                f"the {name} tokens of {tokenizer_path} count {counted} bytes but decode to "
+                f"{decoded}, expected the same, or bits per byte would be wrong: name another "
+                "data.tokenizer"
             )
 
 
@@ -248,4 +276,11 @@ def _metrics(manifest: Mapping[str, Any]) -> dict[str, Any]:
         name: {unit: split[unit] for unit in units} for name, split in manifest["splits"].items()
     }
     totals = {unit: sum(split[unit] for split in splits.values()) for unit in units}
-    return {**totals, "bytes_per_token": totals["bytes"] / totals["tokens"], "splits": splits}
+    texts, overlap = manifest["original"], manifest["overlap"]
+    return {
+        **totals,
+        "original_bytes": texts and sum(text["bytes"] for text in texts.values()),
+        "bytes_per_token": totals["bytes"] / totals["tokens"],
+        "overlap_documents": overlap and overlap["exact"] + overlap["near"],
+        "splits": splits,
+    }

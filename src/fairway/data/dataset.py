@@ -36,12 +36,14 @@ class Dataset:
 
     splits: for each that was loaded its spans in reading order. `selection` and `adaptation` are
     tails of the training text that `train` does not contain.
+    original_bytes: of the validation text before normalization; None where that is not known.
     """
 
     vocab_size: int
     bos_id: int
     tokenizer_path: Path
     splits: dict[str, tuple[Span, ...]]
+    original_bytes: int | None = None
 
 
 def load_dataset(
@@ -87,6 +89,7 @@ def load_dataset(
             split: tuple(Span(folder / span.path, span.start, span.stop) for span in cut)
             for split, cut in spans.items()
         },
+        original_bytes=manifest.original and manifest.original.validation.bytes,
     )
 
 

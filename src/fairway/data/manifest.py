@@ -12,6 +12,7 @@ import numpy as np
 
 from fairway.data.dataset import Span
 from fairway.data.manifest_fields import FORMAT, TRAINING_SPLITS
+from fairway.data.overlap import find_overlap
 from fairway.data.settings import DataSettings
 from fairway.data.shards import CHUNK_TOKENS, check_vocabulary, shard_token_count
 from fairway.data.token_bytes import ByteCounts, byte_counts, token_bytes
@@ -36,8 +37,8 @@ def describe_dataset(
     """The manifest of a dataset, as JSON values; the same whatever the number of threads.
 
     Shards beside the tokenizer are named relative to it, others by their absolute path. `warnings`
-    says where the validation text has fewer than ENOUGH_DOCUMENTS or ENOUGH_TOKENS, and which of
-    its documents are empty.
+    says where the validation text has fewer than ENOUGH_DOCUMENTS or ENOUGH_TOKENS, and how many of
+    its documents are empty or occur in the training text. `original` is left to those who know it.
     Raises UserError for a faulty shard, ids outside the vocabulary, too little training text, text
     without bytes, and validation text without documents.
     """
@@ -61,6 +62,11 @@ def describe_dataset(
         split: sum((measured[span] for span in spans), Counter()) for split, spans in splits.items()
     }
     _check_text(totals)
+    overlap = None
+    if settings.check_overlap:
+        with ThreadPoolExecutor(threads) as pool:
+            training = [whole[path] for path in train]
+            overlap = find_overlap(splits["val"], training, tokenizer.bos_id(), pool)
     return {
         "format": FORMAT,
         "name": settings.name,
@@ -79,7 +85,9 @@ def describe_dataset(
             }
             for split, spans in splits.items()
         },
-        "warnings": _weaknesses(totals["val"]),
+        "original": None,
+        "overlap": overlap,
+        "warnings": [*_weaknesses(totals["val"]), *_occurrences(overlap)],
     }
 
 
@@ -182,3 +190,13 @@ def _weaknesses(val: Mapping[str, int]) -> list[str]:
     if empty > 0:
         found.append(f"{empty} of the {documents} validation documents are empty.")
     return found
+
+
+def _occurrences(overlap: Mapping[str, Any] | None) -> list[str]:
+    if overlap is None or overlap["exact"] + overlap["near"] == 0:
+        return []
+    found = overlap["exact"] + overlap["near"]
+    return [
+        f"{found} of the {overlap['documents']} validation documents occur in the training text, "
+        f"{overlap['exact']} exactly and {overlap['near']} nearly."
+    ]

@@ -13,8 +13,10 @@ from fairway.settings import Choice, Name, PathText, Settings
 SOURCE_KEYS = ("paths", "folder", "repository", "revision", "form")
 """Keys that configure sources; each is read by those that name it in `Corpus.reads`."""
 
-DOCUMENT_KEYS = ("tokenizer", "val_docs", "max_train_docs", "shard_tokens", "seed")
+DOCUMENT_KEYS = ("tokenizer", "max_train_docs", "shard_tokens", "seed")
 """Keys that say how documents become shards; finished shards need none of them."""
+
+CHALLENGE_VAL_DOCS = 50_000
 
 SMALLEST_TRAINED = 300
 """Tokens of a tokenizer to train: 256 bytes, 4 reserved ones, and some characters and merges."""
@@ -47,8 +49,9 @@ class DataSettings(Settings):
     """A SentencePiece .model to use; null trains one."""
     vocab_size: int = Field(1024, ge=1, le=65536)
     """Tokens of the vocabulary, those of single bytes included; at least 300 to train one."""
-    val_docs: int = Field(50_000, ge=1)
-    """The first documents, kept for validation."""
+    val_docs: int | None = Field(None, ge=1)
+    """The first documents, kept for validation; null: 50,000. Finished shards must hold as many as
+    are named here; null: any number."""
     max_train_docs: int | None = Field(None, ge=1)
     """Training documents at most; null takes all."""
     shard_tokens: int = Field(100_000_000, ge=1024, le=2**31 - 1)
@@ -57,6 +60,8 @@ class DataSettings(Settings):
     """A tail of the training text that train never draws: `ema.decay: auto` is chosen on it."""
     adaptation_tokens: int = Field(8_388_608, ge=1)
     """A tail of the training text that train never draws: `ttt.data: train` reads it."""
+    check_overlap: bool = True
+    """Whether to look for validation documents in the training text. Without, no audit passes."""
     seed: int = Field(0, ge=0, le=2**32 - 1)
     """Draws the documents that the tokenizer learns from where there are more than 5 million."""
 
@@ -93,6 +98,11 @@ class DataSettings(Settings):
                     f"data.{key} {getattr(self, key)} holds no sequence of train.sequence_tokens "
                     f"{sequence} and the token after it: raise it to at least {sequence + 1}"
                 )
+
+    @property
+    def validation_documents(self) -> int:
+        """How many of the first documents are validation."""
+        return CHALLENGE_VAL_DOCS if self.val_docs is None else self.val_docs
 
     def corpus(self) -> Any:
         """The source itself, a `fairway.data.corpora.base.Corpus`."""

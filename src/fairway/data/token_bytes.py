@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-SPACE = "▁"
+from fairway.data.tokenizer import SPACE
 
 
 @dataclass(frozen=True)

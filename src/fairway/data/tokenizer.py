@@ -12,6 +12,9 @@ from fairway.data.shards import MAX_VOCAB_SIZE
 from fairway.errors import UserError
 from fairway.files import require_file
 
+SPACE = "▁"
+"""SentencePiece's space."""
+
 # The ids that the challenge's models reserve.
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 
@@ -26,6 +29,8 @@ TRAINER = {
     "character_coverage": 0.999,
     "byte_fallback": True,
     "split_digits": True,
+    # In text without a space none would be learned, and a space would be the three bytes of ▁.
+    "required_chars": SPACE,
     "normalization_rule_name": "nmt_nfkc",
     "add_dummy_prefix": False,
     "pad_id": PAD,
@@ -110,7 +115,8 @@ def _training_text(documents: Iterable[str], failures: list[BaseException]) -> I
 def load_tokenizer(
     path: str | Path, vocab_size: int | None = None
 ) -> sentencepiece.SentencePieceProcessor:
-    """Read a .model file; UserError where it is missing, is none, or has another size.
+    """Read a .model file; UserError where it is missing, is none, has another size, or lacks BOS
+    or the space.
 
     vocab_size: what the configuration says (data.vocab_size); None accepts any.
     """
@@ -142,5 +148,11 @@ def load_tokenizer(
         raise UserError(
             f"{path} has no BOS token, which must precede each document: name another "
             "data.tokenizer"
+        )
+    if SPACE in tokenizer.decode(tokenizer.encode("a b")):
+        raise UserError(
+            f"{path} has no piece for the space and makes the three bytes of {SPACE} of it, so "
+            "bits per byte would be too low: name a data.tokenizer that was trained on text with "
+            "spaces, or null to train one"
         )
     return tokenizer

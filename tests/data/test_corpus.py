@@ -480,7 +480,6 @@ IN_PLACE = {"source": "shards", "folder": "x", "tokenizer": "y"}
         ({"source": "jsonl", "paths": ["x"], "repository": "y"}, "repository"),
         ({**HUB, "paths": ["x"]}, "paths"),
         ({**IN_PLACE, "revision": "x"}, "revision"),
-        ({**IN_PLACE, "val_docs": 10}, "val_docs"),
         ({**IN_PLACE, "max_train_docs": 10}, "max_train_docs"),
         ({**HUB, "form": "shards", "shard_tokens": 2048}, "shard_tokens"),
     ],

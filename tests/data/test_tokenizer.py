@@ -80,8 +80,25 @@ def test_too_little_text_says_what_it_suffices_for():
         train_tokenizer(TEXTS, 5000, seed=0)
     assert "bring more text or lower data.vocab_size to" in str(caught.value)
     train_tokenizer(TEXTS, int(str(caught.value).split()[-1]), seed=0)
-    with pytest.raises(UserError, match=r"only 261 pieces, .*: bring more text$"):
+    with pytest.raises(UserError, match=r"only 262 pieces, .*: bring more text$"):
         train_tokenizer(["a"] * 5, 320, seed=0)
+
+
+def test_a_text_without_spaces_still_gives_a_tokenizer_that_knows_them(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(
+        train_tokenizer(["字母数字颜色房子河流冬天", "abcdefgh" * 3] * 40, 300, seed=0)
+    )
+    tokenizer = load_tokenizer(path, 300)
+    text = "one space, 字母 and  two"
+    assert tokenizer.decode(tokenizer.encode(text)) == text.replace("  ", " ")
+    assert "▁" in tokenizer.encode("a b", out_type=str)
+
+
+def test_a_given_tokenizer_without_a_space_is_refused(tmp_path):
+    model = given_model(tmp_path, ["字母数字颜色房子河流冬天"] * 40, add_dummy_prefix=False)
+    with pytest.raises(UserError, match="has no piece for the space and makes the three bytes of"):
+        load_tokenizer(model)
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\0", "\u200b", "\n\t"])

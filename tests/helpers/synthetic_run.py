@@ -141,11 +141,16 @@ def write_manifest(folder: Path) -> Path:
     val = split | {"spans": [span], "tokens": 12_001, "bytes": 36_000, "documents": 24}
     train = split | {"spans": [span | {"path": "train_000000.bin"}], "tokens": 12_001}
     shard = {"tokens": 12_001, "sha256": "0" * 64}
+    overlap = {"documents": 24, "exact": 0, "near": 0, "examples": [], "ngrams": 11_000}
+    overlap |= {"ngrams_found": 12, "ngram_tokens": 16, "near_share": 0.5}
+    validation = {"bytes": 36_090, "lost_bytes": 120, "added_bytes": 30, "changed_documents": 9}
+    training = dict.fromkeys(validation, 0)
     manifest = {
         "format": 1, "name": folder.name, "source": "synthetic", "vocab_size": 1024, "bos_id": 1,
         "tokenizer": {"path": "tokenizer.model", "sha256": "0" * 64},
         "shards": {"train_000000.bin": shard, "val_000000.bin": shard},
         "splits": {"train": train, "selection": split, "adaptation": split, "val": val},
+        "original": {"training": training, "validation": validation}, "overlap": overlap,
     }  # fmt: skip
     write_json(path, manifest)
     return path

@@ -6,12 +6,13 @@ A change is negative where it is better, a gain positive.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, UNDECIDED
+from fairway.audit.lineage import Overlap
 from fairway.audit.result import GRAVITY
 from fairway.data.manifest import ENOUGH_DOCUMENTS
 from fairway.files import sha256_of_json
@@ -76,6 +77,7 @@ def page_content(results: Results, tables: RunTables, settings: ReportSettings) 
         "baseline": settings.baseline,
         "settings": settings,
         "cautions": cautions(results),
+        "byte_notes": _byte_notes(results),
         "headline": [_headline(results, tables, settings, name) for name in results.variants],
         "stages": _stage_groups(results),
         "changes": _changes_by_seed(results, tables.comparisons),
@@ -113,31 +115,59 @@ def _summary_row(summary: pd.DataFrame, variant: str, metric: str) -> pd.Series:
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
-    scored = {}
+    scored, overlaps = {}, {}
     for variant, dataset in results.datasets.items():
-        sums = results.tokens[variant, results.seeds[0]]
-        total = sums.total()
-        scored.setdefault(
-            dataset,
-            f"{plural(len(sums.by_document), 'document')}, {count(total['tokens'])} tokens, "
-            f"{count(total['bytes'])} bytes",
+        sums, overlap = (
+            results.tokens[variant, results.seeds[0]],
+            results.manifests[variant].overlap,
         )
-    texts = [text if len(scored) == 1 else f"{name}: {text}" for name, text in scored.items()]
+        total = sums.total()
+        scored[dataset] = (
+            f"{plural(len(sums.by_document), 'document')}, {count(total['tokens'])} tokens, "
+            f"{count(total['bytes'])} bytes"
+        )
+        found = overlap and Overlap(**overlap.model_dump())
+        overlaps[dataset] = str(found or "not checked")
     devices = sorted({metrics["device"] for metrics in results.metrics.values()})
     return [
         ("Data", ", ".join(scored)),
-        ("Scored on", "; ".join(texts)),
+        ("Scored on", "; ".join(_by_name(scored))),
+        ("Overlap", "; ".join(_by_name(overlaps))),
         ("Seeds", ", ".join(map(str, results.seeds))),
         ("Machine", "; ".join(devices)),
     ]
 
 
+def _by_name(texts: Mapping[str, str]) -> list[str]:
+    """What is said of each dataset, by its name where there are several."""
+    return [text if len(texts) == 1 else f"{name}: {text}" for name, text in texts.items()]
+
+
+def _byte_notes(results: Results) -> list[str]:
+    """How val_bpb would change by the bytes of the text before the tokenizer normalized it."""
+    notes = {}
+    for variant, dataset in results.datasets.items():
+        original = results.manifests[variant].original
+        counted = results.tokens[variant, results.seeds[0]].total()["bytes"]
+        if original is None:
+            text = "How many bytes the text had before normalization is not known."
+        else:
+            change = counted / original.validation.bytes - 1
+            text = (
+                f"The text had {count(original.validation.bytes)} bytes before normalization; "
+                f"its tokens decode to {count(counted)}. Per original byte val_bpb is "
+                f"{abs(change):.2%} {'lower' if change < 0 else 'higher'}."
+            )
+        notes[dataset] = text
+    return _by_name(notes)
+
+
 def cautions(results: Results) -> list[str]:
-    """What the scored text is too small to tell, a sentence each."""
+    """What is to be known of the scored text, a sentence each."""
     found = []
     several = len(set(results.datasets.values())) > 1
     for variant in results.variants:
-        told = list(results.warnings[variant])
+        told = list(results.manifests[variant].warnings)
         documents = len(results.tokens[variant, results.seeds[0]].by_document)
         if documents < ENOUGH_DOCUMENTS and not told:  # made before datasets said so themselves
             told = [f"The scored text has {documents} documents, few for an interval over them."]

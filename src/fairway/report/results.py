@@ -20,7 +20,7 @@ import pandas as pd
 
 from fairway.audit.interface import FAIL, Check
 from fairway.audit.result import GRAVITY, AuditRecord, read_audit
-from fairway.data.manifest_fields import read_manifest
+from fairway.data.manifest_fields import Manifest, read_manifest
 from fairway.errors import UserError
 from fairway.files import read_table, require_file, sha256_of
 from fairway.metrics import read_metrics
@@ -71,8 +71,8 @@ class Results:
     """By variant and stage: the folder under seed-<s> that holds the stage for the variant."""
     datasets: Mapping[str, str]
     """By variant: its dataset's name."""
-    warnings: Mapping[str, tuple[str, ...]]
-    """By variant: what its dataset's manifest says that its validation text cannot tell."""
+    manifests: Mapping[str, Manifest]
+    """By variant: its dataset's."""
     files: Mapping[Path, str]
     """SHA-256 of every file that was read."""
     metrics: Mapping[tuple[str, int, str], dict[str, Any]]
@@ -235,8 +235,8 @@ def read_results(
         seeds=tuple(seeds),
         folders=folders,
         datasets=datasets,
-        warnings={
-            variant: tuple(read_manifest(path).warnings)
+        manifests={
+            variant: read_manifest(path)
             for (variant, seed), (path, _) in manifests.items()
             if seed == seeds[0]
         },

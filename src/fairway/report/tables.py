@@ -44,6 +44,7 @@ MOST_FOR_ALL_PAIRS = 5
 UNITS = {
     "val_loss": "nats/token",
     "val_bpb": "bits/byte",
+    "val_bpb_original": "bits/byte",
     "seconds": "s",
     "bytes": "bytes",
     "tokens": "tokens",

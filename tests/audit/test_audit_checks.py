@@ -295,11 +295,19 @@ def token_table(tokens: np.ndarray) -> pd.DataFrame:
     )
 
 
-def evaluated(tmp_path, table: pd.DataFrame, tokens: np.ndarray, **metrics: float):
+def evaluated(
+    tmp_path,
+    table: pd.DataFrame,
+    tokens: np.ndarray,
+    original_bytes: int | None = None,
+    **metrics: float | None,
+):
     path = tmp_path / "tokens.parquet"
     table.to_parquet(path)
     reported = {"val_loss": 1.9, "val_bpb": 1.9 / math.log(2) / 3} | metrics
-    return read_evaluation(path, tokens, split_bytes=300, metrics=reported)
+    return read_evaluation(
+        path, tokens, split_bytes=300, metrics=reported, original_bytes=original_bytes
+    )
 
 
 def test_the_whole_evaluation(tmp_path):
@@ -343,6 +351,26 @@ def test_totals_that_the_table_does_not_give_fail(tmp_path, fault):
         metrics[fault] = 1.0
     evaluation = evaluated(tmp_path, table, tokens, **metrics)
     assert check_reported_score({}, evaluation, 1e-4).verdict == FAIL
+
+
+def test_the_score_by_original_bytes_is_recomputed_too(tmp_path):
+    tokens = stream(100).numpy()
+    bpb = 190 / math.log(2) / 320
+    for reported, verdict in ((bpb, PASS), (bpb * 1.001, FAIL), (None, FAIL)):
+        evaluation = evaluated(
+            tmp_path, token_table(tokens), tokens, 320, val_bpb_original=reported
+        )
+        check = check_reported_score(torch.zeros(4, 2), stream(4), evaluation)
+        assert check.verdict == verdict
+        evidence = check.evidence["whole evaluation"]
+        assert evidence["original_bytes"] == 320 and evidence["split_bytes"] == 300
+        assert evidence["val_bpb_original"] == pytest.approx(bpb)
+        assert evidence["difference_bpb_original"] == pytest.approx(bpb - 190 / math.log(2) / 300)
+        if verdict == PASS:
+            assert "320 bytes before normalization" in check.sentence
+            assert f"{bpb:.4f} (-0.0571)" in check.sentence
+        else:
+            assert "al_bpb_original is" in check.sentence
 
 
 def test_attribution_splits_the_gain_exactly(tmp_path):

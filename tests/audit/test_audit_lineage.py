@@ -182,6 +182,24 @@ def test_a_dataset_may_use_the_tokenizer_of_another(datasets):
     assert check_lineage(in_place / "provenance.json").verdict == FAIL  # its shards are others now
 
 
+def test_a_dataset_whose_training_text_holds_validation_documents_fails(datasets, tmp_path):
+    """40 of 50, as when a validation set is made of the first documents of the training text."""
+    documents = synthetic_documents(100)
+    text = write_jsonl(tmp_path / "leaking.jsonl", [*documents, *documents[:40]])
+    leaking = {"paths": [str(text)], "val_docs": 50}
+    first = datasets("first", **leaking)
+    place = {"folder": str(first), "tokenizer": str(first / "tokenizer.model")}
+    in_place = datasets("second", source="shards", **place)
+    for folder in (first, in_place):
+        check = check_lineage(folder / "provenance.json")
+        assert check.verdict == FAIL
+        assert check.sentence.startswith("40 of 50 validation documents occur in the training text")
+        assert check_lineage(folder / "provenance.json", overlap_share=0.8).verdict == PASS
+    unchecked = datasets("third", source="shards", **place, check_overlap=False)
+    check = check_lineage(unchecked / "provenance.json")
+    assert check.verdict == NOT_RUN and "was not checked" in check.sentence
+
+
 def test_a_text_may_lie_beside_a_provenance_of_anything(datasets, tmp_path):
     folder = datasets("first")
     for content in ("{}", "no JSON", json.dumps({"stage": "train", "splits": ["val"]})):

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from fairway.files import sha256_of
 from fairway.stages import STAGES
 from malformed_products import kept
+from provenance_chain import edit
 from tiny import run_script
 from trainings import run_here
 
@@ -83,6 +86,10 @@ def evidence(content: dict, name: str) -> dict:
     return next(check["evidence"] for check in content["checks"] if check["name"] == name)
 
 
+def sentence(content: dict, name: str) -> str:
+    return next(check["sentence"] for check in content["checks"] if check["name"] == name)
+
+
 def test_the_causal_variant_passes_every_check(causal):
     assert len(causal["checks"]) == 10
     assert set(verdicts(causal).values()) == {"PASS"}, causal["checks"]
@@ -99,6 +106,15 @@ def test_the_excerpt_and_the_whole_evaluation_are_checked(causal):
     for name in ("coverage", "reported_score"):
         assert set(evidence(causal, name)) == {"excerpt", "whole evaluation"}
     assert evidence(causal, "coverage")["excerpt"]["scores"] == AUDIT["stream_tokens"]
+
+
+def test_overlap_and_original_bytes_are_told(chain, causal):
+    assert "0 of 4 validation documents occur in the training text" in sentence(causal, "lineage")
+    found = evidence(causal, "reported_score")["whole evaluation"]
+    evaluated = json.loads((chain.products("causal", "slot_eval") / "metrics.json").read_text())
+    assert found["original_bytes"] == evaluated["original_bytes"] == found["split_bytes"]
+    assert found["reported_val_bpb_original"] == evaluated["val_bpb_original"]
+    assert "per original byte the score is" in sentence(causal, "reported_score")
 
 
 def test_the_leaky_variant_fails_and_its_batches_are_visible(chain, leaky):
@@ -126,11 +142,20 @@ def test_metrics_tell_what_each_part_costs(chain, causal):
 
 @pytest.mark.parametrize(
     "damaged",
-    ["shard", "tokenizer", "artifact", "table", "ancestor's provenance", "own provenance"],
+    [
+        "shard",
+        "validation shard",
+        "tokenizer",
+        "artifact",
+        "table",
+        "ancestor's provenance",
+        "own provenance",
+    ],
 )
 def test_a_byte_that_the_score_depends_on_cannot_change_unseen(chain, causal, damaged):
     path = {
         "shard": chain.dataset.parent / "train_000000.bin",
+        "validation shard": chain.dataset.parent / "val_000000.bin",
         "tokenizer": chain.dataset.parent / "tokenizer.model",
         "artifact": chain.products("causal", "gptq") / "layers.parquet",
         "table": chain.products("causal", "slot_eval") / "metrics.json",
@@ -145,7 +170,7 @@ def test_a_byte_that_the_score_depends_on_cannot_change_unseen(chain, causal, da
             path.write_text(json.dumps(entry))
         else:
             changed = original[:-2] + bytes([original[-2] ^ 1, original[-1]])
-            path.write_bytes(changed if damaged == "shard" else original + b" ")
+            path.write_bytes(changed if "shard" in damaged else original + b" ")
         content = chain.audit("causal")
     finally:
         path.write_bytes(original)
@@ -162,3 +187,27 @@ def test_an_ancestor_without_a_record_is_audited_and_may_have_read_anything(chai
     assert verdicts(content)["lineage"] == "FAIL"
     assert "ttt/provenance.json is no file" in evidence(content, "lineage")["faults"][0]
     assert chain.read("causal", "provenance.json")["splits"] == ["train", "val"]
+
+
+def test_a_shard_edited_with_all_that_vouches_for_it_fails(chain, causal, tmp_path):
+    """The evaluation takes it then; the training was of another dataset."""
+    dataset, evaluation = chain.dataset.parent, chain.products("causal", "slot_eval")
+    for folder in (dataset, evaluation):
+        shutil.copytree(folder, tmp_path / folder.name)
+    shard = dataset / "val_000000.bin"
+    try:
+        contents = shard.read_bytes()
+        shard.write_bytes(contents[:-2] + bytes([contents[-2] ^ 1, contents[-1]]))
+        manifest = json.loads(chain.dataset.read_text())
+        manifest["shards"][shard.name]["sha256"] = sha256_of(shard)
+        chain.dataset.write_text(json.dumps(manifest))
+        record = dataset / "provenance.json"
+        outputs = json.loads(record.read_text())["outputs"]
+        edit(record, outputs={name: sha256_of(dataset / name) for name in outputs})
+        chain.run("causal", "slot_eval")
+        content = chain.audit("causal")
+    finally:
+        for folder in (dataset, evaluation):
+            shutil.copytree(tmp_path / folder.name, folder, dirs_exist_ok=True)
+    assert verdicts(content)["lineage"] == "FAIL"
+    assert f"{chain.dataset} is not the file listed in" in sentence(content, "lineage")

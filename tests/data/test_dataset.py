@@ -289,6 +289,61 @@ def test_a_manifest_that_is_older_than_warnings(made):
     load_dataset(edited(made, ("warnings",), None))
 
 
+def test_the_bytes_before_normalization_are_counted(settings, tmp_path):
+    """A ligature that decodes to twelve times its bytes does not hide what spaces lose."""
+    validation = ["ﷺ", "two  spaces\n\nand a line ", "plain", "\u200bnothing"]
+    metrics, _ = make_dataset(with_documents(settings, validation), tmp_path / "made", threads=1)
+    tokenizer = load_tokenizer(tmp_path / "made/tokenizer.model")
+    manifest = json.loads((tmp_path / "made/manifest.json").read_text())
+    for name, texts, splits in (
+        ("validation", validation, ["val"]),
+        ("training", TEXTS, ["train", "selection", "adaptation"]),
+    ):
+        decoded = [tokenizer.decode(tokenizer.encode(text)) for text in texts]
+        pairs = list(zip(texts, decoded, strict=True))
+        changes = [len(after.encode()) - len(text.encode()) for text, after in pairs]
+        assert manifest["original"][name] == {
+            "bytes": sum(len(text.encode()) for text in texts),
+            "lost_bytes": -sum(min(0, change) for change in changes),
+            "added_bytes": sum(max(0, change) for change in changes),
+            "changed_documents": sum(text != after for text, after in pairs),
+        }
+        left = sum(manifest["splits"][split]["bytes"] for split in splits)
+        assert left == manifest["original"][name]["bytes"] + sum(changes)
+    found = manifest["original"]["validation"]
+    assert found["added_bytes"] >= 30 and found["lost_bytes"] >= 6
+    assert found["changed_documents"] == 3
+    assert load_dataset(tmp_path / "made/manifest.json").original_bytes == found["bytes"]
+    total = sum(one["bytes"] for one in manifest["original"].values())
+    assert metrics["original_bytes"] == total
+
+
+def test_of_finished_shards_the_original_bytes_are_not_known(made, settings, tmp_path):
+    folder = challenge_folder(made, tmp_path / "challenge")
+    described = in_place_settings(settings, made, folder)
+    metrics, _ = make_dataset(described, tmp_path / "described", threads=2)
+    assert metrics["original_bytes"] is None
+    assert load_dataset(tmp_path / "described/manifest.json").original_bytes is None
+
+
+@pytest.mark.parametrize("expected", [1, VAL_DOCS - 1, VAL_DOCS, VAL_DOCS + 1, 50_000])
+def test_finished_shards_hold_as_many_validation_documents_as_they_should(
+    made, settings, tmp_path, expected
+):
+    folder = challenge_folder(made, tmp_path / "challenge")
+    described = in_place_settings(settings, made, folder).changed(val_docs=expected)
+    if expected == VAL_DOCS:
+        metrics, _ = make_dataset(described, tmp_path / "described", threads=2)
+        assert metrics["splits"]["val"]["documents"] == VAL_DOCS
+    else:
+        complaint = (
+            f"hold {VAL_DOCS} documents, expected data.val_docs {expected}: .* to {VAL_DOCS}"
+        )
+        with pytest.raises(UserError, match=complaint):
+            make_dataset(described, tmp_path / "described", threads=2)
+        assert not (tmp_path / "described").exists()
+
+
 def test_validation_shards_without_a_document_are_refused(made, settings, tmp_path):
     folder = challenge_folder(made, tmp_path / "challenge")
     write_shard(folder / "fineweb_val_000000.bin", np.full(1000, 290))
@@ -453,6 +508,15 @@ TRAIN, VAL = ("splits", "train"), ("splits", "val")
         (("tokenizer", "sha256"), "none", "tokenizer.sha256: found 'none', expected text matching"),
         (("shards",), {}, "expected one of `shards`"),
         (("more",), 1, "more"),
+        (("original", "validation", "bytes"), 7, r"original.validation: found .* as the splits"),
+        (("original", "training", "lost_bytes"), 999, "original.training: found .* bytes left"),
+        (("original", "training", "changed_documents"), 111, "documents: found 111, expected at"),
+        (("overlap", "documents"), 9, "overlap.documents: found 9, expected from 10 to 11"),
+        (("overlap", "exact"), 12, "overlap.exact: found 12, expected from 0 to 10"),
+        (("overlap", "near"), 11, "overlap.near: found 11, expected from 0 to"),
+        (("overlap", "ngrams"), 10**6, "overlap.ngrams: found 1000000, expected from 0 to"),
+        (("overlap", "ngrams_found"), 10**6, "overlap.ngrams_found: found 1000000, expected"),
+        (("overlap", "examples"), [10], "overlap.examples: found 10, expected from 0 to 9"),
     ],
 )
 def test_a_manifest_is_held_against_itself(made, keys, value, complaint):

@@ -90,12 +90,16 @@ def test_each_target_has_one_row(causal, tiny_dataset):
     }
 
 
-def test_the_metrics_are_sums_over_the_table(causal):
+def test_the_metrics_are_sums_over_the_table(causal, tiny_dataset):
     table = pd.read_parquet(causal / "tokens.parquet")
     metrics = json.loads((causal / "metrics.json").read_text())
     assert metrics["val_loss"] == pytest.approx(table["nll_after"].mean(), rel=1e-12)
     bits = table["nll_after"].sum() / math.log(2) / table["bytes"].sum()
     assert metrics["val_bpb"] == pytest.approx(bits, rel=1e-12)
+    original = metrics["original_bytes"]
+    assert original == load_dataset(tiny_dataset).original_bytes > 0
+    by_original = metrics["val_bpb"] * metrics["bytes"] / original
+    assert metrics["val_bpb_original"] == pytest.approx(by_original, rel=1e-12)
     assert metrics["gain_nats"] == pytest.approx(
         metrics["val_loss_before"] - metrics["val_loss"], abs=1e-12
     )
@@ -147,6 +151,20 @@ def test_the_leaky_variant_is_marked_where_it_leaks(leaky):
     metrics = json.loads((leaky / "metrics.json").read_text())
     assert [adapter["name"] for adapter in metrics["adapters"]] == ["slot"]
     assert metrics["shares_batches"]
+
+
+def test_a_shard_that_was_edited_is_refused(evaluate, tiny_dataset):
+    """One token is another; its header, its length and all ids are as they should be."""
+    shard = tiny_dataset.parent / "val_000000.bin"
+    original = shard.read_bytes()
+    try:
+        shard.write_bytes(original[:-2] + bytes([original[-2] ^ 1, original[-1]]))
+        done, output = evaluate(check=False)
+    finally:
+        shard.write_bytes(original)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{shard} has changed since it was made" in done.stderr
+    assert not (output / "tokens.parquet").exists()
 
 
 def test_an_artifact_of_another_vocabulary_is_refused(evaluate, model_settings, tmp_path):

@@ -44,6 +44,21 @@ def test_what_the_text_is_too_small_for_stands_above_the_score(finished, tmp_pat
     assert "leaky was scored in 1 window: " in above and "causal was scored in" not in above
 
 
+def test_overlap_and_original_bytes_stand_beside_the_score(finished, tmp_path):
+    page = (finished[1] / "report.html").read_text(encoding="utf-8")
+    assert "0 of 24 validation documents occur in the training text (0 exactly, 0 nearly)" in page
+    assert "The text had 36,090 bytes before normalization" in page
+    make_run(tmp_path, (42,))
+    manifest = tmp_path / "results/data/embedded/manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(values | {"overlap": None, "original": None}))
+    for path in (tmp_path / "results/quickstart/seed-42").glob("*/*/metrics.json"):
+        reseal(path)
+    page = (make_report(tmp_path, (42,)) / "report.html").read_text(encoding="utf-8")
+    assert "<dt>Overlap</dt><dd>not checked</dd>" in page
+    assert "How many bytes the text had before normalization is not known." in page
+
+
 def test_a_dataset_that_says_nothing_is_spoken_for(finished):
     """One that was made before manifests had warnings."""
     results = load_results(finished[0])

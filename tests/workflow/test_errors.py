@@ -176,7 +176,7 @@ def shards_in_place(configured, tiny_dataset, folder, **changes):
         "folder": str(folder),
         "tokenizer": str(folder / "tokenizer.model"),
         "paths": [],
-        "val_docs": 50_000,
+        "val_docs": None,
         **changes,
     }
     return configured({"data": data})

@@ -232,6 +232,7 @@ def environment(project) -> Path:
     return project
 
 
+@pytest.mark.slow
 def test_make_resume_goes_on_after_a_kill_and_a_clock_that_was_ahead(environment, finished):
     """In a folder with a space, a quote and letters that are not Latin."""
     shutil.rmtree(environment / EMA)

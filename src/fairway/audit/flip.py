@@ -159,7 +159,7 @@ def compare(
         is_felt = not torch.equal(before[rank + 1 :], after[rank + 1 :])
     return FlipResult(
         flip,
-        _changes(reference, answer, rank),
+        _row_changes(before[: rank + 1], after[: rank + 1], reference.has_distributions),
         nll_changes,
         is_systematic=flip.moves_marks and _is_systematic(before[:rank], after[:rank], nll_changes),
         is_felt=is_felt,
@@ -185,9 +185,14 @@ def _evaluate_like(reference: Answer, evaluator: Evaluator, text: Tensor) -> Ans
 
 def _changes(reference: Answer, answer: Answer, rank: int) -> np.ndarray:
     """Of each target up to `rank`, the flipped one's."""
-    rows = (_rows_by_rank(one, reference)[: rank + 1] for one in (reference, answer))
-    changes = largest_changes(*rows).cpu().numpy()
-    if not reference.has_distributions:
+    before, after = (_rows_by_rank(one, reference)[: rank + 1] for one in (reference, answer))
+    return _row_changes(before, after, reference.has_distributions)
+
+
+def _row_changes(before: Tensor, after: Tensor, has_distributions: bool) -> np.ndarray:
+    """Of each row; the last is the flipped token's."""
+    changes = largest_changes(before, after).cpu().numpy()
+    if not has_distributions:
         changes[-1] = 0.0  # the loss of a replaced token is another one
     return changes
 

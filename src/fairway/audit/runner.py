@@ -240,7 +240,9 @@ def audit_evaluator(target: AuditTarget, settings: AuditSettings, seed: int) -> 
         repeats = repeat_calls(target.evaluator, tokens, reference, settings.noise_repeats)
     state = check_state(repeats, limit_nats)
     with _timed(seconds, "flip"):
-        flips = None if repeats.remembers else _flip(target, tokens, repeats, settings, seed)
+        flips = None
+        if not repeats.remembers:
+            flips = _flip(target, tokens, repeats, settings, seed, limit_nats)
     with _timed(seconds, "null"):
         gains = _null_gains(target, settings.null_tokens, seed)
     with _timed(seconds, "track"):
@@ -279,7 +281,12 @@ def _fault_of_shape(reference: Answer, num_targets: int, vocab_size: int) -> Che
 
 
 def _flip(
-    target: AuditTarget, tokens: Tensor, repeats: Repeats, settings: AuditSettings, seed: int
+    target: AuditTarget,
+    tokens: Tensor,
+    repeats: Repeats,
+    settings: AuditSettings,
+    seed: int,
+    limit_nats: float,
 ) -> FlipRun:
     reference = repeats.answers[0]
     flips = plan_flips(
@@ -307,7 +314,7 @@ def _flip(
     return FlipRun(
         results,
         noise,
-        limit_nats=settings.limit_bpb * math.log(2) * target.bytes_per_token,
+        limit_nats=limit_nats,
         limit_bpb=settings.limit_bpb,
         has_distributions=reference.has_distributions,
     )

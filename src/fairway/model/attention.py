@@ -71,6 +71,7 @@ def attend(
     values: torch.Tensor,
     backend: str,
     deterministic: bool = False,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention with scale 1/sqrt(D); the queries are those of the last Q positions.
 
@@ -78,8 +79,9 @@ def attend(
     [B, Q, H, D] in the dtype of `queries`. cuDNN and the flash backends take bfloat16 and float16
     only; other dtypes go through SDPA (the model's precision decides, and metrics.json names it).
     deterministic: the gradient is the same in every run; else a GPU may add in any order.
+    documents: int64 [B, T], a number for each position; it sees those with its own number only.
     """
-    if backend in FLASH_MODULES:
+    if backend in FLASH_MODULES and documents is None:
         output = importlib.import_module(FLASH_MODULES[backend]).flash_attn_func(
             queries, keys, values, causal=True, deterministic=deterministic
         )
@@ -88,16 +90,20 @@ def attend(
     forced = SDPBackend.CUDNN_ATTENTION if backend == "cudnn" else None
     first_position = keys.shape[1] - queries.shape[1]
     options = {"is_causal": True}
-    if first_position:
+    if first_position or documents is not None:
         # A mask, for is_causal would align the first positions. PyTorch chooses what runs it.
         forced = None
         positions = torch.arange(keys.shape[1], device=keys.device)
-        options = {"attn_mask": positions <= positions[first_position:, None]}
+        visible = positions <= positions[first_position:, None]
+        if documents is not None:
+            same = documents[:, None] == documents[:, first_position:, None]
+            visible = (visible & same).unsqueeze(1)
+        options = {"attn_mask": visible}
         if keys.is_cuda:  # no kernel that takes a mask takes keys shared between query heads
             group = queries.shape[2] // keys.shape[2]
             keys, values = (part.repeat_interleave(group, dim=2) for part in (keys, values))
     if deterministic and keys.is_cuda:
-        if not first_position and queries.dtype != torch.float32:
+        if "is_causal" in options and queries.dtype != torch.float32:
             return DeterministicFlash.apply(queries, keys, values)
         forced = SDPBackend.MATH
     with sdpa_kernel(forced) if forced else nullcontext():
@@ -142,14 +148,22 @@ def _scaled_dot_product(queries, keys, values, **options) -> torch.Tensor:
 
 
 def attend_to_cache(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: torch.Tensor
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: torch.Tensor,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One new query per sequence over the first `length` entries of a key/value cache.
 
-    queries [B, 1, H, D]; keys, values [B, M, K, D]; length: int64 scalar tensor. → [B, 1, H, D].
+    queries [B, 1, H, D]; keys, values [B, M, K, D]; length: int64 scalar tensor; documents: int64
+    [B, M], where a query sees those of the last entry's document only. → [B, 1, H, D].
     """
     visible = torch.arange(keys.shape[1], device=keys.device) < length
-    return _scaled_dot_product(queries, keys, values, attn_mask=visible.view(1, 1, 1, -1))
+    if documents is not None:
+        visible = visible & (documents == documents.index_select(1, length[None] - 1))
+    mask = visible.view(-1, 1, 1, keys.shape[1])
+    return _scaled_dot_product(queries, keys, values, attn_mask=mask)
 
 
 def is_installed(module: str) -> bool:

@@ -62,8 +62,8 @@ class TrainSettings(Settings):
     as [[0.1, 1024]]; afterwards the length is sequence_tokens. A length divides sequence_tokens:
     each sequence of the loader is cut into parts of that length, so a step has as many tokens."""
     recurrence_from: float = Field(0.0, ge=0, lt=1)
-    """Share of the budget from which on the blocks of model.recurrence_layers run more than once;
-    before, each runs once."""
+    """Share of the budget from which on model.recurrent_layers run more than once; before, each
+    block runs once."""
     matrix_learning_rate: float = Field(0.025, gt=0)
     """Of the matrices inside the network, which Muon trains."""
     embedding_learning_rate: float = Field(0.035, gt=0)

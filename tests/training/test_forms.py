@@ -18,6 +18,7 @@ PLAIN = TrainSettings(
     sequence_tokens=24, batch_tokens=96, micro_batch_sequences=2, max_steps=10, max_seconds=None,
     warmup_steps=0, warmdown_steps=4, late_qat_scale=0.3, ema_decays=(0.9,),
 )  # fmt: skip
+RECURRENT = SMALL.changed(recurrent_layers=(1, 2), recurrence_passes=3)
 SCHEDULED = PLAIN.changed(sequence_schedule=[[0.2, 6], [0.6, 12]], recurrence_from=0.4)
 FORMS = [
     *[Form(6, False, False)] * 2,
@@ -46,7 +47,7 @@ def make_trainer(settings, folder, stop_in_step=None):
     """A trainer and the list of what its micro-batches get: the form, inputs, targets."""
     text = Text(np.random.default_rng(0).integers(0, 50, 700).astype(np.uint16))
     loader = CoprimeLoader([text], settings.sequence_tokens, settings.batch_sequences, seed=3)
-    model = GPT(SMALL, seed=0)
+    model = GPT(RECURRENT, seed=0)
     trainer = Trainer(
         model, settings, loader, WORLD, Checkpoints(folder, "a" * 64),
         fake_quantize=lambda matrices: matrices * 1.0,
@@ -127,3 +128,24 @@ def test_warm_up_meets_every_form_and_changes_nothing(tmp_path):
 def test_schedules_that_contradict_themselves_are_refused(changes, complaint):
     with pytest.raises(UserError, match=complaint):
         validated(TrainSettings, changes, "train")
+
+
+def test_recurrence_from_a_share_needs_a_model_that_recurs():
+    SCHEDULED.check_with({"model": RECURRENT})
+    PLAIN.check_with({"model": SMALL})
+    with pytest.raises(UserError, match="recurrence_from is 0.4, but model.recurrence_passes is 1"):
+        SCHEDULED.check_with({"model": SMALL})
+
+
+def test_a_compiled_loss_follows_the_switch():
+    config = SMALL.changed(layers=2, value_layers=(), recurrent_layers=(1,), recurrence_passes=2)
+    model = GPT(config, seed=0)
+    model.mlp_down_bank.data.fill_(0.1)  # at first no block adds anything
+    tokens = torch.randint(50, (2, 13), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model.loss, dynamic=False, backend="eager")
+    losses = []
+    for recurs in (False, True, False):
+        model.recurs = recurs
+        losses.append(compiled(tokens[:, :-1], tokens[:, 1:]).item())
+        assert losses[-1] == model.loss(tokens[:, :-1], tokens[:, 1:]).item()
+    assert losses[0] == losses[2] != losses[1]

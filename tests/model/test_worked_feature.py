@@ -100,7 +100,7 @@ def test_on_it_begins_as_nothing_and_learns(folder):
         folder,
         """
 from fairway.model.spec import block_of_rows
-from fairway.training.optimizers import Optimizer
+from fairway.training.optimizers import GROUPS, Optimizer
 older = load_model(folder / "older.safetensors")
 model = model_with_gain()
 assert not torch.equal(model(tokens), older(tokens))
@@ -108,8 +108,8 @@ with torch.no_grad():
     model.mlp_gain.fill_(1.0)
 assert torch.equal(model(tokens), older(tokens))
 optimizer = Optimizer(
-    model, learning_rates=dict.fromkeys(("matrix", "embedding", "scalar"), 0.01),
-    betas=(0.9, 0.95), weight_decay=0.0, newton_schulz_steps=5, gradient_clip=1.0,
+    model, learning_rates=dict.fromkeys(GROUPS, 0.01), weight_decays=dict.fromkeys(GROUPS, 0.0),
+    betas=(0.9, 0.95), newton_schulz_steps=5, gradient_clip=1.0,
 )
 model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
 assert (model.mlp_gain.grad.abs().sum(1) > 0).all()

@@ -151,6 +151,8 @@ def _byte_notes(results: Results) -> list[str]:
         counted = results.tokens[variant, results.seeds[0]].total()["bytes"]
         if original is None:
             text = "How many bytes the text had before normalization is not known."
+        elif not original.validation.changed_documents:
+            text = f"All {count(counted)} bytes of the text count: its tokens decode to it exactly."
         else:
             change = counted / original.validation.bytes - 1
             text = (

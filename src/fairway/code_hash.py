@@ -36,7 +36,7 @@ def import_closure(*files: str | Path) -> tuple[Path, ...]:
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            names, _ = _read(path)
+            names, _ = _read(path.read_bytes())
             waiting.extend(file for name in names if (file := _module_file(name, path)))
     return tuple(sorted(found))
 
@@ -51,7 +51,7 @@ def code_hash(*files: str | Path) -> str:
         if path.parent == PACKAGE and path.stem in PLUMBING:
             continue
         digest.update(path.name.encode())
-        digest.update(_read(path)[1])
+        digest.update(_read(path.read_bytes())[1])
     return digest.hexdigest()
 
 
@@ -71,10 +71,10 @@ def _module_file(name: str, importer: Path) -> Path | None:
 
 
 @cache
-def _read(path: Path) -> tuple[frozenset[str], bytes]:
+def _read(source: bytes) -> tuple[frozenset[str], bytes]:
     """The modules, and names in modules, that a file imports; and its syntax tree as bytes."""
     names: set[str] = set()
-    tree = ast.parse(path.read_bytes())
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)

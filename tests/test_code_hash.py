@@ -183,6 +183,19 @@ def test_the_hash_is_that_of_the_meaning_not_of_the_place(checkout):
     assert before["train"] == code_hash(SCRIPTS / "train.py", *plugin_files("train", settings))
 
 
+def test_files_may_lie_anywhere(tmp_path):
+    """Their order is not that of their folders."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("one", "two"):
+            (tmp_path / folder / f"{name}.py").write_text(f"{name} = 1\n")
+    hashes = [
+        code_hash(tmp_path / first / "one.py", tmp_path / second / "two.py")
+        for first, second in ("ab", "ba")
+    ]
+    assert hashes[0] == hashes[1] != code_hash(tmp_path / "a/one.py")
+
+
 RERUN = {
     "training/muon.py": {"train"},
     "training/ttt.py": {"ttt"},

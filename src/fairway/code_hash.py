@@ -44,14 +44,17 @@ def import_closure(*files: str | Path) -> tuple[Path, ...]:
 def code_hash(*files: str | Path) -> str:
     """SHA-256 over the syntax trees of `import_closure(*files)`, without docstrings and PLUMBING.
 
-    Comments, layout and documentation do not change it, so editing them reruns nothing.
+    Comments, layout and documentation do not change it, nor do the places of the files, so editing
+    or moving them reruns nothing.
     """
     digest = hashlib.sha256()
-    for path in import_closure(*files):
-        if path.parent == PACKAGE and path.stem in PLUMBING:
-            continue
-        digest.update(path.name.encode())
-        digest.update(_read(path.read_bytes())[1])
+    for name, tree in sorted(
+        (path.name, _read(path.read_bytes())[1])
+        for path in import_closure(*files)
+        if path.parent != PACKAGE or path.stem not in PLUMBING
+    ):
+        digest.update(name.encode())
+        digest.update(tree)
     return digest.hexdigest()
 
 

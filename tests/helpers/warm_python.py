@@ -33,7 +33,10 @@ with socket.socket(socket.AF_UNIX) as channel:
     socket.send_fds(channel, [b" "], [0, 1, 2])
     channel.sendall(json.dumps(request).encode())
     channel.shutdown(socket.SHUT_WR)
-    sys.exit(int(channel.recv(16) or 1))
+    status = int(channel.recv(16) or 1)
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
 """
 
 
@@ -115,15 +118,15 @@ def become(request: dict[str, Any], path: list[str], own: dict[str, bytes]) -> N
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    option, *rest = request["arguments"]
-    name = rest[0] if option in ("-m", "-c") else option
-    sys.argv = rest if option == "-m" else request["arguments"]
+    arguments = request["arguments"]
+    option = arguments.pop(0) if arguments[0] in ("-m", "-c") else None
+    name, sys.argv = arguments[0], [option or arguments[0], *arguments[1:]]
     given = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     checkouts = [found for one in ("src", *given) if (found := sources(one))]
     if not checkouts or any(found != own for found in checkouts):
         for module in [one for one in sys.modules if one.split(".")[0] == "fairway"]:
             del sys.modules[module]
-    first = os.getcwd() if option in ("-m", "-c") else str(Path(name).resolve().parent)
+    first = os.getcwd() if option else str(Path(name).resolve().parent)
     sys.path[:] = [first, *given, *path]
     if option == "-c":
         exec(compile(name, "<string>", "exec"), {"__name__": "__main__"})

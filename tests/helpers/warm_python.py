@@ -13,12 +13,14 @@ import os
 import runpy
 import select
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,7 @@ request = {"arguments": sys.argv[2:], "folder": os.getcwd(), "environment": dict
 with socket.socket(socket.AF_UNIX) as channel:
     channel.connect(sys.argv[1])
     socket.send_fds(channel, [b" "], [0, 1, 2])
-    channel.sendall(json.dumps(request).encode())
-    channel.shutdown(socket.SHUT_WR)
+    channel.sendall(json.dumps(request).encode() + b"\\n")
     status = int(channel.recv(16) or 1)
     if status < 0:
         os.kill(os.getpid(), -status)
@@ -100,10 +101,13 @@ def serve(listener: socket.socket) -> dict[str, Any]:
         while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             os.wait()
     _, files, _, _ = socket.recv_fds(channel, 1, 3)
-    request = b"".join(iter(lambda: channel.recv(1 << 16), b""))
+    request = channel.makefile().readline()
     if child := os.fork():
+        if channel in select.select([channel, os.pidfd_open(child)], [], [])[0]:
+            os.kill(child, signal.SIGKILL)  # for who asked is gone
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        channel.sendall(str(status).encode())
+        with suppress(BrokenPipeError):
+            channel.sendall(str(status).encode())
         os._exit(0)
     for number, file in enumerate(files):
         os.dup2(file, number)
@@ -118,7 +122,7 @@ def become(request: dict[str, Any], path: list[str], own: dict[str, bytes]) -> N
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    arguments = request["arguments"]
+    arguments = [one for one in request["arguments"] if one != "-u"]  # torchrun's
     option = arguments.pop(0) if arguments[0] in ("-m", "-c") else None
     name, sys.argv = arguments[0], [option or arguments[0], *arguments[1:]]
     given = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))

@@ -16,7 +16,13 @@ from typing import NamedTuple
 import torch
 import yaml
 from context import say
-from held_out import add_arguments, first_sections, held_out_text, score_held_out
+from held_out import (
+    add_arguments,
+    first_sections,
+    held_out_evaluator,
+    held_out_text,
+    score_held_out,
+)
 from torch import Tensor
 
 from fairway.errors import UserError
@@ -64,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     sections = first_sections(load_config(options.config))
-    evaluation, runtime = sections["evaluation"], sections["runtime"]
+    evaluation = sections["evaluation"]
     listed = [one for one in evaluation.adapters if one.name == "ngram"]
     others = evaluation.changed(adapters=[one for one in evaluation.adapters if one not in listed])
     dataset, tokens = held_out_text(options)
@@ -74,7 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("one document is not enough to fit and to measure: raise --tokens")
     caches = build_caches(text, listed[0].settings if listed else NgramSettings())
     found = [evidence(cache, text) for cache in caches]
-    loss = losses(score_held_out(options, others, runtime, dataset, tokens)[0])
+    evaluator = held_out_evaluator(options, sections, dataset).with_settings(others)
+    loss = losses(score_held_out(evaluator, tokens)[0])
     own = [Weights.of(cache.settings) for cache in caches]
     fitted = fit(loss, found, own, fits)
     for name, weights in (("config", own), ("fitted", fitted)):

@@ -111,7 +111,7 @@ TINY_CONFIG = {
         "checkpoint_seconds": 3600,
         "log_every_steps": 1,
     },
-    "ttt": {"epochs": 1, "batch_sequences": 8, "frozen_blocks": 1},
+    "ttt": {"learning_rate": 0.0005, "batch_sequences": 8, "frozen_blocks": 1},
     "gptq": {"calibration_sequences": 4, "calibration_tokens": 32, "batch_sequences": 4},
     "evaluation": {
         "adapters": [

@@ -84,6 +84,7 @@ def make_trainer(stage: StageRun, dataset: Dataset, checkpoints: Checkpoints) ->
         **dict(stage.settings.model),
         vocab_size=dataset.vocab_size,
         sequence_tokens=settings.sequence_tokens,
+        bos_id=dataset.bos_id,
     )
     model = prepare(GPT(config, seed=stage.seed).to(world.device), runtime)
     loader = CoprimeLoader(

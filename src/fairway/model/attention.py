@@ -71,6 +71,7 @@ def attend(
     values: torch.Tensor,
     backend: str,
     deterministic: bool = False,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention with scale 1/sqrt(D); the queries are those of the last Q positions.
 
@@ -78,30 +79,77 @@ def attend(
     [B, Q, H, D] in the dtype of `queries`. cuDNN and the flash backends take bfloat16 and float16
     only; other dtypes go through SDPA (the model's precision decides, and metrics.json names it).
     deterministic: the gradient is the same in every run; else a GPU may add in any order.
+    documents: int64 [B, T], a number for each position, which never decreases along T; a position
+    sees those with its own number only. The flash backends allow TOKENS_PER_DOCUMENT for it.
     """
     if backend in FLASH_MODULES:
-        output = importlib.import_module(FLASH_MODULES[backend]).flash_attn_func(
-            queries, keys, values, causal=True, deterministic=deterministic
-        )
-        # FlashAttention 3 and 4 return (output, logsumexp), flash-attn 2 the output alone.
-        return output[0] if isinstance(output, tuple) else output
+        return _flash(queries, keys, values, FLASH_MODULES[backend], deterministic, documents)
     forced = SDPBackend.CUDNN_ATTENTION if backend == "cudnn" else None
     first_position = keys.shape[1] - queries.shape[1]
     options = {"is_causal": True}
-    if first_position:
+    if first_position or documents is not None:
         # A mask, for is_causal would align the first positions. PyTorch chooses what runs it.
         forced = None
         positions = torch.arange(keys.shape[1], device=keys.device)
-        options = {"attn_mask": positions <= positions[first_position:, None]}
+        visible = positions <= positions[first_position:, None]
+        if documents is not None:
+            same = documents[:, None] == documents[:, first_position:, None]
+            visible = (visible & same).unsqueeze(1)
+        options = {"attn_mask": visible}
         if keys.is_cuda:  # no kernel that takes a mask takes keys shared between query heads
             group = queries.shape[2] // keys.shape[2]
             keys, values = (part.repeat_interleave(group, dim=2) for part in (keys, values))
     if deterministic and keys.is_cuda:
-        if not first_position and queries.dtype != torch.float32:
+        if "is_causal" in options and queries.dtype != torch.float32:
             return DeterministicFlash.apply(queries, keys, values)
         forced = SDPBackend.MATH
     with sdpa_kernel(forced) if forced else nullcontext():
         return _scaled_dot_product(queries, keys, values, **options)
+
+
+def _flash(queries, keys, values, module: str, deterministic, documents) -> torch.Tensor:
+    flash = importlib.import_module(module)
+    options = {"causal": True, "deterministic": deterministic}
+    if documents is None:
+        output = flash.flash_attn_func(queries, keys, values, **options)
+    else:
+        bounds = document_bounds(documents)
+        length, last = documents.shape[1], queries.shape[1]
+        row, position = bounds // length, bounds % length
+        output = flash.flash_attn_varlen_func(
+            *(part.flatten(0, 1) for part in (queries, keys, values)),
+            cu_seqlens_q=row * last + (position - (length - last)).clamp(min=0),
+            cu_seqlens_k=bounds,
+            max_seqlen_q=last,
+            max_seqlen_k=length,
+            **options,
+        )
+    # FlashAttention 3 and 4 return (output, logsumexp), flash-attn 2 the output alone.
+    output = output[0] if isinstance(output, tuple) else output
+    return output.view(queries.shape)
+
+
+TOKENS_PER_DOCUMENT, SPARE_DOCUMENTS = 128, 64
+
+
+def document_bounds(documents: torch.Tensor) -> torch.Tensor:
+    """Where each document of each sequence begins in all B·T positions, ascending; int32 [S + 1].
+
+    documents: as `attend` takes them. S depends on the shape alone, so that a CUDA graph can
+    capture what follows: it is B + B·T / TOKENS_PER_DOCUMENT + SPARE_DOCUMENTS, and the bounds that
+    are left over are B·T, for documents without a token. More documents are an error, which on a
+    GPU is a failed assertion of the device.
+    """
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
+    most = len(documents) + begins.numel() // TOKENS_PER_DOCUMENT + SPARE_DOCUMENTS
+    numbers = torch.arange(1, most + 2, device=documents.device)
+    bounds = torch.searchsorted(begins.cumsum(0), numbers)
+    torch._assert_async(
+        bounds[-1] == begins.numel(),
+        f"more than {most} documents in sequences of {tuple(documents.shape)} tokens: set "
+        "runtime.attention to sdpa, or model.document_masks to false",
+    )
+    return bounds.int()
 
 
 class DeterministicFlash(torch.autograd.Function):
@@ -142,14 +190,22 @@ def _scaled_dot_product(queries, keys, values, **options) -> torch.Tensor:
 
 
 def attend_to_cache(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: torch.Tensor
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: torch.Tensor,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One new query per sequence over the first `length` entries of a key/value cache.
 
-    queries [B, 1, H, D]; keys, values [B, M, K, D]; length: int64 scalar tensor. → [B, 1, H, D].
+    queries [B, 1, H, D]; keys, values [B, M, K, D]; length: int64 scalar tensor; documents: int64
+    [B, M], where a query sees those of the last entry's document only. → [B, 1, H, D].
     """
     visible = torch.arange(keys.shape[1], device=keys.device) < length
-    return _scaled_dot_product(queries, keys, values, attn_mask=visible.view(1, 1, 1, -1))
+    if documents is not None:
+        visible = visible & (documents == documents.index_select(1, length[None] - 1))
+    mask = visible.view(-1, 1, 1, keys.shape[1])
+    return _scaled_dot_product(queries, keys, values, attn_mask=mask)
 
 
 def is_installed(module: str) -> bool:

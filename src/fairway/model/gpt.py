@@ -3,16 +3,17 @@
 Token and hashed-bigram embeddings, SmearGate, U-Net skips between the two halves of the blocks,
 per-channel residual mixes, grouped-query attention with partial rotary embedding and exclusive
 self-attention (XSA), a value embedding on chosen blocks, a leaky-ReLU² MLP, a tied head with soft
-cap.
+cap. Settings add gates on heads and skips, a run of blocks that recurs, and other parts.
 
 The matrices of all blocks lie in four banks [matrices, out, in], so that the optimizer and GPTQ
 treat every shape as one batched problem. Shapes: B sequences, T positions, C width, H query heads,
-K key/value heads, D head width, V vocabulary, L blocks.
+K key/value heads, D head width, V vocabulary, L blocks, S steps: blocks as often as they run.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -28,7 +29,14 @@ from fairway.model.functional import (
     rotary_angles,
     rotate,
 )
-from fairway.model.spec import GPTConfig, Normal, Orthogonal, Parameter, parameters
+from fairway.model.spec import (
+    GPTConfig,
+    Normal,
+    Orthogonal,
+    Parameter,
+    block_order,
+    parameters,
+)
 
 
 class RowAdapter(Protocol):
@@ -56,7 +64,8 @@ class Backend(Protocol):
         """As `GPT.hidden`."""
 
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""A step, its block, queries, keys and values → attention's output."""
 
 
 @dataclass
@@ -64,15 +73,17 @@ class Cache:
     """State of incremental decoding: `length` positions seen, of at most M."""
 
     keys: torch.Tensor
-    """[L, B, M, K, D], rotated."""
+    """[S, B, M, K, D], rotated."""
     values: torch.Tensor
-    """[L, B, M, K, D]."""
+    """[S, B, M, K, D]."""
     length: torch.Tensor
     """int64 scalar."""
     previous_tokens: torch.Tensor
     """int64 [B, 1]; −1 before the first token."""
     previous_embedding: torch.Tensor
     """[B, 1, C], before SmearGate; zero before the first token."""
+    documents: torch.Tensor | None
+    """int64 [B, M], the number of BOS up to each position, where documents are masked."""
     banks: dict[str, torch.Tensor]
 
 
@@ -83,6 +94,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.parameter_table = parameters(config)
+        self.orders = {recurs: block_order(config, recurs) for recurs in (False, True)}
+        self.recurs = True
+        """Whether recurrent_layers run as often as they can, or once, as early in training."""
         self.compute_dtype = torch.float32
         self.attention_backend = "sdpa"
         self.deterministic_attention = False
@@ -128,9 +142,11 @@ class GPT(nn.Module):
         return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., C] → 30·tanh(·/30) of the tied head's output, float32 [..., V]."""
+        """hidden [..., C] → cap·tanh(·/cap) of the tied head's output, float32 [..., V]."""
         scores = F.linear(hidden, self.token_embedding.to(hidden.dtype)).float()
         cap = self.config.logit_softcap
+        if self.config.asymmetric_softcap:
+            cap = torch.where(scores > 0, *self.softcaps)
         return cap * torch.tanh(scores / cap)
 
     def hidden(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
@@ -142,10 +158,12 @@ class GPT(nn.Module):
         if self.backend is not None and self.activation_hook is None and not adapts_scales:
             return self.backend.hidden(self, tokens, first_position)
         embedding = self._embed(tokens, F.pad(tokens[:, :-1], (1, 0), value=-1))
-        x = self._smear(embedding, F.pad(embedding[:, :-1], (0, 0, 1, 0)))
+        x = self._smear(tokens, embedding, F.pad(embedding[:, :-1], (0, 0, 1, 0)))
         rotation = self._rotation(torch.arange(tokens.shape[1], device=tokens.device))
+        is_masked = self.config.document_masks
+        documents = (tokens == self.config.bos_id).cumsum(1) if is_masked else None
 
-        def attend_layer(layer, queries, keys, values):
+        def attend_step(step, layer, queries, keys, values):
             latest = tuple(part[-queries.shape[1] :] for part in rotation)
             queries = rotate(queries, latest) * self._query_gain(layer, queries)
             return attend(
@@ -154,14 +172,17 @@ class GPT(nn.Module):
                 values,
                 self.attention_backend,
                 self.deterministic_attention,
+                documents,
             )
 
-        return self._blocks(tokens, x, self._prepared_banks(), attend_layer, first_position)
+        return self._blocks(tokens, x, self._prepared_banks(), attend_step, first_position)
 
     def new_cache(self, batch: int, max_tokens: int) -> Cache:
         """An empty cache for `decode_step` on `batch` sequences of up to `max_tokens`."""
         config, device = self.config, self.token_embedding.device
-        shape = (config.layers, batch, max_tokens, config.kv_heads, config.head_width)
+        steps = len(self.orders[self.recurs].blocks)
+        shape = (steps, batch, max_tokens, config.kv_heads, config.head_width)
+        documents = torch.zeros((batch, max_tokens), dtype=torch.int64, device=device)
         return Cache(
             keys=torch.zeros(shape, dtype=self.compute_dtype, device=device),
             values=torch.zeros(shape, dtype=self.compute_dtype, device=device),
@@ -170,6 +191,7 @@ class GPT(nn.Module):
             previous_embedding=torch.zeros(
                 batch, 1, config.width, dtype=self.compute_dtype, device=device
             ),
+            documents=documents if config.document_masks else None,
             banks=self._prepared_banks(),
         )
 
@@ -180,18 +202,22 @@ class GPT(nn.Module):
         """
         tokens = tokens[:, None]
         embedding = self._embed(tokens, cache.previous_tokens)
-        x = self._smear(embedding, cache.previous_embedding)
-        rotation = self._rotation(cache.length[None])
+        x = self._smear(tokens, embedding, cache.previous_embedding)
+        place = cache.length[None]
+        rotation = self._rotation(place)
+        if cache.documents is not None:
+            number = cache.documents.amax(1, keepdim=True) + (tokens == self.config.bos_id)
+            cache.documents.index_copy_(1, place, number)
 
-        def attend_layer(layer, queries, keys, values):
+        def attend_step(step, layer, queries, keys, values):
             queries = rotate(queries, rotation) * self._query_gain(layer, queries)
-            cache.keys[layer].index_copy_(1, cache.length[None], rotate(keys, rotation))
-            cache.values[layer].index_copy_(1, cache.length[None], values)
+            cache.keys[step].index_copy_(1, place, rotate(keys, rotation))
+            cache.values[step].index_copy_(1, place, values)
             return attend_to_cache(
-                queries, cache.keys[layer], cache.values[layer], cache.length + 1
+                queries, cache.keys[step], cache.values[step], cache.length + 1, cache.documents
             )
 
-        hidden = self._blocks(tokens, x, cache.banks, attend_layer)
+        hidden = self._blocks(tokens, x, cache.banks, attend_step)
         cache.previous_tokens.copy_(tokens)
         cache.previous_embedding.copy_(embedding)
         cache.length += 1
@@ -205,17 +231,26 @@ class GPT(nn.Module):
         attend: Attend,
         first_position: int = 0,
     ) -> torch.Tensor:
-        x0, skips = x, []
+        x0, outputs = x, []
         value_embedding = self._value_embedding(tokens, x.dtype)
-        encoders = self.config.layers // 2
-        for layer in range(self.config.layers):
-            if layer >= encoders and skips:
-                x = x + self.skip_weights[layer - encoders].to(x.dtype) * skips.pop()
-            first = first_position if layer == self.config.layers - 1 else 0
-            x = self._block(layer, x, x0, value_embedding, banks, attend, first)
-            if layer < encoders:
-                skips.append(x)
+        order = self.orders[self.recurs]
+        for step, layer in enumerate(order.blocks):
+            if skip := order.skip(step):
+                row, encoder = skip
+                x = self._add_skip(row, x, outputs[encoder])
+            first = first_position if step == len(order.blocks) - 1 else 0
+            x = self._block(layer, x, x0, value_embedding, banks, partial(attend, step), first)
+            if step < order.encoders:
+                outputs.append(x)
         return rms_norm(x)
+
+    def _add_skip(self, row: int, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """x + w∘skip; with a gate g for each channel, g∘x + (1 − g)∘w∘skip."""
+        skip = self.skip_weights[row].to(x.dtype) * skip
+        if not self.config.skip_gates:
+            return x + skip
+        gate = torch.sigmoid(self.skip_gate[row]).to(x.dtype)
+        return gate * x + (1 - gate) * skip
 
     def _block(self, layer, x, x0, value_embedding, banks, attend, first):
         depth_scale = 1 / math.sqrt(layer + 1)
@@ -244,11 +279,19 @@ class GPT(nn.Module):
         keys = rms_norm(keys.view(B, T, config.kv_heads, config.head_width))
         values = values.view(B, T, config.kv_heads, config.head_width)
         output = exclude_self(attend(layer, queries, keys, values), positions_from(values, first))
+        if config.head_gate_dimensions:
+            output = output * self._head_gate(layer, positions_from(x, first))
         return self._linear(output.flatten(2), banks, "query_output_bank", config.layers + layer)
+
+    def _head_gate(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """σ(W·x[:n] / 2) of attention's input x [B, T, C], for each head: [B, T, H, 1]."""
+        weights = self.head_gate[layer].to(x.dtype)
+        return torch.sigmoid(0.5 * F.linear(x[..., : weights.shape[1]], weights)).unsqueeze(3)
 
     def _mlp(self, layer, x, banks):
         up = self._linear(x, banks, "mlp_up_bank", layer)
-        return self._linear(F.leaky_relu(up, 0.5).square(), banks, "mlp_down_bank", layer)
+        activation = F.leaky_relu(up, self.config.activation_slope).square()
+        return self._linear(activation, banks, "mlp_down_bank", layer)
 
     def _linear(self, x, banks, bank: str, index: int) -> torch.Tensor:
         if self.activation_hook is not None:
@@ -266,16 +309,32 @@ class GPT(nn.Module):
         }
 
     def _embed(self, tokens: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """Normalized token plus bigram embedding, [B, T, C]; `previous` is −1 at the start."""
-        buckets = bigram_bucket(tokens, previous, self.config.bigram_buckets)
-        bigram = F.linear(F.embedding(buckets, self.bigram_embedding), self.bigram_projection)
-        x = F.embedding(tokens, self.token_embedding) + self.bigram_scale * bigram
-        return rms_norm(x.to(self.compute_dtype))
+        """Token plus bigram embedding [B, T, C], normed before a gate for each channel.
 
-    def _smear(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """SmearGate: (1−g)·x_t + g·x_{t−1}, with one gate per channel."""
-        gate = torch.sigmoid(self.smear_gate).to(x.dtype)
-        return (1 - gate) * x + gate * previous
+        previous: the tokens before, int64 [B, T]; −1 at the start.
+        """
+        x = F.embedding(tokens, self.token_embedding)
+        if self.config.bigram_buckets:
+            buckets = bigram_bucket(tokens, previous, self.config.bigram_buckets)
+            bigram = F.linear(F.embedding(buckets, self.bigram_embedding), self.bigram_projection)
+            x = x + self.bigram_scale * bigram
+        x = x.to(self.compute_dtype)
+        return x if self.config.smear == "input" else rms_norm(x)
+
+    def _smear(self, tokens: torch.Tensor, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """SmearGate and norm, [B, T, C]: (1−g)·x_t + g·x_{t−1}, or x_t + λ·σ(w·x_t[:n])·x_{t−1}.
+
+        The second adds nothing at a BOS, so that documents stay apart.
+        """
+        if self.config.smear == "none":
+            return x
+        if self.config.smear == "channel":
+            gate = torch.sigmoid(self.smear_gate).to(x.dtype)
+            return (1 - gate) * x + gate * previous
+        weights = self.smear_weights.to(x.dtype)
+        gate = torch.sigmoid(F.linear(x[..., : len(weights)], weights[None]))
+        gate = self.smear_scale.to(x.dtype) * gate * (tokens != self.config.bos_id).unsqueeze(2)
+        return rms_norm(x + gate * previous)
 
     def _value_embedding(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         if not self.config.value_layers:

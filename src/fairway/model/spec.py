@@ -6,12 +6,15 @@ and the check of a weights file.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from itertools import pairwise
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from fairway.errors import UserError
 from fairway.settings import Settings
+
+BlockNumber = Annotated[int, Field(ge=0)]
 
 
 class ModelSettings(Settings):
@@ -33,18 +36,37 @@ class ModelSettings(Settings):
     """Base of the rotary embedding's frequencies."""
     rope_trained_tokens: int = Field(1024, ge=1)
     """Longer sequences rescale the base."""
-    bigram_buckets: int = Field(2048, ge=2)
-    """Rows of the table of hashed bigrams."""
+    bigram_buckets: int = Field(2048, ge=0)
+    """Rows of the table of hashed bigrams, at least 2; 0: no such table."""
     bigram_width: int = Field(128, ge=1)
     """Columns of the table of hashed bigrams."""
     value_width: int = Field(128, ge=1)
     """Columns of the value embedding."""
-    value_layers: tuple[Annotated[int, Field(ge=0)], ...] = (9, 10)
-    """Blocks that receive the value embedding, counted from 0."""
+    value_layers: tuple[BlockNumber, ...] = (9, 10)
+    """Blocks that receive the value embedding, counted from 0; none: there is no such embedding."""
     logit_softcap: float = Field(30.0, gt=0)
     """Logits are cap·tanh(· / cap)."""
     query_gain: float = Field(5.0, gt=0)
     """Initial gain of each query head."""
+    activation_slope: float = Field(0.5, ge=0, lt=1)
+    """The MLP's activation is leaky_relu(·, slope)²."""
+    head_gate_dimensions: int = Field(0, ge=0)
+    """Channels of a block's attention input that gate each head's output; 0: no gate."""
+    smear: Literal["channel", "input", "none"] = "channel"
+    """How the embedding before is mixed into each: with a gate for each channel; with one gate that
+    depends on the embedding, and not at a BOS; or not."""
+    smear_dimensions: int = Field(12, ge=1)
+    """Channels of the embedding that the gate of `smear: input` depends on."""
+    skip_gates: bool = False
+    """Whether a skip is mixed in by a learned gate for each channel, not added."""
+    recurrent_layers: tuple[BlockNumber, ...] = ()
+    """A run of blocks that is executed several times, such as [3, 4, 5], counted from 0."""
+    recurrence_passes: int = Field(1, ge=1)
+    """How often the run is executed in all, with the same weights."""
+    asymmetric_softcap: bool = False
+    """Whether the caps of positive and of negative logits are learned, from logit_softcap on."""
+    document_masks: bool = False
+    """Whether attention sees only the positions from its own document's BOS on."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -58,12 +80,32 @@ class ModelSettings(Settings):
                 f"model.rotary_dimensions {self.rotary_dimensions} must be even and at most the "
                 f"head width {self.head_width} (model.width / model.heads)"
             )
-        outside = [layer for layer in self.value_layers if layer >= self.layers]
-        if outside:
-            raise UserError(
-                f"model.value_layers names block {outside[0]}, but model.layers is {self.layers}"
-            )
+        if self.bigram_buckets == 1:
+            raise UserError("model.bigram_buckets is 1: expected at least 2, or 0 for no bigrams")
+        for key in ("value_layers", "recurrent_layers"):
+            outside = [layer for layer in getattr(self, key) if layer >= self.layers]
+            if outside:
+                raise UserError(
+                    f"model.{key} names block {outside[0]}, but model.layers is {self.layers}"
+                )
+        self._check_recurrence()
+        gates = ["head_gate_dimensions", *(["smear_dimensions"] if self.smear == "input" else [])]
+        for key in gates:
+            if getattr(self, key) > width:
+                raise UserError(f"model.{key} {getattr(self, key)} exceeds model.width {width}")
         return self
+
+    def _check_recurrence(self) -> None:
+        run, passes = self.recurrent_layers, self.recurrence_passes
+        if any(after != before + 1 for before, after in pairwise(run)):
+            raise UserError(
+                f"model.recurrent_layers is {list(run)}: expected neighboring blocks in ascending "
+                "order, such as [3, 4, 5]"
+            )
+        if passes > 1 and not run:
+            raise UserError(
+                f"model.recurrence_passes is {passes} but model.recurrent_layers names no block"
+            )
 
     @property
     def head_width(self) -> int:
@@ -76,9 +118,14 @@ class ModelSettings(Settings):
         return self.kv_heads * self.head_width
 
     @property
+    def steps(self) -> int:
+        """Executions of blocks in a forward pass, recurrence included."""
+        return self.layers + (self.recurrence_passes - 1) * len(self.recurrent_layers)
+
+    @property
     def skips(self) -> int:
-        """Encoder outputs that a decoder block takes up."""
-        return min(self.layers // 2, self.layers - self.layers // 2)
+        """Encoder outputs that a decoder step takes up, recurrence included."""
+        return self.steps // 2
 
 
 class GPTConfig(ModelSettings):
@@ -92,6 +139,33 @@ class GPTConfig(ModelSettings):
     """Tokens of the vocabulary, from the dataset's tokenizer."""
     sequence_tokens: int = Field(2048, ge=1)
     """Length of the sequences in training; with rope_trained_tokens it fixes the rotary base."""
+    bos_id: int = Field(1, ge=0)
+    """The token that begins each document, from the dataset's tokenizer."""
+
+
+class BlockOrder(NamedTuple):
+    """The order in which a model's blocks run, one a step."""
+
+    blocks: tuple[int, ...]
+    """The block of each step; those that recur come several times."""
+    encoders: int
+    """Steps of the encoder half, the first; each gives its output to one of the decoder half."""
+
+    def skip(self, step: int) -> tuple[int, int] | None:
+        """The row of the skip weights and the encoder step whose output `step` takes up, if any.
+
+        Last in, first out: the decoder half's first step takes the last encoder output.
+        """
+        row = step - self.encoders
+        return (row, self.encoders - 1 - row) if 0 <= row < self.encoders else None
+
+
+def block_order(config: ModelSettings, recurs: bool = True) -> BlockOrder:
+    """The order of the blocks; recurs: whether recurrent_layers run as often as they can."""
+    run, passes = config.recurrent_layers, config.recurrence_passes if recurs else 1
+    last = run[-1] + 1 if run else 0
+    blocks = (*range(last), *run * (passes - 1), *range(last, config.layers))
+    return BlockOrder(blocks, len(blocks) // 2)
 
 
 @dataclass(frozen=True)
@@ -128,41 +202,70 @@ class Parameter:
 
 def parameters(config: GPTConfig) -> dict[str, Parameter]:
     """Name → description of every parameter, in the order in which initial values are drawn."""
-    layers, width, kv_width = config.layers, config.width, config.kv_width
+    return _of_embeddings(config) | _of_blocks(config) | _of_gates(config)
 
-    def bank(count: int, rows: int, columns: int, initial: float | Orthogonal) -> Parameter:
-        return Parameter((count, rows, columns), initial, "matrix", "quantized", per_block=True)
 
-    def table(rows: int, columns: int, initial: float | Normal) -> Parameter:
-        return Parameter((rows, columns), initial, "embedding", "int8")
+def _of_embeddings(config: GPTConfig) -> dict[str, Parameter]:
+    width = config.width
+    found = {"token_embedding": _table(config.vocab_size, width, Normal(0.005))}
+    if config.bigram_buckets:
+        found |= {
+            "bigram_embedding": _table(config.bigram_buckets, config.bigram_width, 0.0),
+            "bigram_projection": _scalar(width, config.bigram_width, storage="float16"),
+            "bigram_scale": _scalar(initial=0.05),
+        }
+    if config.smear == "channel":
+        found["smear_gate"] = _scalar(width)
+    if config.value_layers:
+        found |= {
+            "value_embedding": _table(config.vocab_size, config.value_width, Normal(0.01)),
+            "value_projection": _scalar(config.kv_width, config.value_width, storage="float16"),
+            "value_scale": _scalar(initial=0.1),
+            "value_layer_scales": _scalar(len(config.value_layers), initial=1.0),
+        }
+    return found
 
-    def projection(rows: int, columns: int) -> Parameter:
-        return Parameter((rows, columns), 0.0, "scalar", "float16")
 
-    def scalar(*shape: int, initial: float | tuple[float, ...], per_block: bool = False):
-        return Parameter(shape, initial, "scalar", "float32", per_block)
-
-    described = {
-        "token_embedding": table(config.vocab_size, width, Normal(0.005)),
-        "bigram_embedding": table(config.bigram_buckets, config.bigram_width, 0.0),
-        "bigram_projection": projection(width, config.bigram_width),
-        "bigram_scale": scalar(initial=0.05),
-        "smear_gate": scalar(width, initial=0.0),
-        "value_embedding": table(config.vocab_size, config.value_width, Normal(0.01)),
-        "value_projection": projection(kv_width, config.value_width),
-        "value_scale": scalar(initial=0.1),
-        "value_layer_scales": scalar(len(config.value_layers), initial=1.0),
-        "query_output_bank": bank(2 * layers, width, width, Orthogonal(zero_from=layers)),
-        "key_value_bank": bank(2 * layers, kv_width, width, Orthogonal()),
-        "mlp_up_bank": bank(layers, config.mlp_width, width, Orthogonal()),
-        "mlp_down_bank": bank(layers, width, config.mlp_width, 0.0),
-        "residual_mix": scalar(layers, 2, width, initial=(1.0, 0.0), per_block=True),
-        "attention_scale": scalar(layers, width, initial=1.0, per_block=True),
-        "mlp_scale": scalar(layers, width, initial=1.0, per_block=True),
-        "query_gain": scalar(layers, config.heads, initial=config.query_gain, per_block=True),
-        "skip_weights": scalar(config.skips, width, initial=1.0),
+def _of_blocks(config: GPTConfig) -> dict[str, Parameter]:
+    layers, width = config.layers, config.width
+    blocks = {"per_block": True}
+    return {
+        "query_output_bank": _bank(2 * layers, width, width, Orthogonal(zero_from=layers)),
+        "key_value_bank": _bank(2 * layers, config.kv_width, width, Orthogonal()),
+        "mlp_up_bank": _bank(layers, config.mlp_width, width, Orthogonal()),
+        "mlp_down_bank": _bank(layers, width, config.mlp_width, 0.0),
+        "residual_mix": _scalar(layers, 2, width, initial=(1.0, 0.0), **blocks),
+        "attention_scale": _scalar(layers, width, initial=1.0, **blocks),
+        "mlp_scale": _scalar(layers, width, initial=1.0, **blocks),
+        "query_gain": _scalar(layers, config.heads, initial=config.query_gain, **blocks),
+        "skip_weights": _scalar(config.skips, width, initial=1.0),
     }
-    return described
+
+
+def _of_gates(config: GPTConfig) -> dict[str, Parameter]:
+    found = {}
+    if dimensions := config.head_gate_dimensions:
+        shape = (config.layers, config.heads, dimensions)
+        found["head_gate"] = _scalar(*shape, storage="float16", per_block=True)
+    if config.smear == "input":
+        found |= {"smear_scale": _scalar(), "smear_weights": _scalar(config.smear_dimensions)}
+    if config.skip_gates:
+        found["skip_gate"] = _scalar(config.skips, config.width, storage="float16")
+    if config.asymmetric_softcap:
+        found["softcaps"] = _scalar(2, initial=config.logit_softcap)
+    return found
+
+
+def _bank(count: int, rows: int, columns: int, initial: float | Orthogonal) -> Parameter:
+    return Parameter((count, rows, columns), initial, "matrix", "quantized", per_block=True)
+
+
+def _table(rows: int, columns: int, initial: float | Normal) -> Parameter:
+    return Parameter((rows, columns), initial, "embedding", "int8")
+
+
+def _scalar(*shape: int, initial=0.0, storage="float32", per_block=False) -> Parameter:
+    return Parameter(shape, initial, "scalar", storage, per_block)
 
 
 PROJECTIONS = {

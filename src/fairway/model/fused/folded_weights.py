@@ -30,16 +30,17 @@ class FoldedWeights(NamedTuple):
     """float32 [skips, C]."""
     gain: torch.Tensor
     """float32 [L, H]."""
-    value_scales: torch.Tensor
-    """float32 [value layers]."""
+    value_scales: torch.Tensor | None
+    """float32 [value layers], where there are any."""
     values: torch.Tensor | None
     """float32 [V, K·D], the value embedding of every token, where there are value layers."""
 
 
 def folded_weights(model: GPT) -> FoldedWeights:
     """The banks in the compute dtype with the scales around them folded in; differentiable."""
-    layers, values = model.config.layers, None
+    layers, values, value_scales = model.config.layers, None, None
     if model.config.value_layers:
+        value_scales = model.value_layer_scales
         values = model.value_scale * F.linear(model.value_embedding, model.value_projection)
     depth = torch.arange(1, layers + 1, device=model.mlp_up_bank.device).rsqrt().view(-1, 1)
 
@@ -60,7 +61,7 @@ def folded_weights(model: GPT) -> FoldedWeights:
         mix=model.residual_mix,
         skip=model.skip_weights,
         gain=model.query_gain,
-        value_scales=model.value_layer_scales,
+        value_scales=value_scales,
         values=values,
     )
 

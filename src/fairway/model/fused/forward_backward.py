@@ -58,6 +58,7 @@ SUPPORTED = frozenset(
         "value_layers",
         "logit_softcap",
         "query_gain",
+        "bos_id",
     )
 )
 
@@ -153,6 +154,8 @@ def supports(config: GPTConfig) -> str | None:
         value = getattr(config, name)
         if name not in SUPPORTED and value != field.default:
             return f"model.{name} is {value!r}, and the fused kernels know {field.default!r} only"
+    if not config.bigram_buckets:
+        return "model.bigram_buckets is 0, and the fused kernels need bigrams"
     for name in ("width", "mlp_width"):
         if getattr(config, name) % WIDTH_MULTIPLE:
             return (

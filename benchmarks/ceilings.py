@@ -67,14 +67,17 @@ def _copy_rate(device: torch.device, copied_bytes: int) -> float:
 
 
 def matrix_parameters(config: GPTConfig) -> int:
-    """Numbers in the banks: each costs two operations a token, and four more in the backward."""
+    """Numbers in the banks: each costs two operations a token, and four more in the backward.
+
+    Those of a block that recurs count in each pass.
+    """
     table = parameters(config)
-    return sum(math.prod(table[name].shape) for name in BANKS)
+    return sum(math.prod(table[name].shape) for name in BANKS) * config.steps // config.layers
 
 
 def train_flops_per_token(config: GPTConfig) -> float:
     """Forward and backward: matrices, tied head, and the causal half of attention."""
-    attention = config.layers * config.width * config.sequence_tokens
+    attention = config.steps * config.width * config.sequence_tokens
     return 6.0 * (matrix_parameters(config) + config.vocab_size * config.width + attention)
 
 
@@ -83,10 +86,10 @@ def window_flops(config: GPTConfig, window_tokens: int, needed_tokens: int) -> f
 
     Of the last block only keys and values serve the other positions.
     """
-    block = matrix_parameters(config) // config.layers
+    block = matrix_parameters(config) // config.steps
     shared = 2 * config.kv_width * config.width
     head = config.vocab_size * config.width
-    everywhere = (config.layers - 1) * (block + config.width * window_tokens) + shared
+    everywhere = (config.steps - 1) * (block + config.width * window_tokens) + shared
     visible = 2 * window_tokens - needed_tokens
     at_the_end = block - shared + head + config.width * visible
     return 2.0 * (window_tokens * everywhere + needed_tokens * at_the_end)
@@ -98,7 +101,7 @@ def generation_bytes(config: GPTConfig, sequences: int, tokens: int, number_byte
     number_bytes: 2 for bfloat16, 4 for float32.
     """
     weights = matrix_parameters(config) + config.vocab_size * config.width
-    cached = 2 * config.layers * config.kv_width * sequences * (tokens - 1) / 2
+    cached = 2 * config.steps * config.kv_width * sequences * (tokens - 1) / 2
     return number_bytes * (tokens - 1) * (weights + cached)
 
 

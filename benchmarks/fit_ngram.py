@@ -16,17 +16,24 @@ from typing import NamedTuple
 import torch
 import yaml
 from context import say
-from held_out import add_arguments, first_sections, held_out_text, score_held_out
+from held_out import (
+    add_arguments,
+    first_sections,
+    held_out_evaluator,
+    held_out_text,
+    score_held_out,
+)
 from torch import Tensor
 
 from fairway.errors import UserError
 from fairway.evaluation.adapters.ngram import (
+    WEIGHT_UNIT,
     Cache,
     CacheSettings,
     NgramSettings,
     build_caches,
     mixture_weight,
-    recent_followers,
+    recent_occurrences,
 )
 from fairway.evaluation.text import Text, cut_text
 from fairway.evaluation.token_table import RankScores
@@ -41,6 +48,7 @@ class Weights(NamedTuple):
     order_weight: float | Tensor
     count_weight: float | Tensor
     variety_weight: float | Tensor
+    distance_power: float | Tensor
 
     @classmethod
     def of(cls, settings: CacheSettings) -> "Weights":
@@ -49,9 +57,15 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a cache found for one order, [n] each: how often the target followed, of how many."""
+    """What a cache found for one order.
+
+    log_distances float32, exists, hits bool [n, R]: of every occurrence, and whether the target
+    followed. number, distinct: int64 [n], occurrences and different followers.
+    """
 
     order: int
+    log_distances: Tensor
+    exists: Tensor
     hits: Tensor
     number: Tensor
     distinct: Tensor
@@ -64,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     sections = first_sections(load_config(options.config))
-    evaluation, runtime = sections["evaluation"], sections["runtime"]
+    evaluation = sections["evaluation"]
     listed = [one for one in evaluation.adapters if one.name == "ngram"]
     others = evaluation.changed(adapters=[one for one in evaluation.adapters if one not in listed])
     dataset, tokens = held_out_text(options)
@@ -74,7 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("one document is not enough to fit and to measure: raise --tokens")
     caches = build_caches(text, listed[0].settings if listed else NgramSettings())
     found = [evidence(cache, text) for cache in caches]
-    loss = losses(score_held_out(options, others, runtime, dataset, tokens)[0])
+    evaluator = held_out_evaluator(options, sections, dataset).with_settings(others)
+    loss = losses(score_held_out(evaluator, tokens)[0])
     own = [Weights.of(cache.settings) for cache in caches]
     fitted = fit(loss, found, own, fits)
     for name, weights in (("config", own), ("fitted", fitted)):
@@ -103,14 +118,19 @@ def evidence(cache: Cache, text: Text) -> list[Evidence]:
     positions = torch.arange(len(targets), device=targets.device)
     parts = []
     for order, occurrences in cache.found.items():
-        followers, exists = recent_followers(
-            occurrences, positions, cache.settings.recent_occurrences
-        )
-        hits = ((followers == targets.unsqueeze(1)) & exists).sum(1)
-        ordered = torch.where(exists, followers, -1).sort(1).values
+        recent = recent_occurrences(occurrences, positions, cache.settings.recent_occurrences)
+        ordered = torch.where(recent.exists, recent.followers, -1).sort(1).values
         changes = (ordered.diff(dim=1) != 0) & (ordered[:, 1:] >= 0)
-        distinct = changes.sum(1) + (ordered[:, 0] >= 0)
-        parts.append(Evidence(order, hits, exists.sum(1), distinct))
+        parts.append(
+            Evidence(
+                order,
+                log_distances=recent.distances.float().log(),
+                exists=recent.exists,
+                hits=(recent.followers == targets.unsqueeze(1)) & recent.exists,
+                number=recent.exists.sum(1),
+                distinct=changes.sum(1) + (ordered[:, 0] >= 0),
+            )
+        )
     return parts
 
 
@@ -118,9 +138,12 @@ def mixed(loss: Tensor, found: Sequence[list[Evidence]], weights: Sequence[Weigh
     """The targets' probabilities, [n], under caches with these weights."""
     p = torch.exp(-loss)
     for parts, own in zip(found, weights, strict=True):
+        power = torch.as_tensor(own.distance_power).clamp(min=0)
         for part in parts:
             share = mixture_weight(part.order, part.number, part.distinct, own)
-            p = (1 - share) * p + share * part.hits / part.number.clamp(min=1)
+            weights = torch.exp(-power * part.log_distances) * part.exists
+            hits = (weights * part.hits).sum(1) / weights.sum(1).clamp(min=WEIGHT_UNIT)
+            p = (1 - share) * p + share * hits
     return p
 
 
@@ -138,7 +161,8 @@ def fit(
         return mean
 
     optimizer.step(closure)
-    return [Weights(*(round(weight, 2) for weight in row)) for row in weights.tolist()]
+    fitted = [Weights(*(round(weight, 2) for weight in row)) for row in weights.tolist()]
+    return [row._replace(distance_power=max(row.distance_power, 0.0)) for row in fitted]
 
 
 if __name__ == "__main__":

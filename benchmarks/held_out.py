@@ -11,10 +11,8 @@ import torch
 from fairway.data.dataset import Dataset, load_dataset, read_split
 from fairway.distributed import resolve_device
 from fairway.evaluation.evaluator import Evaluator
-from fairway.evaluation.settings import EvaluationSettings
 from fairway.evaluation.token_table import RankScores
 from fairway.model.runtime import prepare
-from fairway.model.settings import RuntimeSettings
 from fairway.quantization.artifact import load_artifact
 from fairway.recipe import Config
 from fairway.settings import Settings
@@ -43,19 +41,20 @@ def held_out_text(options: argparse.Namespace) -> tuple[Dataset, np.ndarray]:
     return dataset, read_split(dataset, options.split)[: options.tokens + 1]
 
 
-def score_held_out(
-    options: argparse.Namespace,
-    settings: EvaluationSettings,
-    runtime: RuntimeSettings,
-    dataset: Dataset,
-    tokens: np.ndarray,
-) -> tuple[RankScores, float]:
-    """Score the artifact with the adapters of `settings`; the scores and the seconds."""
+def held_out_evaluator(
+    options: argparse.Namespace, sections: Mapping[str, Settings], dataset: Dataset
+) -> Evaluator:
+    """The artifact with the evaluation and the runtime of a config's `sections`."""
+    runtime = sections["runtime"]
     model = prepare(load_artifact(options.artifact, resolve_device(runtime.device)), runtime)
-    text = torch.from_numpy(tokens.astype("int64")).to(model.token_embedding.device)
-    started = time.perf_counter()
-    evaluator = Evaluator(
-        model, settings, bos_id=dataset.bos_id, seed=options.seed, runtime=runtime
+    return Evaluator(
+        model, sections["evaluation"], bos_id=dataset.bos_id, seed=options.seed, runtime=runtime
     )
-    scores = evaluator.score_rank(text)
+
+
+def score_held_out(evaluator: Evaluator, tokens: np.ndarray) -> tuple[RankScores, float]:
+    """Score integer tokens [n + 1]; the scores and the seconds."""
+    started = time.perf_counter()
+    device = next(evaluator.model.parameters()).device
+    scores = evaluator.score_rank(torch.from_numpy(tokens.astype("int64")).to(device))
     return scores, time.perf_counter() - started

@@ -163,6 +163,9 @@ def _table(kind: type[Settings]) -> str:
         default = "required" if field.is_required() else f"`{_shown(field.get_default())}`"
         description = " ".join((field.description or "").split()).replace("|", "\\|")
         rows.append(f"| `{name}` | {_type_text(field)} | {default} | {description} |")
+    for name, field in kind.model_fields.items():
+        for nested in _kinds_within(field.annotation, Settings):
+            rows += ["", f"Keys of `{name}`:", "", _table(nested).rstrip()]
     return "\n".join(rows) + "\n"
 
 
@@ -207,20 +210,24 @@ def _annotation_text(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Choice):
         known = ", ".join(f"`{name}`" for name in built_in_names(annotation.package))
         return f"{known}, or `module:Name`"
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return "mapping"
     names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
     return names.get(annotation, "null" if annotation in (None, type(None)) else "any")
 
 
-def _choice_kinds(annotation: Any) -> Iterator[type[Choice]]:
+def _choice_kinds(section: type[Settings]) -> Iterator[type[Choice]]:
     """The kinds of choices that a section has."""
-    found: dict[type[Choice], None] = {}
-    waiting = [field.annotation for field in annotation.model_fields.values()]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, type) and issubclass(one, Choice):
-            found[one] = None
-        waiting.extend(get_args(one))
-    yield from found
+    for field in section.model_fields.values():
+        yield from _kinds_within(field.annotation, Choice)
+
+
+def _kinds_within(annotation: Any, base: type) -> Iterator[type]:
+    """The subclasses of `base` in an annotation, such as the entry of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, base):
+        yield annotation
+    for one in get_args(annotation):
+        yield from _kinds_within(one, base)
 
 
 if __name__ == "__main__":

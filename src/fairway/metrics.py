@@ -6,7 +6,7 @@ in bits per byte; a key that a stage cannot know is null.
 
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -152,6 +152,8 @@ class GptqMetrics(_Score):
     """Kind of number → what packed it."""
     zeros: int
     """Codes zeroed to fit the limit."""
+    step_factor: float = 1.0
+    """The factor on all steps with which the artifact fills the limit, where it was looked for."""
     mean_error: float
     """Mean over matrices of the quantizer's own measure; of GPTQ tr((W−Q)·H·(W−Q)ᵀ)."""
     mean_error_round_to_nearest: float | None = None
@@ -164,13 +166,18 @@ class SlotEvalMetrics(_Score):
     model_config = ConfigDict(extra="allow")
 
     val_loss_before: float
-    """Of the plain sliding window."""
+    """Of the plain sliding window, with the model as global updates have made it."""
     val_bpb_before: float
-    """Of the plain sliding window."""
+    """Of the plain sliding window, likewise."""
     gain_nats: float
     """val_loss_before − val_loss."""
     adapters: list[dict[str, str]]
     """`name` (as in the column gain_<name>), `title` and `kernels` of each, in order."""
+    order: Literal["text"] = "text"
+    """The declared order of the targets, which global updates and all adapters keep: each
+    distribution is a function of the tokens before it. The audit flips tokens against it."""
+    global_updates: int = 0
+    """How often the model was trained on scored text."""
     shares_batches: bool
     """Whether windows share what they are scored with, as in the reference submission's code."""
     windows: int

@@ -191,6 +191,8 @@ def test_operations_per_token_at_the_reference_submissions_size():
     assert flops == pytest.approx(6 * 25.95e6 + 3.1e6 + 69.2e6, rel=1e-3)
     assert window_flops(config, 2048, 2048) == pytest.approx(2048 * flops / 3)
     assert 0.9 < window_flops(config, 2048, 64) / window_flops(config, 2048, 2048) < 0.95
+    twice = config.changed(recurrent_layers=tuple(range(config.layers)), recurrence_passes=2)
+    assert train_flops_per_token(twice) - flops == pytest.approx(flops - 6 * 1024 * 512)
 
 
 def test_a_disagreement_is_named_and_nan_is_one():

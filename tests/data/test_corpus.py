@@ -420,6 +420,9 @@ def test_reading_a_config_imports_nothing_heavy():
         ({"source": "shards"}, "data.folder is not set"),
         ({"source": "shards", "folder": "x"}, "data.tokenizer is not set"),
         ({**HUB, "form": "shards", "tokenizer": "x"}, "brings its own"),
+        ({**HUB, "form": "shards", "case": "markers"}, "data.case is set, but .* finished shards"),
+        ({**HUB, "case": "markers", "tokenizer": "x"}, "data.case is 'markers', but data.tokeniz"),
+        ({**HUB, "normalization": "none", "tokenizer": "x"}, "data.normalization is 'none', but"),
     ],
 )
 def test_a_source_that_lacks_something(data, complaint):

@@ -13,6 +13,7 @@ from fairway.data.build import make_dataset
 from fairway.data.dataset import load_dataset, read_split
 from fairway.data.settings import DataSettings
 from fairway.data.shards import read_shard, write_shard
+from fairway.data.token_bytes import byte_counts, token_bytes
 from fairway.data.tokenizer import load_tokenizer
 from fairway.errors import UserError
 from fairway.files import sha256_of
@@ -316,6 +317,27 @@ def test_the_bytes_before_normalization_are_counted(settings, tmp_path):
     assert load_dataset(tmp_path / "made/manifest.json").original_bytes == found["bytes"]
     total = sum(one["bytes"] for one in manifest["original"].values())
     assert metrics["original_bytes"] == total
+
+
+def test_with_case_markers_each_document_counts_the_bytes_of_its_original(settings, tmp_path):
+    validation = ["Two  Spaces\n\nAND a line", " ﷺ iPhone", "\ue011 ▁\0", "", "\u200bÉCOLE"]
+    changed = with_documents(settings, validation).changed(
+        case="markers", normalization="none", selection_tokens=400
+    )
+    metrics, _ = make_dataset(changed, tmp_path / "made", threads=2)
+    dataset = load_dataset(tmp_path / "made/manifest.json")
+    tokenizer, val = load_tokenizer(dataset.tokenizer_path), read_split(dataset, "val")
+    lengths = token_bytes(np.append(dataset.bos_id, val), byte_counts(tokenizer))
+    begins = np.flatnonzero(val == dataset.bos_id)
+    expected = [len(text.encode()) for text in validation]
+    assert np.add.reduceat(lengths, begins).tolist() == expected
+    assert dataset.original_bytes == sum(expected)
+    assert metrics["bytes"] == metrics["original_bytes"]
+    given = with_documents(settings, validation).changed(tokenizer=str(dataset.tokenizer_path))
+    make_dataset(given, tmp_path / "again", threads=1)
+    assert (tmp_path / "again/val_000000.bin").read_bytes() == next(
+        (tmp_path / "made").glob("val_*.bin")
+    ).read_bytes()
 
 
 def test_of_finished_shards_the_original_bytes_are_not_known(made, settings, tmp_path):

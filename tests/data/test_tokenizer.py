@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from fairway.data.tokenizer import load_tokenizer, train_tokenizer
+from fairway.data.case import MARKERS
+from fairway.data.tokenizer import CaseTokenizer, load_tokenizer, train_tokenizer
 from fairway.errors import UserError
 from tiny import given_model
 
@@ -168,3 +169,32 @@ def test_a_missing_model_is_refused(tmp_path):
 def test_a_model_without_bos_is_refused(tmp_path):
     with pytest.raises(UserError, match="no BOS"):
         load_tokenizer(given_model(tmp_path, TEXTS, bos_id=-1))
+
+
+def test_a_model_with_case_markers_is_used_with_them(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    texts = [*TEXTS, *map(str.title, TEXTS), *map(str.upper, TEXTS)]
+    path.write_bytes(train_tokenizer(texts, 320, seed=0, case="markers", normalization="none"))
+    tokenizer = load_tokenizer(path, 320)
+    lower = tokenizer.encode("a letter", out_type=str)
+    capital, all_capitals, *_ = MARKERS
+    assert tokenizer.encode("a Letter", out_type=str) == [lower[0], capital, *lower[1:]]
+    assert tokenizer.encode("a LETTER", out_type=str) == [lower[0], all_capitals, *lower[1:]]
+    pieces = [tokenizer.id_to_piece(token) for token in range(320)]
+    assert [piece for piece in pieces if set(piece) & set(MARKERS)] == list(MARKERS)
+    text = "  The ﬁne\tMcRiver\r\n▁\0 "
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.DecodeIds(tokenizer.EncodeAsIds(text)) == text
+    assert tokenizer.decode(tokenizer.encode([text, "A"])) == [text, "A"]
+
+
+def test_other_models_are_used_without_case_markers(model):
+    assert not isinstance(load_tokenizer(model), CaseTokenizer)
+
+
+def test_a_tokenizer_of_case_ops_is_refused(tmp_path):
+    reserved = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    symbols = ["\ue001", "\ue002", "\ue003", "\ue004"]
+    path = given_model(tmp_path, TEXTS, user_defined_symbols=symbols, **reserved)
+    with pytest.raises(UserError, match="is a CaseOps tokenizer, whose markers"):
+        load_tokenizer(path)

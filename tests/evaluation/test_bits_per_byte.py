@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from fairway.data.build import encode_documents
 from fairway.data.token_bytes import byte_counts, token_bytes
-from fairway.data.tokenizer import BOS, TRAINER
+from fairway.data.tokenizer import BOS, TRAINER, CaseTokenizer, train_tokenizer
 from fairway.errors import UserError
 from fairway.evaluation.bits_per_byte import bits_per_byte
 
@@ -37,12 +37,27 @@ COUNTS = byte_counts(TOKENIZER)
 OTHER_TOKENIZERS = {
     "dummy prefix": train(add_dummy_prefix=True),
     "spaces inside pieces": train(split_by_whitespace=False),
+    "no normalization": train(normalization_rule_name="identity", remove_extra_whitespaces=False),
+    **{
+        f"case markers, {rule}": CaseTokenizer(
+            model_proto=train_tokenizer(
+                [*TRAINING_TEXT, *map(str.title, TRAINING_TEXT)],
+                330,
+                0,
+                case="markers",
+                normalization=rule,
+            )
+        )
+        for rule in ("nfkc", "none")
+    },
 }
+LOSSLESS = OTHER_TOKENIZERS["case markers, none"]
 
 # Words that the tokenizer has pieces for, and characters that fall back to bytes.
 fragments = st.one_of(
     st.sampled_from(["the", " ", "  ", " letter", "12", "007", "\n", "\t", "é", "▁", "\0", "�"]),
     st.sampled_from(["😀", "👩‍👩‍👧", "漢字", "ﬁ", "①", "e\u0301", "\u200b", "\u00a0", " ⁇ "]),
+    st.sampled_from(["The", " LETTER", "McSound", "iHouse", "\ue011", "\ue014", "\ue015", "İſK"]),
     st.text(max_size=8),
 )
 documents = st.lists(st.lists(fragments, max_size=12).map("".join), min_size=1, max_size=6)
@@ -83,6 +98,31 @@ def test_plain_examples_count_their_own_length(texts):
 def test_other_tokenizers_count_as_well(kind, texts):
     counted, decoded = count(OTHER_TOKENIZERS[kind], texts)
     assert counted == decoded
+
+
+@settings(deadline=None, max_examples=150)
+@given(documents)
+def test_with_case_markers_and_no_normalization_the_original_is_kept_and_counted(texts):
+    _, decoded = encode_documents(LOSSLESS, texts, threads=1)
+    assert decoded == texts
+    counted, _ = count(LOSSLESS, texts)
+    assert counted == sum(len(text.encode()) for text in texts)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(fragments, max_size=12).map("".join))
+def test_with_case_markers_each_token_has_the_bytes_that_it_adds_to_the_original(text):
+    text = text.replace("\ufffd", "")  # which also stands for a part of a character's bytes
+    ids = LOSSLESS.encode(text)
+    total = np.cumsum(token_bytes(np.array([BOS, *ids]), byte_counts(LOSSLESS)))
+    whole = 0
+    for place in range(len(ids)):
+        added = LOSSLESS.decode(ids[: place + 1])
+        if "\ufffd" not in added:
+            assert text.startswith(added)
+            assert total[place] == len(added.encode())
+            whole += 1
+    assert whole > 0 or not text
 
 
 def test_each_kind_of_token():

@@ -39,13 +39,13 @@ def mixture(p: np.ndarray, past: list[int], ngram) -> np.ndarray:
     """What a cache makes of p float64 [V], with `past` the tokens that it may know."""
     for order in ngram.orders:
         context = past[len(past) - order :]
-        followers = [
-            past[end] for end in range(order, len(past)) if past[end - order : end] == context
-        ]
-        counts = Counter(followers[-ngram.recent_occurrences :])
-        if len(context) < order or not counts:
+        ends = [end for end in range(order, len(past)) if past[end - order : end] == context]
+        ends = ends[-ngram.recent_occurrences :]
+        if len(context) < order or not ends:
             continue
-        number = counts.total()
+        number, counts = len(ends), Counter()
+        for end in ends:
+            counts[past[end]] += (len(past) - end) ** -ngram.distance_power
         odds = (
             ngram.bias + ngram.order_weight * order + ngram.count_weight * math.log(number)
             - ngram.variety_weight * math.log(len(counts))
@@ -53,7 +53,7 @@ def mixture(p: np.ndarray, past: list[int], ngram) -> np.ndarray:
         weight = 1 / (1 + math.exp(-odds))
         p = (1 - weight) * p
         for token, count in counts.items():
-            p[token] += weight * count / number
+            p[token] += weight * count / counts.total()
     return p
 
 

@@ -63,6 +63,7 @@ ADAPTERS = {
                 order_weight=0.3,
                 count_weight=1.0,
                 variety_weight=1.5,
+                distance_power=0.6,
             ),
         )
     ),

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
+
+from fairway.model.gpt import GPT
 from fairway.model.spec import GPTConfig
 from tiny import SCRIPTS
 
@@ -24,6 +27,39 @@ SMALL = GPTConfig(
     value_width=5,
     value_layers=(3, 4),
 )
+
+FEATURES = {
+    "no bigrams": {"bigram_buckets": 0},
+    "no value embedding": {"value_layers": ()},
+    "slope": {"activation_slope": 0.3},
+    "head gate": {"head_gate_dimensions": 5},
+    "smear by input": {"smear": "input", "smear_dimensions": 7},
+    "no smear": {"smear": "none"},
+    "skip gates": {"skip_gates": True},
+    "recurrence": {"recurrent_layers": (2, 3), "recurrence_passes": 3},
+    "two soft caps": {"asymmetric_softcap": True},
+    "document masks": {"document_masks": True},
+}
+ALL_FEATURES = SMALL.changed(
+    **{
+        key: value
+        for name in FEATURES
+        if name != "no smear"
+        for key, value in FEATURES[name].items()
+    }
+)
+FEATURES = {name: SMALL.changed(**changes) for name, changes in FEATURES.items()}
+"""Configurations with a part of the model switched on or off."""
+
+
+def random_model(config: GPTConfig) -> GPT:
+    """Random weights everywhere: at its initial values half of the model is invisible."""
+    model = GPT(config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.double()
 
 
 def run_here(name: str, *arguments) -> None:

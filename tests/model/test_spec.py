@@ -79,6 +79,17 @@ def test_projections_cover_every_matrix_once():
         ({"rotary_dimensions": 66}, "model.rotary_dimensions 66 must be even and at most"),
         ({"rotary_dimensions": 5}, "model.rotary_dimensions 5 must be even"),
         ({"value_layers": [11]}, "model.value_layers names block 11, but model.layers is 11"),
+        ({"recurrent_layers": [11]}, "model.recurrent_layers names block 11"),
+        ({"recurrent_layers": [3, 5]}, "model.recurrent_layers is [3, 5]: expected neighboring"),
+        ({"recurrent_layers": [4, 3]}, "model.recurrent_layers is [4, 3]: expected neighboring"),
+        ({"recurrence_passes": 3}, "but model.recurrent_layers names no block"),
+        ({"bigram_buckets": 1}, "model.bigram_buckets is 1: expected at least 2, or 0"),
+        ({"head_gate_dimensions": 513}, "model.head_gate_dimensions 513 exceeds model.width 512"),
+        (
+            {"smear": "input", "smear_dimensions": 513},
+            "model.smear_dimensions 513 exceeds model.width 512",
+        ),
+        ({"activation_slope": 1.0}, "model.activation_slope: found 1.0, expected less than 1"),
         ({"value_layers": [-1]}, "model.value_layers.0: found -1, expected at least 0"),
         ({"layers": 0}, "model.layers: found 0, expected at least 1"),
         ({"logit_softcap": 0.0}, "model.logit_softcap: found 0.0, expected more than 0"),
@@ -95,7 +106,7 @@ def test_a_config_is_settings_and_what_the_data_and_the_training_fix():
     settings = ModelSettings(layers=2, value_layers=(1,))
     config = GPTConfig(**dict(settings), vocab_size=50, sequence_tokens=24)
     assert set(GPTConfig.model_fields) == {
-        *ModelSettings.model_fields, "vocab_size", "sequence_tokens",
+        *ModelSettings.model_fields, "vocab_size", "sequence_tokens", "bos_id",
     }  # fmt: skip
     assert config.layers == 2 and config.width == settings.width and hash(config)
 

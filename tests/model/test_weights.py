@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from fairway.errors import UserError
 from fairway.model.gpt import GPT
+from fairway.model.spec import GPTConfig
 from fairway.model.weights import build_model, load_model, save_model, save_weights
 from trainings import SMALL
 
@@ -35,9 +36,20 @@ def test_weights_survive_the_file(path):
 
 
 def test_a_file_older_than_a_key_means_its_default(path):
-    older = {**SMALL.model_dump(mode="json"), "logit_softcap": None, "query_gain": None}
-    save_with_config(path, json.dumps({key: v for key, v in older.items() if v is not None}))
-    assert load_model(path).config == SMALL.changed(logit_softcap=30.0, query_gain=5.0)
+    newer = {
+        "logit_softcap", "query_gain", "activation_slope", "head_gate_dimensions", "smear",
+        "smear_dimensions", "skip_gates", "recurrent_layers", "recurrence_passes",
+        "asymmetric_softcap", "document_masks", "bos_id",
+    }  # fmt: skip
+    older = SMALL.model_dump(mode="json", exclude=newer)
+    save_with_config(path, json.dumps(older))
+    assert load_model(path).config == SMALL == GPTConfig(**older)
+
+
+def test_a_file_from_when_a_model_without_value_layers_had_value_weights_is_refused(path):
+    save_with_config(path, json.dumps({**SMALL.model_dump(mode="json"), "value_layers": []}))
+    with pytest.raises(UserError, match=r"for 'value_embedding'.*no such thing.*rerun that stage"):
+        load_model(path)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +61,7 @@ def test_a_file_older_than_a_key_means_its_default(path):
         ({"rope_base": "ten"}, "rope_base: found 'ten', expected a number"),
         ({"value_layers": 3}, "value_layers: found 3, expected a list"),
         ({"layers": 10**9, "value_layers": []}, "the model's config needs"),
+        ({"recurrent_layers": [1], "recurrence_passes": 10**9}, "the model's config needs"),
     ],
 )
 def test_a_strange_configuration_is_told_in_one_line(path, config, message):

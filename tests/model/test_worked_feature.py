@@ -1,11 +1,10 @@
-"""The worked example of a feature of the model, docs/examples/head_gate.patch, as a user makes it:
+"""The worked example of a feature of the model, docs/examples/mlp_gain.patch, as a user makes it:
 a change of two files of a copy of the library, which runs in a process of its own."""
 
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,9 @@ from fairway.quantization.quantize import quantize_to_file
 from fairway.quantization.settings import QuantizationSettings
 from scattered import scattered_model
 from tiny import ROOT
+from warm_python import warm_python
 
-PATCH = ROOT / "docs/examples/head_gate.patch"
+PATCH = ROOT / "docs/examples/mlp_gain.patch"
 TOKENS = torch.arange(24).view(2, 12)
 PATHS = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
@@ -32,12 +32,12 @@ from fairway.model.weights import load_model, save_model
 
 folder, tokens = Path(sys.argv[1]), torch.arange(24).view(2, 12)
 
-def gated_model():
+def model_with_gain():
     older = load_model(folder / "older.safetensors")
-    model = GPT(older.config.changed(head_gate=True))
+    model = GPT(older.config.changed(mlp_gain=True))
     model.load_state_dict(older.state_dict(), strict=False)
     with torch.no_grad():
-        model.head_gate.normal_(generator=torch.Generator().manual_seed(0))
+        model.mlp_gain.normal_(1.0, generator=torch.Generator().manual_seed(0))
     return model
 """
 
@@ -69,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
 def run(folder: Path, script: str) -> None:
     """Run a script against the patched library."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder / "src"), *PATHS))}
-    command = [sys.executable, "-c", BEGIN + script, str(folder)]
+    command = [warm_python(), "-c", BEGIN + script, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -89,7 +89,7 @@ with torch.no_grad():
         (load_model(folder / "older.safetensors"), load_artifact(folder / "older.bin")),
         torch.load(folder / "logits.pt"),
     ):
-        assert older.config.head_gate is False and "head_gate" not in older.state_dict()
+        assert older.config.mlp_gain is False and "mlp_gain" not in older.state_dict()
         assert torch.equal(older(tokens), logits)
 """,
     )
@@ -100,22 +100,22 @@ def test_on_it_begins_as_nothing_and_learns(folder):
         folder,
         """
 from fairway.model.spec import block_of_rows
-from fairway.training.optimizers import Optimizer
+from fairway.training.optimizers import GROUPS, Optimizer
 older = load_model(folder / "older.safetensors")
-model = gated_model()
+model = model_with_gain()
 assert not torch.equal(model(tokens), older(tokens))
 with torch.no_grad():
-    model.head_gate.zero_()
+    model.mlp_gain.fill_(1.0)
 assert torch.equal(model(tokens), older(tokens))
 optimizer = Optimizer(
-    model, learning_rates=dict.fromkeys(("matrix", "embedding", "scalar"), 0.01),
-    betas=(0.9, 0.95), weight_decay=0.0, newton_schulz_steps=5, gradient_clip=1.0,
+    model, learning_rates=dict.fromkeys(GROUPS, 0.01), weight_decays=dict.fromkeys(GROUPS, 0.0),
+    betas=(0.9, 0.95), newton_schulz_steps=5, gradient_clip=1.0,
 )
 model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
-assert (model.head_gate.grad.abs().sum((1, 2)) > 0).all()
+assert (model.mlp_gain.grad.abs().sum(1) > 0).all()
 optimizer.step(1.0, 0.9)
-assert (model.head_gate != 0).any()
-assert block_of_rows("head_gate", model.config) == list(range(model.config.layers))
+assert (model.mlp_gain != 1).any()
+assert block_of_rows("mlp_gain", model.config) == list(range(model.config.layers))
 """,
     )
 
@@ -128,21 +128,21 @@ from fairway.quantization.artifact import load_artifact
 from fairway.quantization.quantize import quantize_to_file
 from fairway.quantization.settings import QuantizationSettings
 from fairway.data.dataset import Dataset
-model = gated_model()
+model = model_with_gain()
 with torch.no_grad():
     cache = model.new_cache(2, 12)
     steps = [model.decode_step(tokens[:, t], cache) for t in range(12)]
     torch.testing.assert_close(torch.stack(steps, 1), model(tokens), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(tokens, 7), model(tokens)[:, 7:], rtol=1e-5, atol=1e-5)
-    save_model(folder / "gated.safetensors", model)
-    assert torch.equal(load_model(folder / "gated.safetensors")(tokens), model(tokens))
+    save_model(folder / "gained.safetensors", model)
+    assert torch.equal(load_model(folder / "gained.safetensors")(tokens), model(tokens))
 quantize_to_file(
-    folder / "gated.bin", model,
+    folder / "gained.bin", model,
     QuantizationSettings(calibration_sequences=2, calibration_tokens=8, block_columns=8),
     Dataset(model.config.vocab_size, 1, None, {}), seed=0, limit_bytes=16_000_000,
 )
-loaded = load_artifact(folder / "gated.bin")
-assert loaded.config.head_gate and torch.equal(loaded.head_gate, model.head_gate)
+loaded = load_artifact(folder / "gained.bin")
+assert loaded.config.mlp_gain and torch.equal(loaded.mlp_gain, model.mlp_gain)
 """,
     )
 
@@ -157,7 +157,7 @@ from fairway.errors import UserError
 from fairway.model.fused import forward_backward as fused
 from fairway.model.runtime import prepare, select_kernels
 from fairway.model.settings import RuntimeSettings
-model, reason = gated_model(), "model.head_gate is True, and the fused kernels know False only"
+model, reason = model_with_gain(), "model.mlp_gain is True, and the fused kernels know False only"
 assert fused.supports(load_model(folder / "older.safetensors").config) is None
 assert fused.supports(model.config) == reason
 assert prepare(model, RuntimeSettings(device="cpu")).kernels == "plain"

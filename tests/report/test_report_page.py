@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fairway.report.content import cautions
+from fairway.report.content import byte_notes, cautions
 from fairway.report.format import compact, joined, probability, signed
 from synthetic_run import (
     FAILING,
@@ -57,6 +57,23 @@ def test_overlap_and_original_bytes_stand_beside_the_score(finished, tmp_path):
     page = (make_report(tmp_path, (42,)) / "report.html").read_text(encoding="utf-8")
     assert "<dt>Overlap</dt><dd>not checked</dd>" in page
     assert "How many bytes the text had before normalization is not known." in page
+
+
+def test_text_that_tokens_decode_to_exactly(finished):
+    results = load_results(finished[0])
+    nothing = {"lost_bytes": 0, "added_bytes": 0, "changed_documents": 0}
+    exact = {
+        variant: manifest.model_copy(
+            update={
+                "original": manifest.original.model_copy(
+                    update={"validation": manifest.original.validation.model_copy(update=nothing)}
+                )
+            }
+        )
+        for variant, manifest in results.manifests.items()
+    }
+    (note,) = byte_notes(replace(results, manifests=exact))
+    assert note == "Tokens decode to the text exactly as it was, all 36,090 bytes of it."
 
 
 def test_a_dataset_that_says_nothing_is_spoken_for(finished):

@@ -61,7 +61,7 @@ def audit(stage: StageRun) -> None:
     )
     tokens = read_split(dataset, "val").astype(np.int64)
     split_bytes = read_manifest(manifest).splits.val.bytes
-    unadapted = stage.settings.evaluation.changed(adapters=())
+    unadapted = stage.settings.evaluation.changed(adapters=(), global_updates={})
     target = AuditTarget(
         evaluator=as_audited(evaluator, ranks),
         tokens=choose_excerpt(

@@ -56,6 +56,7 @@ def evaluate(stage: StageRun) -> None:
         {
             **table_metrics(table, dataset.original_bytes),
             "adapters": evaluator.adapters,
+            "global_updates": evaluator.num_updates(windows),
             "shares_batches": settings.windows_scored_together is not None,
             "windows": windows,
             "mean_iterations": mean_fit_iterations(parts),

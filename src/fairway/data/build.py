@@ -198,7 +198,13 @@ def _survey(corpus: Corpus, settings: DataSettings) -> tuple[int, bytes]:
                 pass
             model = Path(settings.tokenizer).read_bytes()
         else:
-            model = train_tokenizer(training, settings.vocab_size, settings.seed)
+            model = train_tokenizer(
+                training,
+                settings.vocab_size,
+                settings.seed,
+                case=settings.case,
+                normalization=settings.normalization,
+            )
         return bar.n, model
 
 

@@ -13,7 +13,10 @@ from fairway.settings import Choice, Name, PathText, Settings
 SOURCE_KEYS = ("paths", "folder", "repository", "revision", "form")
 """Keys that configure sources; each is read by those that name it in `Corpus.reads`."""
 
-DOCUMENT_KEYS = ("tokenizer", "max_train_docs", "shard_tokens", "seed")
+TRAINER_KEYS = ("case", "normalization")
+"""Keys of a tokenizer to train; a given one says these by itself."""
+
+DOCUMENT_KEYS = ("tokenizer", *TRAINER_KEYS, "max_train_docs", "shard_tokens", "seed")
 """Keys that say how documents become shards; finished shards need none of them."""
 
 CHALLENGE_VAL_DOCS = 50_000
@@ -47,6 +50,12 @@ class DataSettings(Settings):
     """For `huggingface`: tokenize its documents, or take its shards and their tokenizer."""
     tokenizer: PathText | None = None
     """A SentencePiece .model to use; null trains one."""
+    case: Literal["keep", "markers"] = "keep"
+    """`markers`: a word with capitals is the same word in lower case after a token that marks them,
+    for ASCII letters. Read where a tokenizer is trained; its file then says so to all users."""
+    normalization: Literal["nfkc", "none"] = "nfkc"
+    """`nfkc` makes equal what looks alike and each stretch of white space one space; `none` keeps
+    the text as it is. Read where a tokenizer is trained."""
     vocab_size: int = Field(1024, ge=1, le=65536)
     """Tokens of the vocabulary, those of single bytes included; at least 300 to train one."""
     val_docs: int | None = Field(None, ge=1)
@@ -83,6 +92,13 @@ class DataSettings(Settings):
                 raise UserError(
                     f"data.{key} is set, but data.source {self.source.name!r} does not read it"
                     f"{finished}: remove it, or give its default, {json.dumps(default)}"
+                )
+        for key in TRAINER_KEYS:
+            default = type(self).model_fields[key].default
+            if self.tokenizer is not None and getattr(self, key) != default:
+                raise UserError(
+                    f"data.{key} is {getattr(self, key)!r}, but data.tokenizer names a tokenizer "
+                    "that is trained already: remove one of the two"
                 )
         return self
 

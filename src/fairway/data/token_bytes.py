@@ -2,7 +2,11 @@
 
 A token's bytes: 1 for a byte token; 0 for control, unknown and unused ids; else the UTF-8 length of
 its piece, where SentencePiece's ▁ is a space of one byte, and a leading ▁ counts only after a token
-that is text: decoding drops a space at the start of a document.
+that is text: decoding drops a space at the start of a document, unless the tokenizer keeps it.
+
+Of text with case markers this gives the bytes of the original at each token's place: a marker is a
+token of its own and stands for none, and every other character for as many as it has, whether a
+marker makes it a capital or not (`data/case.py`).
 """
 
 from dataclasses import dataclass
@@ -10,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from fairway.data.tokenizer import SPACE
+from fairway.data.case import MARKERS, SPACE
+from fairway.data.tokenizer import CaseTokenizer
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,8 @@ class ByteCounts:
 
     base: int16 [V], bytes without the leading space.
     leading_space: bool [V], whether the piece begins with a space.
-    boundary: bool [V], control, unknown and unused ids, after which a leading space is no text.
+    boundary: bool [V], control, unknown and unused ids, after which a leading space is no text;
+        none where the tokenizer keeps a document's leading space.
     """
 
     base: np.ndarray
@@ -30,6 +36,7 @@ class ByteCounts:
 def byte_counts(tokenizer: SentencePieceProcessor) -> ByteCounts:
     """The byte lengths of each of the tokenizer's tokens."""
     size = tokenizer.vocab_size()
+    without_bytes = MARKERS if isinstance(tokenizer, CaseTokenizer) else ()
     base = np.zeros(size, np.int16)
     leading_space = np.zeros(size, np.bool_)
     boundary = np.zeros(size, np.bool_)
@@ -41,7 +48,11 @@ def byte_counts(tokenizer: SentencePieceProcessor) -> ByteCounts:
         else:
             piece = tokenizer.id_to_piece(token)
             leading_space[token] = piece.startswith(SPACE)
-            base[token] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
+            if piece not in without_bytes:
+                base[token] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
+    spaced = int(leading_space.argmax())
+    if leading_space[spaced] and tokenizer.decode([spaced]).startswith(" "):
+        boundary[:] = False
     return ByteCounts(base, leading_space, boundary)
 
 

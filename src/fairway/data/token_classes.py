@@ -3,7 +3,8 @@
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from fairway.data.token_bytes import SPACE, byte_counts
+from fairway.data.case import SPACE
+from fairway.data.token_bytes import byte_counts
 
 
 def token_classes(tokenizer: SentencePieceProcessor) -> dict[str, np.ndarray]:
@@ -15,8 +16,8 @@ def token_classes(tokenizer: SentencePieceProcessor) -> dict[str, np.ndarray]:
     counts = byte_counts(tokenizer)
     pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size())]
     cases = [
-        0 if is_boundary else _case(piece)
-        for piece, is_boundary in zip(pieces, counts.boundary, strict=True)
+        0 if length == 0 else _case(piece)
+        for piece, length in zip(pieces, counts.base, strict=True)
     ]
     return {
         "leading space": counts.leading_space.astype(np.int64),

@@ -1,22 +1,26 @@
-"""The SentencePiece tokenizer: trained with the challenge's settings, or given."""
+"""The SentencePiece tokenizer: trained with the challenge's settings or near them, or given."""
 
 import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
+from fairway.data.case import MARKERS, SPACE, fold, unfold
 from fairway.data.settings import SMALLEST_TRAINED
 from fairway.data.shards import MAX_VOCAB_SIZE
 from fairway.errors import UserError
 from fairway.files import require_file
 
-SPACE = "▁"
-"""SentencePiece's space."""
-
 # The ids that the challenge's models reserve.
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
+
+MARKER_IDS = [4, 5, 6, 7]
+"""Of `data.case: markers`: user-defined symbols follow the reserved ids."""
+CASE_OPS = "\ue001"
+"""The first user-defined symbol of CaseOps tokenizers, parameter-golf PR #1729."""
 
 MAX_MODEL_BYTES = 1 << 28
 """A model of 65,536 pieces has about 2 MB."""
@@ -46,24 +50,59 @@ TRAINER = {
     "num_threads": 1,
     "minloglevel": 2,
 }
+MARK_CASE = {"user_defined_symbols": list(MARKERS)}
+"""As symbols markers are in no piece with letters, so a word has one set of pieces."""
+KEEP_CHARACTERS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, seed: int) -> bytes:
+class CaseTokenizer(sentencepiece.SentencePieceProcessor):
+    """A tokenizer whose pieces are of text with case markers; texts go in and come out as usual.
+
+    `load_tokenizer` returns one where the model has the markers.
+    """
+
+    def encode(self, input: str | list[str], *args: Any, **options: Any) -> Any:
+        """As of SentencePiece: the tokens of a text, or of each of a list."""
+        folded = fold(input) if isinstance(input, str) else list(map(fold, input))
+        return super().encode(folded, *args, **options)
+
+    def decode(self, input: list, *args: Any, **options: Any) -> Any:
+        """As of SentencePiece: the text of tokens, or of each of a list of lists."""
+        decoded = super().decode(input, *args, **options)
+        return unfold(decoded) if isinstance(decoded, str) else list(map(unfold, decoded))
+
+    Encode, Decode = encode, decode  # which its other names, such as EncodeAsIds, call
+
+
+def train_tokenizer(
+    documents: Iterable[str],
+    vocab_size: int,
+    seed: int,
+    *,
+    case: str = "keep",
+    normalization: str = "nfkc",
+) -> bytes:
     """Train a BPE of `vocab_size` pieces; the contents of its .model file.
 
     The same documents and seed give the same bytes. `seed` draws the documents to train on where
-    there are more than MAX_TRAINING_DOCUMENTS.
+    there are more than MAX_TRAINING_DOCUMENTS. case, normalization: as in section `data`.
     Raises UserError where the text has too few words or too many characters for so many pieces.
     """
     failures: list[BaseException] = []
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(seed)
+    options = dict(TRAINER)
+    if case == "markers":
+        options |= MARK_CASE
+        documents = map(fold, documents)
+    if normalization == "none":
+        options |= KEEP_CHARACTERS
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_training_text(documents, failures),
             model_writer=model,
             vocab_size=vocab_size,
-            **TRAINER,
+            **options,
         )
     except RuntimeError as error:
         if failures:
@@ -115,8 +154,10 @@ def _training_text(documents: Iterable[str], failures: list[BaseException]) -> I
 def load_tokenizer(
     path: str | Path, vocab_size: int | None = None
 ) -> sentencepiece.SentencePieceProcessor:
-    """Read a .model file; UserError where it is missing, is none, has another size, or lacks BOS
-    or the space.
+    """Read a .model file, a CaseTokenizer's if it has case markers.
+
+    Raises UserError where it is missing, is none, has another size, lacks BOS or the space, or is
+    of CaseOps, whose shards' bytes are not known from their tokens.
 
     vocab_size: what the configuration says (data.vocab_size); None accepts any.
     """
@@ -155,4 +196,11 @@ def load_tokenizer(
             "bits per byte would be too low: name a data.tokenizer that was trained on text with "
             "spaces, or null to train one"
         )
+    if tokenizer.piece_to_id(CASE_OPS) == MARKER_IDS[0]:
+        raise UserError(
+            f"{path} is a CaseOps tokenizer, whose markers would be counted as bytes: tokenize the "
+            "documents with data.case markers"
+        )
+    if [tokenizer.piece_to_id(marker) for marker in MARKERS] == MARKER_IDS:
+        return CaseTokenizer(model_proto=tokenizer.serialized_model_proto())
     return tokenizer

@@ -1,5 +1,7 @@
 """The evaluation: sliding windows whose distributions adapters change as they go along.
 
+The declared order is that of the text: every distribution is a function of the tokens before it.
+
 An adapter sees a target only after its score is fixed, keeps its own state for each lane, and
 changes the distributions of what follows. Adapters compose: each takes up the logits that the one
 before it left.
@@ -12,12 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from fairway.data.token_bytes import byte_counts
 from fairway.evaluation.adapters.base import Adapter, Context
 from fairway.evaluation.forward import TimedForward, forward_pass
+from fairway.evaluation.global_updates import (
+    scored_tokens,
+    take_from_first_rank,
+    train_on,
+    undone_afterwards,
+)
 from fairway.evaluation.settings import EvaluationSettings
 from fairway.evaluation.text import (
     LanguageModel,
@@ -28,7 +37,8 @@ from fairway.evaluation.text import (
     on_device,
 )
 from fairway.evaluation.token_table import RankScores, rank_scores, token_table
-from fairway.evaluation.windows import lane_groups, lane_steps, padded, sliding_windows
+from fairway.evaluation.windows import lane_groups, lane_steps, padded, segments, sliding_windows
+from fairway.model.runtime import compiles
 from fairway.model.settings import RuntimeSettings
 
 
@@ -56,7 +66,8 @@ class Evaluator:
         table = evaluator.score_documents(["To be, or not to be: that is the question."], tokenizer)
         table_metrics(table)["val_bpb"]
 
-    model: is left as it was, but for `requires_grad`, which LoRA switches off.
+    model: is left as it was, but for `requires_grad`, which LoRA switches off. Global updates train
+        it while a text is scored, so they need a `GPT`, and score one text at a time.
     bos_id: the token that begins each document.
     seed: of what adapters draw.
     runtime: as the model was prepared with; says whether its forward pass is compiled or captured.
@@ -74,6 +85,7 @@ class Evaluator:
     ) -> None:
         self.model, self.settings, self.bos_id, self.seed = model, settings, bos_id, seed
         self.forward = TimedForward(forward_pass(model, runtime) if runtime else model)
+        self.compiled = runtime is not None and compiles(runtime, model)
 
     def with_settings(self, settings: EvaluationSettings) -> "Evaluator":
         """One with other settings that shares this one's model and forward pass."""
@@ -104,8 +116,28 @@ class Evaluator:
         """
         text = cut_text(tokens, self.settings, self.bos_id)
         prepared = [choice.type.prepare(choice.settings, text) for choice in self.settings.adapters]
+        first, *later = self._segments(len(text.windows))
+        yield from self._score_segment(text, first, prepared, rank, world_size)
+        if not later:
+            return
+        with undone_afterwards(self.model):
+            for scored, segment in zip([first, *later], later, strict=False):
+                self._update(scored_tokens(text, scored), world_size)
+                yield from self._score_segment(text, segment, prepared, rank, world_size)
+
+    def _segments(self, num_windows: int) -> list[range]:
+        return segments(num_windows, self.settings.global_updates.after)
+
+    def _score_segment(
+        self,
+        text: Text,
+        windows: range,
+        prepared: Sequence[object],
+        rank: int,
+        world_size: int,
+    ) -> Iterator[ScoredBatch]:
         alone = self.settings.windows_scored_together is not None
-        groups = lane_groups(len(text.windows), self.settings, alone)
+        groups = lane_groups(windows, self.settings, alone)
         rows = self.settings.forward_windows if alone else len(groups[0])
         for group in groups[rank::world_size]:
             adapters = self._new_adapters(text, rows, prepared)
@@ -161,9 +193,26 @@ class Evaluator:
         """How many windows this rank scores of a text, and how many there are."""
         cut = self.settings
         windows = sliding_windows(num_targets, cut.window_tokens, cut.stride_tokens)
-        groups = lane_groups(len(windows), cut, cut.windows_scored_together is not None)
-        own = groups[rank::world_size]
-        return sum(len(run) for group in own for _, run in group), len(windows)
+        alone = cut.windows_scored_together is not None
+        own = [
+            run
+            for segment in self._segments(len(windows))
+            for group in lane_groups(segment, cut, alone)[rank::world_size]
+            for _, run in group
+        ]
+        return sum(map(len, own)), len(windows)
+
+    def num_updates(self, num_windows: int) -> int:
+        """How often the model is trained on scored text."""
+        return len(self._segments(num_windows)) - 1
+
+    def _update(self, tokens: Tensor, world_size: int) -> None:
+        """Train the model on tokens int64 [n + 1] that all ranks have scored, or will have."""
+        loss = torch.compile(self.model.loss) if self.compiled else self.model.loss
+        updates = self.settings.global_updates
+        train_on(self.model, tokens, self.settings.window_tokens, updates, loss)
+        if world_size > 1 and dist.is_initialized():
+            take_from_first_rank(self.model)
 
     def _new_adapters(self, text: Text, rows: int, prepared: Sequence[object]) -> list[Adapter]:
         return [

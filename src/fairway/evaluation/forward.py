@@ -4,12 +4,14 @@ A graph spares the GPU the waits between kernels, as in training.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from fairway.evaluation.text import Forward, LanguageModel
+from fairway.model.gpt import GPT
 from fairway.model.graphs import capture
 from fairway.model.runtime import captures_graphs, compiles
 from fairway.model.settings import RuntimeSettings
@@ -77,6 +79,16 @@ def graph_capture() -> Capture:
         return capture(lambda own: model(own, first_position), [tokens], pool=pool)
 
     return capture_pass
+
+
+@contextmanager
+def deterministic_attention(model: GPT) -> Iterator[None]:
+    """What is learned is part of the score, and an audit that repeats it must find it again."""
+    model.deterministic_attention = True
+    try:
+        yield
+    finally:
+        model.deterministic_attention = False
 
 
 class TimedForward:

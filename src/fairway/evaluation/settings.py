@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from fairway.errors import UserError
 from fairway.evaluation.adapters.base import Adapter
+from fairway.evaluation.global_updates import GlobalUpdateSettings
 from fairway.evaluation.windows import WindowSettings
 from fairway.settings import Choice
 
@@ -28,6 +29,8 @@ class EvaluationSettings(WindowSettings):
     adapters: tuple[AdapterChoice, ...] = Field(("lora", "slot", "ngram"))
     """What changes the distributions as it learns from scored text, in this order; [] is the plain
     sliding window."""
+    global_updates: GlobalUpdateSettings = GlobalUpdateSettings()
+    """Training of the model itself on scored text."""
 
     @property
     def labels(self) -> list[str]:

@@ -5,7 +5,8 @@ before it. A window that starts at s reads tokens [s, s + length) and predicts t
 [s + 1, s + length].
 
 A *lane* is a contiguous run of windows. Lanes step side by side, as the rows of one forward pass,
-and nothing that one lane learns reaches another.
+and nothing that one lane learns reaches another. A *segment* is a contiguous run as well, between
+two updates of the model, and is cut into lanes of its own.
 """
 
 from collections.abc import Sequence
@@ -103,14 +104,26 @@ def lane_runs(num_windows: int, lanes: int) -> list[range]:
     return [range(first, last) for first, last in zip(edges, edges[1:], strict=False)]
 
 
+def segments(num_windows: int, after: Sequence[float]) -> list[range]:
+    """Windows 0 … num_windows − 1 cut behind each of these ascending shares of them.
+
+    Where a text is too short for that, fewer segments; none is empty.
+    """
+    edges = [0, *(int(num_windows * share) for share in after), num_windows]
+    return [range(*edge) for edge in zip(edges, edges[1:], strict=False) if edge[0] < edge[1]]
+
+
 def lane_groups(
-    num_windows: int, settings: WindowSettings, alone: bool = False
+    windows: range, settings: WindowSettings, alone: bool = False
 ) -> list[list[tuple[int, range]]]:
     """(lane, its windows) of the lanes that share forward passes; the last group may be smaller.
 
-    alone: no two lanes share one.
+    windows: a contiguous run, all of which is dealt to the lanes. alone: no two lanes share a pass.
     """
-    runs = list(enumerate(lane_runs(num_windows, settings.lanes)))
+    runs = [
+        (lane, windows[run.start : run.stop])
+        for lane, run in enumerate(lane_runs(len(windows), settings.lanes))
+    ]
     size = 1 if alone else settings.forward_windows
     return [runs[first : first + size] for first in range(0, len(runs), size)]
 

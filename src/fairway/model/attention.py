@@ -79,14 +79,11 @@ def attend(
     [B, Q, H, D] in the dtype of `queries`. cuDNN and the flash backends take bfloat16 and float16
     only; other dtypes go through SDPA (the model's precision decides, and metrics.json names it).
     deterministic: the gradient is the same in every run; else a GPU may add in any order.
-    documents: int64 [B, T], a number for each position; it sees those with its own number only.
+    documents: int64 [B, T], a number for each position, which never decreases along T; a position
+    sees those with its own number only. The flash backends allow TOKENS_PER_DOCUMENT for it.
     """
-    if backend in FLASH_MODULES and documents is None:
-        output = importlib.import_module(FLASH_MODULES[backend]).flash_attn_func(
-            queries, keys, values, causal=True, deterministic=deterministic
-        )
-        # FlashAttention 3 and 4 return (output, logsumexp), flash-attn 2 the output alone.
-        return output[0] if isinstance(output, tuple) else output
+    if backend in FLASH_MODULES:
+        return _flash(queries, keys, values, FLASH_MODULES[backend], deterministic, documents)
     forced = SDPBackend.CUDNN_ATTENTION if backend == "cudnn" else None
     first_position = keys.shape[1] - queries.shape[1]
     options = {"is_causal": True}
@@ -108,6 +105,51 @@ def attend(
         forced = SDPBackend.MATH
     with sdpa_kernel(forced) if forced else nullcontext():
         return _scaled_dot_product(queries, keys, values, **options)
+
+
+def _flash(queries, keys, values, module: str, deterministic, documents) -> torch.Tensor:
+    flash = importlib.import_module(module)
+    options = {"causal": True, "deterministic": deterministic}
+    if documents is None:
+        output = flash.flash_attn_func(queries, keys, values, **options)
+    else:
+        bounds = document_bounds(documents)
+        length, last = documents.shape[1], queries.shape[1]
+        row, position = bounds // length, bounds % length
+        output = flash.flash_attn_varlen_func(
+            *(part.flatten(0, 1) for part in (queries, keys, values)),
+            cu_seqlens_q=row * last + (position - (length - last)).clamp(min=0),
+            cu_seqlens_k=bounds,
+            max_seqlen_q=last,
+            max_seqlen_k=length,
+            **options,
+        )
+    # FlashAttention 3 and 4 return (output, logsumexp), flash-attn 2 the output alone.
+    output = output[0] if isinstance(output, tuple) else output
+    return output.view(queries.shape)
+
+
+TOKENS_PER_DOCUMENT, SPARE_DOCUMENTS = 128, 64
+
+
+def document_bounds(documents: torch.Tensor) -> torch.Tensor:
+    """Where each document of each sequence begins in all B·T positions, ascending; int32 [S + 1].
+
+    documents: as `attend` takes them. S depends on the shape alone, so that a CUDA graph can
+    capture what follows: it is B + B·T / TOKENS_PER_DOCUMENT + SPARE_DOCUMENTS, and the bounds that
+    are left over are B·T, for documents without a token. More documents are an error, which on a
+    GPU is a failed assertion of the device.
+    """
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
+    most = len(documents) + begins.numel() // TOKENS_PER_DOCUMENT + SPARE_DOCUMENTS
+    numbers = torch.arange(1, most + 2, device=documents.device)
+    bounds = torch.searchsorted(begins.cumsum(0), numbers)
+    torch._assert_async(
+        bounds[-1] == begins.numel(),
+        f"more than {most} documents in sequences of {tuple(documents.shape)} tokens: set "
+        "runtime.attention to sdpa, or model.document_masks to false",
+    )
+    return bounds.int()
 
 
 class DeterministicFlash(torch.autograd.Function):

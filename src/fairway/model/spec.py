@@ -118,9 +118,14 @@ class ModelSettings(Settings):
         return self.kv_heads * self.head_width
 
     @property
+    def steps(self) -> int:
+        """Executions of blocks in a forward pass, recurrence included."""
+        return self.layers + (self.recurrence_passes - 1) * len(self.recurrent_layers)
+
+    @property
     def skips(self) -> int:
         """Encoder outputs that a decoder step takes up, recurrence included."""
-        return block_order(self).encoders
+        return self.steps // 2
 
 
 class GPTConfig(ModelSettings):

@@ -77,7 +77,7 @@ def page_content(results: Results, tables: RunTables, settings: ReportSettings) 
         "baseline": settings.baseline,
         "settings": settings,
         "cautions": cautions(results),
-        "byte_notes": _byte_notes(results),
+        "byte_notes": byte_notes(results),
         "headline": [_headline(results, tables, settings, name) for name in results.variants],
         "stages": _stage_groups(results),
         "changes": _changes_by_seed(results, tables.comparisons),
@@ -143,7 +143,7 @@ def _by_name(texts: Mapping[str, str]) -> list[str]:
     return [text if len(texts) == 1 else f"{name}: {text}" for name, text in texts.items()]
 
 
-def _byte_notes(results: Results) -> list[str]:
+def byte_notes(results: Results) -> list[str]:
     """How val_bpb would change by the bytes of the text before the tokenizer normalized it."""
     notes = {}
     for variant, dataset in results.datasets.items():
@@ -151,6 +151,9 @@ def _byte_notes(results: Results) -> list[str]:
         counted = results.tokens[variant, results.seeds[0]].total()["bytes"]
         if original is None:
             text = "How many bytes the text had before normalization is not known."
+        elif not original.validation.changed_documents:
+            bytes_ = count(original.validation.bytes)
+            text = f"Tokens decode to the text exactly as it was, all {bytes_} bytes of it."
         else:
             change = counted / original.validation.bytes - 1
             text = (

@@ -42,9 +42,10 @@ class Checkpoints:
             write_json(folder / STATE, {**state, "step": step})
             (folder / CHECKSUM).write_text(self._checksum(folder), encoding="ascii")
         complete = self._complete()
-        newest = complete.index(target) + 1
-        for other in (*complete[: max(0, newest - KEPT)], *complete[newest:]):
-            remove(other)
+        kept = [one for one in complete if one <= target][-KEPT:]
+        for other in complete:
+            if other not in kept:
+                remove(other)
         return target
 
     def load_latest(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:

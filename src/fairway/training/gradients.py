@@ -1,6 +1,6 @@
 """Gradients of a micro-batch: kernel by kernel, or all kernels as one CUDA graph.
 
-A graph is captured once for each shape of micro-batch, and once more for late QAT.
+A graph is captured for each shape of micro-batch, with and without late QAT and recurrence.
 """
 
 from collections.abc import Callable, Iterable
@@ -49,7 +49,7 @@ def graphed_backward(model: GPT) -> Backward:
             torch._foreach_zero_(gradients)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-        key = (*inputs.shape, factor, model.fake_quantize)
+        key = (*inputs.shape, factor, model.fake_quantize, model.recurs)
         if key not in graphs:
             graphs[key] = capture(
                 lambda x, y: eager(x, y, factor),

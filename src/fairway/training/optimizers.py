@@ -1,11 +1,13 @@
 """The reference submission's optimizer: Muon for matrices, AdamW for everything else."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 
 from fairway.model.gpt import GPT
 from fairway.training.gradients import fill_missing_gradients
-from fairway.training.muon import BankShards
+from fairway.training.muon import BankShards, orthogonalize
 
 GROUPS = ("matrix", "embedding", "scalar")
 
@@ -19,7 +21,8 @@ def parameter_groups(model: GPT) -> dict[str, list[str]]:
 class Optimizer:
     """One step from local gradients: average over processes, clip by global norm, update.
 
-    learning_rates: base rate of each group of `parameter_groups`.
+    learning_rates, weight_decays: base rate, and decoupled decay times the rate, of each group of
+    `parameter_groups`. muon_*: see `orthogonalize`.
     """
 
     def __init__(
@@ -28,9 +31,11 @@ class Optimizer:
         *,
         learning_rates: dict[str, float],
         betas: tuple[float, float],
-        weight_decay: float,
+        weight_decays: dict[str, float],
         newton_schulz_steps: int,
         gradient_clip: float,
+        muon_coefficients: str = "jordan",
+        muon_row_normalize: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -38,8 +43,13 @@ class Optimizer:
         parameters = dict(model.named_parameters())
         self.world_size = world_size
         self.learning_rates = learning_rates
-        self.weight_decay = weight_decay
-        self.newton_schulz_steps = newton_schulz_steps
+        self.weight_decays = weight_decays
+        self.orthogonalize = partial(
+            orthogonalize,
+            steps=newton_schulz_steps,
+            coefficients=muon_coefficients,
+            normalize_rows=muon_row_normalize,
+        )
         self.gradient_clip = gradient_clip
         self.banks = {
             name: BankShards(parameters[name], rank, world_size) for name in groups["matrix"]
@@ -49,11 +59,14 @@ class Optimizer:
         }
         self.adam = torch.optim.AdamW(
             [
-                {"params": [parameters[name] for name in groups[group]], "name": group}
+                {
+                    "params": [parameters[name] for name in groups[group]],
+                    "name": group,
+                    "weight_decay": weight_decays[group],
+                }
                 for group in ("embedding", "scalar")
             ],
             betas=betas,
-            weight_decay=weight_decay,
             fused=True,
         )
 
@@ -73,8 +86,8 @@ class Optimizer:
                 shards[name] * clip,
                 learning_rate=self.learning_rates["matrix"] * learning_rate_scale,
                 momentum=momentum,
-                weight_decay=self.weight_decay,
-                newton_schulz_steps=self.newton_schulz_steps,
+                weight_decay=self.weight_decays["matrix"],
+                orthogonalize=self.orthogonalize,
             )
         for parameter in (*self.replicated.values(), *(b.bank for b in self.banks.values())):
             parameter.grad = None

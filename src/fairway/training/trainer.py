@@ -4,9 +4,9 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,13 @@ from fairway.settings import Settings
 from fairway.training.averaging import WeightAverages
 from fairway.training.checkpoint import Checkpoints, tensors_under, with_prefix
 from fairway.training.gradients import eager_backward, graphed_backward
-from fairway.training.optimizers import Optimizer
-from fairway.training.schedule import learning_rate_scale, muon_momentum
+from fairway.training.optimizers import GROUPS, Optimizer
+from fairway.training.schedule import (
+    learning_rate_scale,
+    muon_momentum,
+    sequence_length,
+    training_progress,
+)
 
 
 class TrainSettings(Settings):
@@ -42,8 +47,23 @@ class TrainSettings(Settings):
     CPU."""
     warmup_steps: int = Field(20, ge=0)
     """Steps that compile before the clock starts; afterwards everything is reset."""
-    warmdown_steps: int = Field(4000, ge=0)
-    """Length of the final linear decay of the learning rates; in time where max_seconds binds."""
+    warmdown_steps: Annotated[int, Field(ge=0)] | None = 4000
+    """Length of the final linear decay of the learning rates; in time where max_seconds binds. Null
+    where warmdown_fraction says it."""
+    warmdown_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Length of the decay as a share of the budget: of max_seconds or of max_steps, whichever ends
+    the training. It takes the place of warmdown_steps, which is then null."""
+    minimum_learning_rate_fraction: float = Field(0.0, ge=0, le=1)
+    """Of the learning rates, under which the decay does not go."""
+    sequence_schedule: tuple[
+        tuple[Annotated[float, Field(gt=0, le=1)], Annotated[int, Field(ge=2)]], ...
+    ] = ()
+    """Shorter sequences at first: pairs of a share of the budget and of the length until then, such
+    as [[0.1, 1024]]; afterwards the length is sequence_tokens. A length divides sequence_tokens:
+    each sequence of the loader is cut into parts of that length, so a step has as many tokens."""
+    recurrence_from: float = Field(0.0, ge=0, lt=1)
+    """Share of the budget from which on model.recurrent_layers run more than once; before, each
+    block runs once."""
     matrix_learning_rate: float = Field(0.025, gt=0)
     """Of the matrices inside the network, which Muon trains."""
     embedding_learning_rate: float = Field(0.035, gt=0)
@@ -55,7 +75,13 @@ class TrainSettings(Settings):
     )
     """AdamW's decay of the first and the second moment."""
     weight_decay: float = Field(0.04, ge=0)
-    """Decoupled, times the learning rate."""
+    """Decoupled, times the learning rate. Of every group whose own key is null."""
+    matrix_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Of the matrices inside the network."""
+    embedding_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Of the embeddings."""
+    scalar_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Of all other parameters."""
     muon_momentum_start: float = Field(0.92, ge=0, le=1)
     """Muon's momentum at the first step."""
     muon_momentum: float = Field(0.99, ge=0, le=1)
@@ -64,6 +90,11 @@ class TrainSettings(Settings):
     """Steps of the linear rise between them."""
     newton_schulz_steps: int = Field(5, ge=1)
     """Iterations by which Muon orthogonalizes an update."""
+    muon_coefficients: Literal["jordan", "polar_express"] = "jordan"
+    """Polynomials of these iterations: one for all (Jordan et al.), or the best for each (The Polar
+    Express, arXiv:2505.16932; a sixth and further iterations repeat the fifth)."""
+    muon_row_normalize: bool = False
+    """Whether each row of a matrix's update is divided by its L2 norm before (MuonEq-R)."""
     gradient_clip: float = Field(0.3, gt=0)
     """Largest norm of the gradient of all parameters together."""
     late_qat_scale: float = Field(0.15, ge=0, le=1)
@@ -88,16 +119,64 @@ class TrainSettings(Settings):
                 f"train.sequence_tokens {self.sequence_tokens} does not divide "
                 f"train.batch_tokens {self.batch_tokens}"
             )
+        if (self.warmdown_steps is None) == (self.warmdown_fraction is None):
+            raise UserError(
+                f"train.warmdown_steps {self.warmdown_steps} and train.warmdown_fraction "
+                f"{self.warmdown_fraction}: set one of them and make the other null"
+            )
+        self._check_sequence_schedule()
+        if 0 < self.late_qat_scale <= self.minimum_learning_rate_fraction:
+            raise UserError(
+                f"train.late_qat_scale {self.late_qat_scale} is not above "
+                f"train.minimum_learning_rate_fraction {self.minimum_learning_rate_fraction}, so "
+                "late QAT would never begin: raise it, or set it to 0"
+            )
         if len(set(self.ema_decays)) < len(self.ema_decays):
             raise UserError(
                 f"train.ema_decays: found {list(self.ema_decays)}, expected each entry once"
             )
         return self
 
+    def _check_sequence_schedule(self) -> None:
+        ends = [until for until, _ in self.sequence_schedule]
+        if ends != sorted(set(ends)):
+            raise UserError(
+                f"train.sequence_schedule: found the shares {ends}, expected them to increase"
+            )
+        for _, tokens in self.sequence_schedule:
+            if self.sequence_tokens % tokens:
+                raise UserError(
+                    f"train.sequence_schedule: the length {tokens} does not divide "
+                    f"train.sequence_tokens {self.sequence_tokens}"
+                )
+
+    def check_with(self, sections: Mapping[str, Settings]) -> None:
+        """Raise UserError where blocks shall run again later, in a model where none ever does."""
+        if self.recurrence_from > 0 and sections["model"].recurrence_passes == 1:
+            raise UserError(
+                f"train.recurrence_from is {self.recurrence_from}, but model.recurrence_passes is "
+                "1: raise the passes, or set it to 0"
+            )
+
     @property
     def batch_sequences(self) -> int:
         """Sequences of a step, over all processes."""
         return self.batch_tokens // self.sequence_tokens
+
+    def weight_decay_of(self, group: str) -> float:
+        """Of a group of parameters: its own key, or where that is null the common one."""
+        own = getattr(self, f"{group}_weight_decay")
+        return self.weight_decay if own is None else own
+
+
+class Form(NamedTuple):
+    """What differs between the steps of a training, and is compiled for each."""
+
+    sequence_tokens: int
+    """Length into which the loader's sequences are cut."""
+    recurs: bool
+    """Whether the model's recurrent blocks run more than once."""
+    late_qat: bool
 
 
 CURVE = ("step", "loss", "lr_scale", "seconds", "tokens")
@@ -126,14 +205,12 @@ def optimizer_of(
     """The optimizer that a training with `settings` steps `model` with."""
     return Optimizer(
         model,
-        learning_rates={
-            "matrix": settings.matrix_learning_rate,
-            "embedding": settings.embedding_learning_rate,
-            "scalar": settings.scalar_learning_rate,
-        },
+        learning_rates={group: getattr(settings, f"{group}_learning_rate") for group in GROUPS},
         betas=settings.adam_betas,
-        weight_decay=settings.weight_decay,
+        weight_decays={group: settings.weight_decay_of(group) for group in GROUPS},
         newton_schulz_steps=settings.newton_schulz_steps,
+        muon_coefficients=settings.muon_coefficients,
+        muon_row_normalize=settings.muon_row_normalize,
         gradient_clip=settings.gradient_clip,
         rank=rank,
         world_size=world_size,
@@ -143,7 +220,8 @@ def optimizer_of(
 class Trainer:
     """Trains `model` in place; `run` returns once the step or time budget is used up.
 
-    fake_quantize: the quantizer's straight-through values of matrices [..., R, C], for late QAT.
+    fake_quantize: from a bank's name and value [N, R, C] to its straight-through quantized values,
+    for late QAT.
     Every process of `world` must call the same methods in the same order.
     """
 
@@ -155,7 +233,7 @@ class Trainer:
         world: World,
         checkpoints: Checkpoints,
         *,
-        fake_quantize: Callable[[torch.Tensor], torch.Tensor],
+        fake_quantize: Callable[[str, torch.Tensor], torch.Tensor],
         compile_model: bool = False,
         cuda_graphs: bool = False,
     ) -> None:
@@ -197,7 +275,7 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        self.model.fake_quantize = None
+        self.model.fake_quantize, self.model.recurs = None, True
         return self.progress
 
     def _note_signal(self, number: int, frame: object) -> None:
@@ -212,7 +290,7 @@ class Trainer:
             while not self._is_finished():
                 started = time.perf_counter()
                 scale = self._learning_rate_scale()
-                loss = self._step(state.step, scale)
+                loss = self._step(state.step, scale, self._form(scale))
                 self.averages.update(state.step, scale)
                 due = time.monotonic() - last_saved > settings.checkpoint_seconds
                 loss, seconds, save, stop = self._agree(
@@ -241,18 +319,40 @@ class Trainer:
             max_steps=self.settings.max_steps,
             max_seconds=self.settings.max_seconds,
             warmdown_steps=self.settings.warmdown_steps,
+            warmdown_fraction=self.settings.warmdown_fraction,
+            minimum=self.settings.minimum_learning_rate_fraction,
         )
 
-    def _step(self, step: int, scale: float) -> Callable[[], float]:
+    def _form(self, scale: float) -> Form:
+        """Of the next step, from the progress that checkpoints hold."""
+        settings = self.settings
+        progress = training_progress(
+            self.progress.step,
+            self.progress.seconds,
+            max_steps=settings.max_steps,
+            max_seconds=settings.max_seconds,
+        )
+        return self._form_at(progress, late_qat=scale < settings.late_qat_scale)
+
+    def _form_at(self, progress: float, late_qat: bool = False) -> Form:
+        settings = self.settings
+        return Form(
+            sequence_length(progress, settings.sequence_schedule, settings.sequence_tokens),
+            progress >= settings.recurrence_from,
+            late_qat,
+        )
+
+    def _step(self, step: int, scale: float, form: Form) -> Callable[[], float]:
         """Launch one optimizer step; return a callable that waits for this process's mean loss.
 
         The callable does not wait for the update, so the GPU has work while the next step is
         launched.
         """
         settings = self.settings
-        late = scale < settings.late_qat_scale
-        self.model.fake_quantize = self.fake_quantize if late else None
-        loss = _to_host(self._accumulate_gradients(*(self.batch or self._next_batch())))
+        self.model.fake_quantize = self.fake_quantize if form.late_qat else None
+        self.model.recurs = form.recurs
+        batch = (part.view(-1, form.sequence_tokens) for part in self.batch or self._next_batch())
+        loss = _to_host(self._accumulate_gradients(*batch))
         momentum = muon_momentum(
             step,
             start=settings.muon_momentum_start,
@@ -277,7 +377,9 @@ class Trainer:
         self.loader_state, self.batch = state, None
 
     def _accumulate_gradients(self, inputs, targets) -> torch.Tensor:
-        rows = self.settings.micro_batch_sequences
+        settings = self.settings
+        tokens = settings.micro_batch_sequences * settings.sequence_tokens
+        rows = tokens // inputs.shape[1]
         total = torch.zeros((), device=self.world.device)
         for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
             total += self.backward(x, y, len(x) / len(inputs))
@@ -313,19 +415,31 @@ class Trainer:
             state.history.append({**row, "tokens": state.step * settings.batch_tokens})
 
     def _warm_up(self) -> None:
-        """Steps that only compile, with and without late QAT; then everything is as before them."""
-        steps = self.settings.warmup_steps
-        if steps == 0:
+        """Steps that only compile each form; then everything is as before them."""
+        if self.settings.warmup_steps == 0:
             return
+        forms = self._forms()
+        steps = max(self.settings.warmup_steps, len(forms))
         weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         loader_state = self.loader_state
         for step in range(steps):
-            late = step >= steps // 2 and self.settings.late_qat_scale > 0
-            self._step(step, scale=self.settings.late_qat_scale / 2 if late else 1.0)()
+            self._step(step, 1.0, forms[step * len(forms) // steps])()
         self.model.load_state_dict(weights)
         self.optimizer.load_state_tensors({})
         self.averages.reset()
         self._rewind_loader(loader_state)
+
+    def _forms(self) -> list[Form]:
+        """Those that the schedules will come to. Late QAT is expected at the end only: wherever
+        else it begins, the clock runs while it compiles."""
+        settings = self.settings
+        changes = sorted(
+            {0.0, settings.recurrence_from, *(e for e, _ in settings.sequence_schedule)}
+        )
+        forms = list(dict.fromkeys(self._form_at(progress) for progress in changes if progress < 1))
+        if settings.late_qat_scale > 0:
+            forms.append(forms[-1]._replace(late_qat=True))
+        return forms
 
     def _save(self) -> None:
         optimizer_state = self.optimizer.state_tensors()

@@ -11,8 +11,6 @@ Sources: Hu et al., "LoRA" (2021); Sun et al., "Test-Time Training" (2020); King
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Literal, Self
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from fairway.errors import UserError
 from fairway.evaluation.adapters.base import Adapted, Adapter, Context
+from fairway.evaluation.forward import deterministic_attention
 from fairway.evaluation.text import WindowBatch
 from fairway.evaluation.windows import WindowSettings
 from fairway.model.gpt import GPT
@@ -236,16 +235,6 @@ class BatchedLora:
         root = (self.square / (1 - beta2**count)).sqrt() + 1e-8
         drift = self.settings.weight_decay * (self.values - self.initial)
         self.values -= self.settings.learning_rate * torch.where(learns, mean / root + drift, 0.0)
-
-
-@contextmanager
-def deterministic_attention(model: GPT) -> Iterator[None]:
-    """What is learned is part of the score, and an audit that repeats it must find it again."""
-    model.deterministic_attention = True
-    try:
-        yield
-    finally:
-        model.deterministic_attention = False
 
 
 class Lora(Adapter):

@@ -2,7 +2,8 @@
 
 For each order k of a cache, shortest first, the last k tokens before a target are looked up among
 the earlier tokens of its document, or of the whole text. Where they occurred, the tokens that
-followed make a distribution q, and p, the model's at first, becomes (1 − λ)·p + λ·q, with
+followed, each with the weight distance^−distance_power, make a distribution q, and p, the model's
+at first, becomes (1 − λ)·p + λ·q, with
 
     λ = sigmoid(bias + order_weight·k + count_weight·ln(occurrences) − variety_weight·ln(distinct)),
 
@@ -26,6 +27,9 @@ from fairway.evaluation.adapters.base import Adapted, Adapter
 from fairway.evaluation.text import Text, WindowBatch
 from fairway.settings import Settings
 
+WEIGHT_UNIT = 2.0**-16
+"""Sums of up to 256 weights of at most 1 are exact in float32."""
+
 
 class CacheSettings(Settings):
     """One cache: what it searches, and how much what it finds counts."""
@@ -36,7 +40,7 @@ class CacheSettings(Settings):
         (2, 3, 4, 6, 8, 12, 16, 24), min_length=1
     )
     """Lengths of the contexts that are looked up, in tokens."""
-    recent_occurrences: int = Field(8, ge=1)
+    recent_occurrences: int = Field(8, ge=1, le=256)
     """Of a context, the last occurrences count."""
     bias: float = -4.2
     """The share of what is found is the sigmoid of this plus the weighted terms."""
@@ -46,6 +50,8 @@ class CacheSettings(Settings):
     """Times ln(occurrences)."""
     variety_weight: float = 2.4
     """Times ln(different followers), taken off."""
+    distance_power: float = Field(0.0, ge=0, le=8)
+    """An occurrence d tokens back has the weight 1 / d^this; 0 gives all the same weight."""
 
     @model_validator(mode="after")
     def _orders_are_distinct(self) -> Self:
@@ -71,8 +77,10 @@ class Occurrences(NamedTuple):
     """Where a position stands when all are sorted by group, and in a group by position."""
     earlier: Tensor
     """How many positions of its group come before it."""
-    follower: Tensor
-    """By rank: the token after the position."""
+    position: Tensor
+    """By rank: the position itself."""
+    tokens: Tensor
+    """The text, [n + 1]."""
 
 
 class Cache(NamedTuple):
@@ -122,7 +130,7 @@ def _occurrences(groups: Tensor, tokens: Tensor) -> Occurrences:
     rank, earlier = torch.empty_like(index), torch.empty_like(index)
     rank[positions] = index
     earlier[positions] = index - torch.where(begins, index, 0).cummax(0).values
-    return Occurrences(rank, earlier, tokens[positions + 1])
+    return Occurrences(rank, earlier, positions, tokens)
 
 
 class Ngram(Adapter):
@@ -150,21 +158,41 @@ def mixed(
     p: Tensor, order: int, occurrences: Occurrences, positions: Tensor, settings: CacheSettings
 ) -> Tensor:
     """p [m, V] with what followed the contexts that end at `positions` [m] mixed in."""
-    followers, exists = recent_followers(occurrences, positions, settings.recent_occurrences)
-    counts = torch.zeros_like(p).scatter_add_(1, followers, exists.to(p.dtype))
-    number = exists.sum(1)
-    share = mixture_weight(order, number, (counts > 0).sum(1), settings).unsqueeze(1)
-    return (1 - share) * p + share * counts / number.clamp(min=1).unsqueeze(1)
+    found = recent_occurrences(occurrences, positions, settings.recent_occurrences)
+    weights = found.weights(settings.distance_power)
+    sums = torch.zeros_like(p).scatter_add_(1, found.followers, weights)
+    number = found.exists.sum(1)
+    share = mixture_weight(order, number, (sums > 0).sum(1), settings).unsqueeze(1)
+    return (1 - share) * p + share * sums / weights.sum(1, keepdim=True).clamp(min=WEIGHT_UNIT)
 
 
-def recent_followers(
-    occurrences: Occurrences, positions: Tensor, recent_occurrences: int
-) -> tuple[Tensor, Tensor]:
-    """int64 [m, R], the tokens that followed, the last one first, and bool, which there are."""
-    back = torch.arange(1, recent_occurrences + 1, device=positions.device)
+class Recent(NamedTuple):
+    """The last occurrences of the contexts of m targets, the last one first; [m, R] each."""
+
+    followers: Tensor
+    """int64: the tokens that followed."""
+    distances: Tensor
+    """int64: how many tokens back, at least 1."""
+    exists: Tensor
+    """bool: which there are."""
+
+    def weights(self, power: float) -> Tensor:
+        """float32, of every occurrence; 0 where there is none.
+
+        They are multiples of a unit, so that their sums do not depend on the order of adding.
+        """
+        weights = self.distances.to(torch.float32).pow(-power)
+        return (weights / WEIGHT_UNIT).ceil() * WEIGHT_UNIT * self.exists
+
+
+def recent_occurrences(occurrences: Occurrences, positions: Tensor, count: int) -> Recent:
+    """The last `count` occurrences of the contexts that end at `positions`, int64 [m]."""
+    back = torch.arange(1, count + 1, device=positions.device)
     exists = back <= occurrences.earlier[positions].unsqueeze(1)
-    at = (occurrences.rank[positions].unsqueeze(1) - back).clamp(min=0)
-    return occurrences.follower[at], exists
+    rank = (occurrences.rank[positions].unsqueeze(1) - back).clamp(min=0)
+    found = occurrences.position[rank]
+    distances = (positions.unsqueeze(1) - found).clamp(min=1)
+    return Recent(occurrences.tokens[found + 1], distances, exists)
 
 
 def mixture_weight(order: int, number: Tensor, distinct: Tensor, settings: CacheSettings) -> Tensor:

@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py --sequences 96
     python benchmarks/kernels.py --only attention,mlp
+    python benchmarks/kernels.py --size frontier --vocabulary 8192
 
 Needs no dataset: numbers are random. The floor is that of the bytes (each input read once, each
 output written once) or of the operations, whichever is longer, at the ceilings measured before.
@@ -17,7 +18,7 @@ from functools import partial
 import pandas as pd
 import torch
 from ceilings import Ceilings, measure_ceilings
-from context import load_recipe, model_config, say, slot_settings
+from context import SIZES, load_recipe, model_config, say, slot_settings
 from timing import median_seconds
 
 from fairway.distributed import resolve_device
@@ -26,13 +27,13 @@ from fairway.evaluation.adapters.slot import SlotSettings
 from fairway.model.attention import attend, available_backends
 from fairway.model.functional import rotary_angles
 from fairway.model.fused import exclusion, heads, mlp, residual
-from fairway.model.fused.loss import cross_entropy
+from fairway.model.fused.loss import SCORES_AT_ONCE, cross_entropy
 from fairway.model.runtime import select_kernels
 from fairway.model.spec import GPTConfig
 from fairway.stage import user_errors
 
 REPEATS = 20
-VOCABULARY = 1024
+FIT_VOCABULARY = 1024
 SLOT_POSITIONS = 64
 """Of each window of a batch: with the submission's focal tokens, those that are not scored."""
 
@@ -51,14 +52,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--size", choices=SIZES, help="the recipe; default: pr1350 on CUDA, quickstart on a CPU"
+    )
+    parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--sequences", type=int, help="in a pass; default: 96, or 2 on a CPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--only", help="parts of names, separated by commas")
     options = parser.parse_args(arguments)
     device = resolve_device(options.device)
     is_cuda = device.type == "cuda"
-    config = load_recipe("pr1350" if is_cuda else "quickstart").sections("causal")
-    model = model_config(config["model"], config["train"], VOCABULARY)
+    size = options.size or ("pr1350" if is_cuda else "quickstart")
+    config = load_recipe(size).sections("causal")
+    model = model_config(config["model"], config["train"], options.vocabulary)
     select_kernels("fused", model, device)
     slot = slot_settings(config["evaluation"])
     sequences = options.sequences or (96 if is_cuda else 2)
@@ -92,10 +98,14 @@ def cases(
     yield from _head_cases(config, rows, random)
     yield from _mlp_cases(config, rows, random)
     yield from _attention_cases(config, sequences, random, device)
-    scores, targets = random(rows, VOCABULARY), torch.zeros(rows, dtype=torch.int64, device=device)
-    yield Case(
-        "loss and its gradient", lambda: cross_entropy(scores, targets, 30.0), moved(scores, scores)
-    )
+    targets = torch.zeros(rows, dtype=torch.int64, device=device)
+    for cap in (config.logit_softcap, torch.full((2,), config.logit_softcap, device=device)):
+        scores = random(min(rows, SCORES_AT_ONCE // config.vocab_size), config.vocab_size)
+        yield Case(
+            f"loss and its gradient{'' if isinstance(cap, float) else ', two caps'}",
+            lambda scores=scores, cap=cap: cross_entropy(scores, targets, cap),
+            moved(scores, scores),
+        )
     yield from _fit_cases(config, device, slot)
 
 
@@ -105,29 +115,32 @@ def moved(*tensors: torch.Tensor) -> int:
 
 def _residual_cases(config, rows, random) -> Iterator[Case]:
     x, x0, skip, gradient, total = (random(rows, config.width) for _ in range(5))
-    mix, weight = random(2, config.width).float(), random(config.width).float()
+    mix, weights = random(2, config.width).float(), random(2, config.width).float()
     yield Case("norm", lambda: residual.rms_norm(x), moved(x, x))
     normed, inverse = residual.rms_norm(x)
-    (sums,) = residual.mix_sums(x, 1)
+    mix_sums, skip_sums = residual.channel_sums(x, 2)
     yield Case(
         "norm, backward",
         lambda: residual.rms_norm_backward(gradient, normed, inverse, x),
         moved(gradient, normed, x, x),
     )
-    for name, own in (("mix and norm", None), ("mix and norm with skip", skip)):
-        skipped = [] if own is None else [own]
+    kinds = {"": None, " with skip": weights[:1], " with gated skip": weights}
+    for kind, own_weights in kinds.items():
+        own = None if own_weights is None else skip
+        skipped, outer = [own] if kind else [], [x] if kind == " with gated skip" else []
         yield Case(
-            name,
-            lambda own=own: residual.mix_and_norm(x, x0, mix, own, weight),
+            f"mix and norm{kind}",
+            lambda own=own, weights=own_weights: residual.mix_and_norm(x, x0, mix, own, weights),
             moved(x, x0, *skipped, x, x),
         )
         yield Case(
-            f"{name}, backward",
-            lambda own=own: residual.mix_and_norm_backward(
-                x, gradient, inverse, x, x0, mix, own, weight, None, None, total, sums
+            f"mix and norm{kind}, backward",
+            lambda own=own, weights=own_weights: residual.mix_and_norm_backward(
+                x, gradient, inverse, x, x0, mix, own, weights, None, None, total, mix_sums,
+                skip_sums,
             ),
-            moved(x, gradient, x, x0, *skipped, total, total, x),
-        )
+            moved(x, gradient, x, x0, *skipped, total, total, x, *outer),
+        )  # fmt: skip
 
 
 def _head_cases(config, rows, random) -> Iterator[Case]:
@@ -149,30 +162,40 @@ def _head_cases(config, rows, random) -> Iterator[Case]:
         lambda: heads.heads_backward(queries, keys, values, other, qkv, cos, sin, gain, sums),
         moved(queries, keys, values, other, queries, keys, qkv),
     )
+    x = random(rows, config.width)
+    gate = exclusion.HeadGate(x, random(H, 12).float())
+    for kind, own in {"": None, " and gate": gate}.items():
+        yield Case(
+            f"exclusion{kind}",
+            lambda own=own: exclusion.exclude_self(queries, values, own),
+            moved(queries, values, queries),
+        )
+        yield Case(
+            f"exclusion{kind}, backward",
+            lambda own=own: exclusion.exclude_self_backward(queries, queries, values, own),
+            moved(queries, queries, values, queries, values),
+        )
+    of_gate = random(rows, H).float()
     yield Case(
-        "exclusion",
-        lambda: exclusion.exclude_self(queries, values),
-        moved(queries, values, queries),
-    )
-    yield Case(
-        "exclusion, backward",
-        lambda: exclusion.exclude_self_backward(queries, queries, values),
-        moved(queries, queries, values, queries, values),
+        "the gates' own gradients",
+        lambda: exclusion.head_gate_backward(of_gate, gate, x),
+        moved(of_gate, *3 * [x[:, :16]]),  # sectors of 32 bytes
     )
 
 
 def _mlp_cases(config, rows, random) -> Iterator[Case]:
     x, up = random(rows, config.width), random(config.mlp_width, config.width)
     down = random(config.width, config.mlp_width)
-    activation = mlp.mlp_up(x, up)
+    slope = config.activation_slope
+    activation = mlp.mlp_up(x, up, slope)
     of_up = {"flops": 2.0 * rows * up.numel(), "moved": moved(x, up, activation)}
     yield Case("mlp: the bare product up", lambda: x @ up.T, **of_up)
-    yield Case("mlp: up and activation", lambda: mlp.mlp_up(x, up), **of_up)
-    yield Case("mlp: the same in evaluation", lambda: mlp.mlp_up(x, up, signed=False), **of_up)
+    yield Case("mlp: up and activation", lambda: mlp.mlp_up(x, up, slope), **of_up)
+    yield Case("mlp: the same in evaluation", lambda: mlp.mlp_up(x, up, slope, False), **of_up)
     yield Case("mlp: the bare product of the gradient", lambda: x @ down, **of_up)
     yield Case(
         "mlp: gradient and activation's",
-        lambda: mlp.mlp_down_backward(x, down, activation),
+        lambda: mlp.mlp_down_backward(x, down, activation, slope),
         flops=of_up["flops"],
         moved=moved(x, down, activation, activation),
     )
@@ -216,12 +239,12 @@ def _fit_cases(config, device, slot) -> Iterator[Case]:
         ("slot: 128 fits of a window", 128, config.sequence_tokens - 64),
     ):
         rows, positions = (1, 16) if small else (rows, positions)
-        logits = 2.5 * torch.randn(rows, positions, VOCABULARY, device=device)
+        logits = 2.5 * torch.randn(rows, positions, FIT_VOCABULARY, device=device)
         probabilities = logit_delta_kernel.compact_softmax(logits)
-        targets = torch.randint(0, VOCABULARY, (rows, positions), device=device)
+        targets = torch.randint(0, FIT_VOCABULARY, (rows, positions), device=device)
         counted, start = (
             torch.ones_like(targets, dtype=torch.bool),
-            logits.new_zeros(rows, VOCABULARY),
+            logits.new_zeros(rows, FIT_VOCABULARY),
         )
         yield Case(
             name,

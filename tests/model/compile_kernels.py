@@ -1,8 +1,9 @@
 """Compile every Triton kernel for Hopper, on any machine; print what each one uses.
 
-A run of the fused model and of the fused fit launches each kernel with the arguments that the
-reference submission's sizes give it. Here a launch compiles and does no more: it needs ptxas, which
-comes with Triton, and no GPU. The tensors' contents are therefore garbage.
+Runs of two fused models and of the fused fit launch each kernel with the arguments that the
+reference submission's sizes, and a larger model's with all features, give it. Here a launch
+compiles and does no more: it needs ptxas, which comes with Triton, and no GPU. The tensors'
+contents are therefore garbage.
 """
 
 import re
@@ -24,6 +25,21 @@ from fairway.model.fused import forward_backward as fused
 from fairway.model.fused import mlp_hopper
 from fairway.model.gpt import GPT
 from fairway.model.spec import GPTConfig
+
+FRONTIER = {
+    "vocab_size": 8192,
+    "mlp_width": 2048,
+    "bigram_buckets": 0,
+    "value_layers": (),
+    "activation_slope": 0.3,
+    "head_gate_dimensions": 12,
+    "smear": "input",
+    "skip_gates": True,
+    "recurrent_layers": (3, 4, 5),
+    "recurrence_passes": 3,
+    "asymmetric_softcap": True,
+}
+"""A model with every part that has kernels, or variants of kernels, of its own."""
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 launch = JITFunction.run
@@ -86,29 +102,31 @@ def compile_adapted(model: GPT, tokens: torch.Tensor) -> None:
         additions.learn(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
-def compile_mlp_hopper(width: int, mlp_width: int) -> None:
+def compile_mlp_hopper(width: int, mlp_width: int, slope: float) -> None:
     """The kernels that replace the MLP's on Hopper; a CPU's tensors do not choose them."""
     rows, up, down, activation = (
         torch.empty(shape, dtype=torch.bfloat16)
         for shape in ((256, width), (mlp_width, width), (width, mlp_width), (256, mlp_width))
     )
     for signed in (True, False):
-        mlp_hopper.up(rows, up, activation, signed)
-    mlp_hopper.down_backward(rows, down, activation, torch.empty_like(activation))
+        mlp_hopper.up(rows, up, activation, slope, signed)
+    mlp_hopper.down_backward(rows, down, activation, torch.empty_like(activation), slope)
 
 
 def main() -> None:
     driver.set_active(HopperWithoutDevice())
     JITFunction.run = compile_only
-    model = GPT(GPTConfig())
-    model.compute_dtype, model.backend = torch.bfloat16, fused
     tokens = torch.zeros(1, 64, dtype=torch.int64)
-    model.loss(tokens, tokens).backward()
-    model.key_copies = model.config.heads // model.config.kv_heads
-    model.loss(tokens, tokens).backward()
-    with torch.no_grad():
-        model(tokens, 32)
-    compile_mlp_hopper(model.config.width, model.config.mlp_width)
+    for changes in ({}, FRONTIER):
+        config = GPTConfig(**changes)
+        model = GPT(config)
+        model.compute_dtype, model.backend = torch.bfloat16, fused
+        model.loss(tokens, tokens).backward()
+        model.key_copies = config.heads // config.kv_heads
+        model.loss(tokens, tokens).backward()
+        with torch.no_grad():
+            model(tokens, 32)
+    compile_mlp_hopper(config.width, config.mlp_width, config.activation_slope)
     compile_adapted(model, tokens)
     compile_fit(EvaluationSettings().window_tokens, model.config.vocab_size, SlotSettings())
 

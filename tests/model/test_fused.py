@@ -27,6 +27,7 @@ from trainings import SMALL
 
 pytest.importorskip("triton")
 from fairway.model.fused import forward_backward as fused
+from fairway.model.fused import loss as head_loss
 from fairway.model.fused.loss import cross_entropy
 from fairway.model.fused.residual import rms_norm, rms_norm_backward
 from fairway.training.gradients import eager_backward, graphed_backward
@@ -37,11 +38,29 @@ BACKENDS = {"plain": None, "fused": fused}
 
 # Widths that no tile divides; encoder and decoder halves with and without a block of their own.
 CONFIG = SMALL.changed(layers=3, value_layers=(1, 2), width=12, heads=2, kv_heads=1, mlp_width=20)
+FEATURES = CONFIG.changed(
+    value_layers=(2,),
+    activation_slope=0.3,
+    head_gate_dimensions=5,
+    smear="input",
+    smear_dimensions=7,
+    skip_gates=True,
+    recurrent_layers=(1, 2),
+    recurrence_passes=2,
+    asymmetric_softcap=True,
+    logit_softcap=1.5,  # Logits are small here, and caps far above them have next to no gradient.
+    document_masks=True,
+    bos_id=25,  # at the start of a sequence and within others of `batch`
+)
 CONFIGS = {
     "odd": SMALL.changed(width=36, heads=6, kv_heads=3),
-    "even": CONFIG.changed(layers=4, value_layers=(0,)),
-    "no value embedding": CONFIG.changed(layers=3, value_layers=()),
+    "even": CONFIG.changed(layers=4, value_layers=(0,), bigram_buckets=0),
+    "no value embedding": CONFIG.changed(value_layers=(), smear="none"),
     "all dimensions rotated": CONFIG.changed(layers=2, value_layers=(1,), rotary_dimensions=6),
+    "all features": FEATURES,
+    "features without bigrams": FEATURES.changed(
+        bigram_buckets=0, recurrent_layers=(0,), recurrence_passes=4, activation_slope=0.0
+    ),
 }
 
 
@@ -70,36 +89,44 @@ def halved(name: str, bank: torch.Tensor) -> torch.Tensor:
     return bank + ((2 * bank).round() / 2 - bank).detach()
 
 
-@pytest.mark.parametrize("transform", [None, halved], ids=["", "late QAT"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loss_and_gradients_are_the_plain_ones(name, transform):
-    compare_losses_and_gradients(name, transform)
+def test_loss_and_gradients_are_the_plain_ones(name):
+    compare_losses_and_gradients(name)
 
 
-@pytest.mark.parametrize("name", ["odd", "even"])
+def test_loss_and_gradients_in_late_qat_are_the_plain_ones():
+    compare_losses_and_gradients("even", fake_quantize=halved)
+
+
+def test_loss_and_gradients_before_blocks_recur_are_the_plain_ones():
+    """The skips that only more steps would take up are left out."""
+    compare_losses_and_gradients("all features", recurs=False)
+
+
+@pytest.mark.parametrize("name", ["odd", "all features"])
 def test_loss_and_gradients_with_copied_keys_are_the_plain_ones(name):
     """Every query head gets a key of its own, as flash-attn-4 wants them, from any backend."""
     assert CONFIGS[name].heads == 2 * CONFIGS[name].kv_heads
-    compare_losses_and_gradients(name, None, key_copies=2)
+    compare_losses_and_gradients(name, key_copies=2)
 
 
-def test_loss_and_gradients_of_a_single_sequence_are_the_plain_ones():
-    """Its attention's gradients may lie in memory head by head."""
-    compare_losses_and_gradients("all dimensions rotated", None, rows=1)
+def test_loss_and_gradients_of_a_single_sequence_are_the_plain_ones(monkeypatch):
+    """Its attention's gradients may lie in memory head by head. And its scores come in slices."""
+    monkeypatch.setattr(head_loss, "SCORES_AT_ONCE", 2 * SMALL.vocab_size)
+    compare_losses_and_gradients("all dimensions rotated", rows=1)
 
 
-def compare_losses_and_gradients(name, transform, key_copies=1, rows=2):
+def compare_losses_and_gradients(name, rows=2, **attributes):
     found = {}
     for kernels in BACKENDS:
         model = random_model(CONFIGS[name], kernels)
-        model.fake_quantize, model.key_copies = transform, key_copies
+        for attribute, value in attributes.items():
+            setattr(model, attribute, value)
         loss = model.loss(*batch(rows))
         (2 * loss).backward()
         found[kernels] = loss.detach(), {n: p.grad for n, p in model.named_parameters()}
     torch.testing.assert_close(found["fused"][0], found["plain"][0], rtol=1e-6, atol=0)
     for parameter, plain in found["plain"][1].items():
-        if plain is None:  # nothing of this parameter exists in this configuration
-            continue
         error = (found["fused"][1][parameter] - plain).norm() / plain.norm()
         assert error < 2e-5, f"{parameter}: {error}"
 
@@ -130,7 +157,7 @@ def test_evaluation_shares_keys():
 def test_logits_of_all_positions_and_of_the_last_ones():
     tokens, _ = batch()
     with torch.no_grad():
-        plain, fused = (random_model(CONFIG, kernels) for kernels in BACKENDS)
+        plain, fused = (random_model(FEATURES, kernels) for kernels in BACKENDS)
         expected = plain(tokens)
         torch.testing.assert_close(fused(tokens), expected, **TOLERANCE)
         torch.testing.assert_close(fused(tokens, 3), expected[:, 3:], **TOLERANCE)
@@ -146,8 +173,7 @@ def test_what_the_kernels_do_not_compute_is_refused_by_itself():
     assert "model.gate is True" in fused.supports(Featured(**known, gate=True))
     assert "model.loops is 2" in fused.supports(Featured(**known, loops=2))
     assert "model.width is 12" in fused.supports(CONFIG)
-    assert "model.bigram_buckets is 0" in fused.supports(CONFIG.changed(bigram_buckets=0))
-    assert set(GPTConfig.model_fields) >= fused.SUPPORTED
+    assert set(GPTConfig.model_fields) == fused.SUPPORTED
 
 
 ADAPTED = {
@@ -170,7 +196,7 @@ def test_rows_own_additions_and_their_gradients_are_the_plain_ones(name):
     tokens, targets = batch()
     share, found = torch.full((3, 2), 0.5, device=DEVICE), {}
     for kernels in BACKENDS:
-        lora = additions(random_model(CONFIG, kernels), ADAPTED[name])
+        lora = additions(random_model(FEATURES, kernels), ADAPTED[name])
         logits = [lora.logits(tokens, first_position) for first_position in (0, 3)]
         found[kernels] = (*logits, lora.gradient(lora.values, tokens, targets[:, -2:], share))
     for fused_one, plain in zip(found["fused"], found["plain"], strict=True):
@@ -232,7 +258,7 @@ def test_evaluation_keeps_no_activations():
 
 
 def test_later_tokens_change_no_earlier_logit_to_the_bit():
-    model, (tokens, _) = random_model(CONFIG, "fused"), batch()
+    model, (tokens, _) = random_model(FEATURES.changed(document_masks=False), "fused"), batch()
     with torch.no_grad():
         before = model(tokens)
         tokens[1, 2] = (tokens[1, 2] + 1) % 50
@@ -274,16 +300,23 @@ def test_gradients_add_up_over_micro_batches():
         torch.testing.assert_close(parameter.grad, whole[name], **TOLERANCE)
 
 
-def test_cross_entropy_far_from_zero_against_float64():
-    scores = 40 * random(9, 50)
+@pytest.mark.parametrize("vocabulary", [50, 1500], ids=["one warp a row", "several warps a row"])
+@pytest.mark.parametrize("caps", [(30.0, 30.0), (20.0, 35.0)], ids=["one cap", "two caps"])
+def test_cross_entropy_far_from_zero_against_float64(vocabulary, caps):
+    scores = 40 * random(9, vocabulary)
     targets = torch.arange(9, device=DEVICE) * 5
     reference = scores.double().requires_grad_()
-    capped = 30 * torch.tanh(reference / 30)
-    expected = F.cross_entropy(capped, targets, reduction="none")
+    both = torch.tensor(caps, device=DEVICE).double().expand(9, 2).clone().requires_grad_()
+    cap = torch.where(reference > 0, both[:, :1], both[:, 1:])
+    expected = F.cross_entropy(cap * torch.tanh(reference / cap), targets, reduction="none")
     expected.sum().backward()
-    losses = cross_entropy(scores, targets, 30.0)
+    has_two = caps[0] != caps[1]
+    own_cap = torch.tensor(caps, device=DEVICE) if has_two else caps[0]
+    losses, cap_gradients = cross_entropy(scores, targets, own_cap)
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores.double(), reference.grad, rtol=1e-4, atol=1e-6)
+    if has_two:
+        torch.testing.assert_close(cap_gradients.double(), both.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 200])

@@ -1,8 +1,8 @@
-"""The MLP's activation, leaky_relu(·, 0.5)², and its gradient, in the registers of a kernel.
+"""The MLP's activation, leaky_relu(·, slope)², and its derivative, in the registers of a kernel.
 
-A backward pass needs nothing else: the gradient is 2·√a where the input of the activation `a` was
-positive, else −√a. The last mantissa bit of `a` is spent on that sign. Gluon's kernels call these
-as well.
+A backward pass needs nothing else: the derivative is 2·√a where the input of the activation `a` was
+positive, else −2·slope·√a. The last mantissa bit of `a` is spent on that sign. Gluon's kernels call
+these as well.
 """
 
 import triton
@@ -10,13 +10,13 @@ import triton.language as tl
 
 
 @triton.jit
-def activation_of(x, dtype: tl.constexpr, SIGNED: tl.constexpr):
+def activation_of(x, SLOPE: tl.constexpr, dtype: tl.constexpr, SIGNED: tl.constexpr):
     """Of float32 x, as the nearest `dtype`, or where SIGNED as the nearest whose last mantissa bit
     tells x's sign."""
     LAST: tl.constexpr = _last_bit(dtype)
     # A NaN is none of these: rounding it up would overflow into a zero.
     is_positive = x >= 0
-    leaky = tl.where(is_positive, x, 0.5 * x)
+    leaky = tl.where(is_positive, x, SLOPE * x)
     if not SIGNED:
         return (leaky * leaky).to(dtype)
     bits = (leaky * leaky).to(tl.int32, bitcast=True)
@@ -26,12 +26,13 @@ def activation_of(x, dtype: tl.constexpr, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def slope_of(a):
-    """The activation's gradient, float32, from a result `a` of `activation_of`."""
+def derivative_of(a, SLOPE: tl.constexpr):
+    """The activation's derivative, float32, from a result `a` of `activation_of`."""
     LAST: tl.constexpr = _last_bit(a.dtype)
     exact = a.to(tl.float32)
     root = tl.sqrt(exact)
-    return tl.where((exact.to(tl.int32, bitcast=True) & LAST) != 0, -root, 2 * root)
+    is_negative = (exact.to(tl.int32, bitcast=True) & LAST) != 0
+    return tl.where(is_negative, -2 * SLOPE * root, 2 * root)
 
 
 @triton.constexpr_function

@@ -27,19 +27,23 @@ class FoldedWeights(NamedTuple):
     mix: torch.Tensor
     """float32 [L, 2, C]."""
     skip: torch.Tensor
-    """float32 [skips, C]."""
+    """float32 [skips, 2, C], a skip's weight and what is kept of the stream; without gates
+    [skips, 1, C]."""
     gain: torch.Tensor
     """float32 [L, H]."""
     value_scales: torch.Tensor | None
     """float32 [value layers], where there are any."""
     values: torch.Tensor | None
     """float32 [V, K·D], the value embedding of every token, where there are value layers."""
+    head_gate: torch.Tensor | None
+    """float32 [L, H, N], times half of the block's depth scale, where heads have gates."""
 
 
 def folded_weights(model: GPT) -> FoldedWeights:
     """The banks in the compute dtype with the scales around them folded in; differentiable."""
-    layers, values, value_scales = model.config.layers, None, None
-    if model.config.value_layers:
+    config, values, value_scales = model.config, None, None
+    layers = config.layers
+    if config.value_layers:
         value_scales = model.value_layer_scales
         values = model.value_scale * F.linear(model.value_embedding, model.value_projection)
     depth = torch.arange(1, layers + 1, device=model.mlp_up_bank.device).rsqrt().view(-1, 1)
@@ -50,7 +54,7 @@ def folded_weights(model: GPT) -> FoldedWeights:
             bank = model.fake_quantize(name, bank)
         return ScaleRows.apply(bank, rows.expand(bank.shape[:2]), model.compute_dtype)
 
-    query_rows = depth.expand(layers, model.config.width)
+    query_rows = depth.expand(layers, config.width)
     query_output = fold("query_output_bank", torch.cat((query_rows, model.attention_scale)))
     key_value = fold("key_value_bank", torch.cat((depth, depth)))
     parts = (query_output[:layers], key_value[:layers], key_value[layers:])
@@ -60,11 +64,19 @@ def folded_weights(model: GPT) -> FoldedWeights:
         up=fold("mlp_up_bank", depth),
         down=fold("mlp_down_bank", model.mlp_scale),
         mix=model.residual_mix,
-        skip=model.skip_weights,
+        skip=_skip_weights(model),
         gain=model.query_gain,
         value_scales=value_scales,
         values=values,
+        head_gate=0.5 * depth[:, None] * model.head_gate if config.head_gate_dimensions else None,
     )
+
+
+def _skip_weights(model: GPT) -> torch.Tensor:
+    if not model.config.skip_gates:
+        return model.skip_weights.unsqueeze(1)
+    gate = torch.sigmoid(model.skip_gate)
+    return torch.stack(((1 - gate) * model.skip_weights, gate), dim=1)
 
 
 class ScaleRows(torch.autograd.Function):

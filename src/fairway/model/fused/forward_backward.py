@@ -7,7 +7,7 @@ are written by hand, so that no activation is read or stored more often than it 
 `loss` and `hidden` where this module is its backend.
 
 Shapes: M = B·T tokens, C width, H query heads, K key/value heads, D head width, F MLP width, V
-vocabulary, L blocks.
+vocabulary, L blocks, each of which may run in several steps.
 """
 
 from dataclasses import dataclass
@@ -18,22 +18,33 @@ import torch.nn.functional as F
 
 from fairway.model.attention import attend
 from fairway.model.functional import bigram_bucket, rotary_angles
-from fairway.model.fused.embedding import add_embedding, embed, embed_backward
-from fairway.model.fused.exclusion import exclude_self, exclude_self_backward
+from fairway.model.fused.embedding import (
+    Embed,
+    EmbedGatedByInput,
+    Tokens,
+    add_embedding,
+    sums_by_token,
+)
+from fairway.model.fused.exclusion import (
+    HeadGate,
+    exclude_self,
+    exclude_self_backward,
+    head_gate_backward,
+)
 from fairway.model.fused.folded_weights import FoldedWeights, folded_weights
 from fairway.model.fused.heads import copy_heads, gain_sums, heads_backward, norm_and_rotate
-from fairway.model.fused.loss import cross_entropy
+from fairway.model.fused.loss import HeadLoss
 from fairway.model.fused.low_rank import Additions, folded_factors
 from fairway.model.fused.mlp import activate, activate_backward, mlp_down_backward, mlp_up
 from fairway.model.fused.residual import (
+    channel_sums,
     mix_and_norm,
     mix_and_norm_backward,
-    mix_sums,
     rms_norm,
     rms_norm_backward,
 )
 from fairway.model.gpt import GPT
-from fairway.model.spec import GPTConfig
+from fairway.model.spec import BlockOrder, GPTConfig
 
 QKV = ("query", "key", "value")
 
@@ -58,6 +69,15 @@ SUPPORTED = frozenset(
         "value_layers",
         "logit_softcap",
         "query_gain",
+        "activation_slope",
+        "head_gate_dimensions",
+        "smear",
+        "smear_dimensions",
+        "skip_gates",
+        "recurrent_layers",
+        "recurrence_passes",
+        "asymmetric_softcap",
+        "document_masks",
         "bos_id",
     )
 )
@@ -71,10 +91,13 @@ class PassSpec:
     """The inputs of a pass that take no gradients."""
 
     config: GPTConfig
+    order: BlockOrder
     attention_backend: str
     deterministic_attention: bool
     tokens: torch.Tensor
     """int64 [B, T]."""
+    documents: torch.Tensor | None
+    """int64 [B, T], the number of each position's document, where documents are masked."""
     first_position: int
     """The first position whose hidden state is wanted."""
     trains: bool
@@ -87,18 +110,14 @@ class PassSpec:
     adapted: tuple[tuple[str, int], ...] = ()
     """Projections and blocks to which the rows of the batch add products of their own."""
 
-    @property
-    def encoders(self) -> int:
-        return self.config.layers // 2
+    def later(self, step: int) -> tuple[int, int] | None:
+        """The row of the skip weights and the step that takes up `step`'s input, if any does.
 
-    def skip_partner(self, index: int) -> int | None:
-        """The decoder block that adds block `index`'s input to its own, or the other way round.
-
-        Block e's output is block e + 1's input, so the first decoder block is its own partner.
+        The first decoder step takes up its own.
         """
-        partner = 2 * self.encoders - index
-        decoder = max(index, partner)
-        return partner if self.encoders <= decoder < self.encoders + self.config.skips else None
+        later = 2 * self.order.encoders - step
+        skip = self.order.skip(later)
+        return None if skip is None else (skip[0], later)
 
 
 class Context(NamedTuple):
@@ -115,15 +134,15 @@ class BlockActivations:
 
     x: torch.Tensor
     """[M, C], its input."""
-    skip: torch.Tensor | None
-    """[M, C], the encoder output that it adds."""
-    skip_weight: torch.Tensor | None
+    skip: torch.Tensor | None = None
+    """[M, C], the encoder output that it takes up."""
+    skip_weights: torch.Tensor | None = None
     attention_input: tuple[torch.Tensor, ...] = ()
     """Normed [M, C], and 1 / rms, float32 [M]."""
     qkv: torch.Tensor | None = None
     """[M, C + 2·K·D], before norm and rotation."""
     attention: tuple[torch.Tensor, ...] = ()
-    """Queries, keys, values and output, joined by autograd; the output without self."""
+    """Queries, keys, values and output, joined by autograd; the output without self, gated."""
     mlp_input: tuple[torch.Tensor, ...] = ()
     activation: torch.Tensor | None = None
     """The MLP's, [M, F]."""
@@ -133,17 +152,18 @@ class PartialGrads(NamedTuple):
     """Gradients of per-channel parameters as the kernels leave them: one sum for each program."""
 
     mix: torch.Tensor
-    """float32 [L, 3, programs, C]: of mix and, last, of the block's skip weight."""
+    """float32 [L, 2, programs, C]."""
+    skip: torch.Tensor
+    """float32 [skips, 2, programs, C]."""
     gain: torch.Tensor
     """float32 [L, programs, H]."""
 
-    def add_up(self, gradients: FoldedWeights, encoders: int) -> None:
+    def add_up(self, gradients: FoldedWeights) -> None:
         """Write the sums to `gradients`, all blocks' at once, where they were asked for."""
         if gradients.mix is not None:
-            torch.sum(self.mix[:, :2], 2, out=gradients.mix)
+            torch.sum(self.mix, 2, out=gradients.mix)
         if gradients.skip is not None:
-            decoders = slice(encoders, encoders + len(gradients.skip))
-            torch.sum(self.mix[decoders, 2], 1, out=gradients.skip)
+            torch.sum(self.skip[:, : gradients.skip.shape[1]], 2, out=gradients.skip)
         if gradients.gain is not None:
             torch.sum(self.gain, 1, out=gradients.gain)
 
@@ -154,8 +174,6 @@ def supports(config: GPTConfig) -> str | None:
         value = getattr(config, name)
         if name not in SUPPORTED and value != field.default:
             return f"model.{name} is {value!r}, and the fused kernels know {field.default!r} only"
-    if not config.bigram_buckets:
-        return "model.bigram_buckets is 0, and the fused kernels need bigrams"
     for name in ("width", "mlp_width"):
         if getattr(config, name) % WIDTH_MULTIPLE:
             return (
@@ -167,8 +185,9 @@ def supports(config: GPTConfig) -> str | None:
 
 def loss(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of int64 `targets` [B, T] given `tokens` [B, T]."""
-    hidden = _hidden(model, tokens, 0)
-    return HeadLoss.apply(hidden, model.token_embedding, targets, model.config.logit_softcap)
+    config, hidden = model.config, _hidden(model, tokens, 0)
+    cap = model.softcaps if config.asymmetric_softcap else config.logit_softcap
+    return HeadLoss.apply(hidden, model.token_embedding, targets, cap, torch.is_grad_enabled())
 
 
 def hidden(model: GPT, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
@@ -179,72 +198,35 @@ def hidden(model: GPT, tokens: torch.Tensor, first_position: int = 0) -> torch.T
 
 
 def _hidden(model: GPT, tokens: torch.Tensor, first_position: int) -> torch.Tensor:
-    config, dtype, tokens = model.config, model.compute_dtype, tokens.contiguous()
-    x0 = Embed.apply(
-        tokens,
-        bigram_bucket(tokens, F.pad(tokens[:, :-1], (1, 0), value=-1), config.bigram_buckets),
-        model.token_embedding,
-        # A row of the product is the product of a row: the tables are projected, not the tokens.
-        model.bigram_scale * F.linear(model.bigram_embedding, model.bigram_projection),
-        torch.sigmoid(model.smear_gate),
-        dtype,
-    )
+    config, tokens = model.config, tokens.contiguous()
     rotation = rotary_angles(config, torch.arange(tokens.shape[1], device=tokens.device))
+    documents = (tokens == config.bos_id).cumsum(1) if config.document_masks else None
     trains = torch.is_grad_enabled()
     factors = folded_factors(model)
     spec = PassSpec(
-        config, model.attention_backend, model.deterministic_attention, tokens, first_position,
-        trains, model.key_copies if trains else 1, *rotation, (*factors,),
+        config, model.orders[model.recurs], model.attention_backend,
+        model.deterministic_attention, tokens, documents, first_position, trains,
+        model.key_copies if trains else 1, *rotation, (*factors,),
     )  # fmt: skip
     flat = [factor for pair in factors.values() for factor in pair]
-    return Blocks.apply(spec, x0, *folded_weights(model), *flat)
+    return Blocks.apply(spec, _embedded(model, tokens), *folded_weights(model), *flat)
 
 
-class Embed(torch.autograd.Function):
-    """Token and bigram embeddings, normed, and SmearGate: x0 [M, C]."""
-
-    @staticmethod
-    def forward(ctx, tokens, buckets, table, bigram_table, gate, dtype):
-        ctx.save_for_backward(tokens, buckets, table, bigram_table, gate)
-        return embed(tokens, buckets, table, bigram_table, gate, dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        tokens, buckets, table, bigram_table, _ = ctx.saved_tensors
-        rows, gate_gradient = embed_backward(gradient, *ctx.saved_tensors)
-        return (
-            None,
-            None,
-            sums_by_token(rows, tokens, len(table)),
-            sums_by_token(rows, buckets, len(bigram_table)),
-            gate_gradient,
-            None,
-        )
-
-
-def sums_by_token(rows: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
-    """float32 [count, C]: for each token the sum of its rows of `rows` [M, C]."""
-    scatter = torch.ops.aten.embedding_dense_backward
-    return scatter(rows, tokens.flatten(), count, -1, False).float()
-
-
-class HeadLoss(torch.autograd.Function):
-    """Tied head, soft cap and mean cross-entropy; logits exist once, as their own gradient."""
-
-    @staticmethod
-    def forward(ctx, hidden, embedding, targets, cap):
-        head = embedding.to(hidden.dtype)
-        scores = hidden @ head.T
-        losses = cross_entropy(scores, targets.flatten(), cap)
-        ctx.save_for_backward(hidden, embedding, scores)
-        return losses.mean()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        hidden, embedding, scores = ctx.saved_tensors
-        factor = gradient / len(hidden)
-        head = (embedding * factor).to(hidden.dtype)
-        return scores @ head, (scores.T @ hidden).float() * factor, None, None
+def _embedded(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """x0 [M, C]."""
+    config, buckets, bigram_table = model.config, None, None
+    if config.bigram_buckets:
+        previous = F.pad(tokens[:, :-1], (1, 0), value=-1)
+        buckets = bigram_bucket(tokens, previous, config.bigram_buckets)
+        # A row of the product is the product of a row: the tables are projected, not the tokens.
+        projected = F.linear(model.bigram_embedding, model.bigram_projection)
+        bigram_table = model.bigram_scale * projected
+    tables = Tokens(tokens, buckets), model.token_embedding, bigram_table
+    if config.smear == "input":
+        gate = model.smear_weights, model.smear_scale, config.bos_id
+        return EmbedGatedByInput.apply(*tables, *gate, model.compute_dtype)
+    gate = torch.sigmoid(model.smear_gate) if config.smear == "channel" else None
+    return Embed.apply(*tables, gate, model.compute_dtype)
 
 
 class Blocks(torch.autograd.Function):
@@ -259,16 +241,15 @@ class Blocks(torch.autograd.Function):
         weights = FoldedWeights(*tensors[: len(FoldedWeights._fields)])
         activations, x = [], x0
         context = Context(spec, weights, Additions(spec.adapted, tensors[len(weights) :]))
-        for index in range(spec.config.layers):
-            saved = BlockActivations(x, None, None)
+        for step in range(len(spec.order.blocks)):
+            saved = BlockActivations(x)
             activations.append(saved)
-            partner = spec.skip_partner(index)
-            if partner is not None and index >= spec.encoders:
-                saved.skip = activations[partner].x
-                saved.skip_weight = weights.skip[index - spec.encoders]
-            x = _block(context, index, saved, x0)
+            if skip := spec.order.skip(step):
+                row, encoder = skip
+                saved.skip, saved.skip_weights = activations[encoder + 1].x, weights.skip[row]
+            x = _block(context, step, saved, x0)
             if not spec.trains:
-                activations[index] = BlockActivations(saved.x, None, None)
+                activations[step] = BlockActivations(saved.x)
         hidden, inverse = rms_norm(x)
         ctx.save_for_backward(hidden, inverse)
         ctx.inputs = context, activations, x0
@@ -287,39 +268,42 @@ class Blocks(torch.autograd.Function):
             )
         )
         partial = PartialGrads(
-            mix_sums(x0, len(activations)), gain_sums(x0, spec.config.heads, len(activations))
+            channel_sums(x0, spec.config.layers),
+            channel_sums(x0, spec.config.skips),
+            gain_sums(x0, spec.config.heads, spec.config.layers),
         )
         x0_gradient = torch.zeros_like(x0)
         gradient = rms_norm_backward(gradient, *ctx.saved_tensors, x0_gradient)
         skip_gradients: dict[int, torch.Tensor] = {}
-        for index in reversed(range(len(activations))):
-            saved = activations.pop()
+        for step in reversed(range(len(activations))):
+            saved, index = activations.pop(), spec.order.blocks[step]
             gradient = _mlp_backward(context, gradients, index, saved, gradient)
             inner = _attention_backward(
                 context, gradients, partial.gain[index], index, saved, gradient
             )
-            partner = spec.skip_partner(index)
-            taken = partner is not None and index <= spec.encoders
+            skip, later = spec.order.skip(step), spec.later(step)
             inner, gradient = mix_and_norm_backward(
                 gradient, inner, saved.attention_input[1], saved.x, x0, weights.mix[index],
-                saved.skip, saved.skip_weight, skip_gradients.get(partner),
-                weights.skip[partner - spec.encoders] if taken else None, x0_gradient,
-                partial.mix[index],
+                saved.skip, saved.skip_weights,
+                skip_gradients.pop(later[1], None) if later else None,
+                weights.skip[later[0]] if later else None,
+                x0_gradient, partial.mix[index], partial.skip[skip[0]] if skip else None,
             )  # fmt: skip
-            if saved.skip is not None:
-                skip_gradients[index] = inner
-        partial.add_up(gradients, spec.encoders)
+            if skip:
+                skip_gradients[step] = inner
+        partial.add_up(gradients)
         x0_gradient.add_(gradient)
         return None, x0_gradient, *gradients, *additions.gradients()
 
 
-def _block(context, index, saved, x0) -> torch.Tensor:
-    """Block `index` from `saved.x` to its output; keeps in `saved` what the backward pass needs."""
+def _block(context, step, saved, x0) -> torch.Tensor:
+    """A step from `saved.x` to its output; keeps in `saved` what the backward pass needs."""
     spec, weights, additions = context
+    index, slope = spec.order.blocks[step], spec.config.activation_slope
     x, *saved.attention_input = mix_and_norm(
-        saved.x, x0, weights.mix[index], saved.skip, saved.skip_weight
+        saved.x, x0, weights.mix[index], saved.skip, saved.skip_weights
     )
-    first = spec.first_position if index == spec.config.layers - 1 else 0
+    first = spec.first_position if step == len(spec.order.blocks) - 1 else 0
     output = _attention(context, index, saved, first)
     x = _rows_from(x, spec, first)
     # Both sums go into the residual stream's own memory: the backward pass needs the norms'
@@ -331,9 +315,9 @@ def _block(context, index, saved, x0) -> torch.Tensor:
     if additions.has("up", index):
         up = normed @ weights.up[index].T
         additions.add("up", index, normed, up)
-        saved.activation = activate(up)
+        saved.activation = activate(up, slope)
     else:
-        saved.activation = mlp_up(normed, weights.up[index], spec.trains)
+        saved.activation = mlp_up(normed, weights.up[index], slope, spec.trains)
     x.addmm_(saved.activation, weights.down[index].T)
     additions.add("down", index, saved.activation, x)
     return x
@@ -365,25 +349,29 @@ def _attention(context, index, saved, first) -> torch.Tensor:
     with torch.set_grad_enabled(spec.trains):
         for part in inputs:
             part.requires_grad_(spec.trains)
-        joined = attend(*inputs, spec.attention_backend, spec.deterministic_attention)
+        joined = attend(
+            *inputs, spec.attention_backend, spec.deterministic_attention, spec.documents
+        )
     output = joined.detach().flatten(0, 1).contiguous()
-    excluded = exclude_self(output, _rows_from(own_values, spec, first))
+    gate = _head_gate(weights, index, latest)
+    excluded = exclude_self(output, _rows_from(own_values, spec, first), gate)
     saved.attention = *inputs, joined, excluded
     return excluded.flatten(1)
 
 
 def _mlp_backward(context, gradients, index, saved, gradient) -> torch.Tensor:
     """The gradient of the residual stream before the MLP, from the one after it."""
-    _, weights, additions = context
+    spec, weights, additions = context
     activation, normed = saved.activation, saved.mlp_input[0]
-    _write_product_gradient(gradients.down, index, gradient, activation)
+    slope = spec.config.activation_slope
+    _add_product_gradient(gradients.down, index, gradient, activation)
     if additions.has("down", index):
         inner = gradient @ weights.down[index]
         additions.add_backward("down", index, activation, gradient, inner)
-        activate_backward(inner, activation)
+        activate_backward(inner, activation, slope)
     else:
-        inner = mlp_down_backward(gradient, weights.down[index], activation)
-    _write_product_gradient(gradients.up, index, inner, normed)
+        inner = mlp_down_backward(gradient, weights.down[index], activation, slope)
+    _add_product_gradient(gradients.up, index, inner, normed)
     input_gradient = inner @ weights.up[index]
     additions.add_backward("up", index, normed, inner, input_gradient)
     return rms_norm_backward(input_gradient, *saved.mlp_input, gradient)
@@ -393,12 +381,14 @@ def _attention_backward(context, gradients, gain_sums, index, saved, gradient) -
     """The gradient of attention's normed input, from that of the residual stream after it."""
     spec, weights, additions = context
     config, (*inputs, joined, excluded) = spec.config, saved.attention
-    _write_product_gradient(gradients.attention_out, index, gradient, excluded.flatten(1))
+    _add_product_gradient(gradients.attention_out, index, gradient, excluded.flatten(1))
     inner = gradient @ weights.attention_out[index]
     additions.add_backward("output", index, excluded.flatten(1), gradient, inner)
     output, own_values = joined.detach().flatten(0, 1), _heads(_split(saved.qkv, config)[2], config)
-    inner, from_exclusion = exclude_self_backward(
-        inner.view(excluded.shape), output.contiguous(), own_values
+    normed = saved.attention_input[0]
+    gate = _head_gate(weights, index, normed)
+    inner, from_exclusion, of_gate = exclude_self_backward(
+        inner.view(excluded.shape), output.contiguous(), own_values, gate
     )
     found = torch.autograd.grad(joined, inputs, inner.view(joined.shape))
     # Flattening a single sequence copies nothing, whatever layout the backend chose.
@@ -414,26 +404,34 @@ def _attention_backward(context, gradients, gain_sums, index, saved, gradient) -
         number = config.value_layers.index(index)
         by_token = sums_by_token(parts[2], spec.tokens, len(weights.values))
         if gradients.value_scales is not None:
-            gradients.value_scales[number] = (by_token * weights.values).sum()
+            gradients.value_scales[number] += (by_token * weights.values).sum()
         if gradients.values is not None:
             gradients.values.add_(weights.value_scales[number] * by_token)
-    normed = saved.attention_input[0]
-    _write_product_gradient(gradients.qkv, index, qkv_gradient, normed)
+    _add_product_gradient(gradients.qkv, index, qkv_gradient, normed)
     input_gradient = qkv_gradient @ weights.qkv[index]
     for projection, part in zip(QKV, parts, strict=True):
         additions.add_backward(projection, index, normed, part, input_gradient)
+    if gate is not None:
+        weights_gradient = head_gate_backward(of_gate, gate, input_gradient)
+        if gradients.head_gate is not None:
+            gradients.head_gate[index] += weights_gradient
     return input_gradient
 
 
-def _write_product_gradient(
+def _head_gate(weights: FoldedWeights, index: int, normed: torch.Tensor) -> HeadGate | None:
+    """Of the heads' outputs at the rows of `normed`."""
+    return None if weights.head_gate is None else HeadGate(normed, weights.head_gate[index])
+
+
+def _add_product_gradient(
     gradients: torch.Tensor | None, index: int, gradient: torch.Tensor, x: torch.Tensor
 ) -> None:
-    """Write a matrix's gradient, where it was asked for, from that [M, out] of its product with x.
+    """Add a matrix's gradient, where it was asked for, from that [M, out] of its product with x.
 
     x: [M, in].
     """
     if gradients is not None:
-        torch.mm(gradient.T, x, out=gradients[index])
+        gradients[index].addmm_(gradient.T, x)
 
 
 def _split(qkv: torch.Tensor, config: GPTConfig) -> tuple[torch.Tensor, ...]:

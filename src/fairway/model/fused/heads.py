@@ -103,7 +103,7 @@ def heads_backward(
 
     From those of queries [M, H, D] and keys after norm and rotation, of values in attention, both
     [M, K·copies, D], and of values in exclusion [M, K, D]; all contiguous. sums: of `gain_sums` for
-    one block, overwritten with the partial sums of the gradient of gain.
+    one block; the partial sums of the gradient of gain are added to them.
     """
     (M, H, D), K = query_gradient.shape, exclusion_gradient.shape[1]
     out, programs = torch.empty_like(qkv), len(sums)
@@ -116,8 +116,11 @@ def heads_backward(
 
 
 def gain_sums(x: torch.Tensor, heads: int, blocks: int) -> torch.Tensor:
-    """Memory for the partial sums of `heads_backward` over x: float32 [blocks, programs, heads]."""
-    return x.new_empty(blocks, programs_over(x, 28), heads, dtype=torch.float32)
+    """Memory for partial sums of `heads_backward` over x: float32 zeros [blocks, programs, heads].
+
+    A block may run several times.
+    """
+    return x.new_zeros(blocks, programs_over(x, 28), heads, dtype=torch.float32)
 
 
 @triton.jit
@@ -151,7 +154,8 @@ def _heads_backward(
             copy_at = of_copies + _copy_offsets(copy, COPIES, D, WIDE_K, WIDE_D)
             value += tl.load(value_gradient_at + copy_at, mask, other=0.0)
         tl.store(out_at + of_keys + K * D + at, value, mask)
-    tl.store(sums_at + tl.program_id(0) * H + heads, gain_sum, heads < H)
+    own = sums_at + tl.program_id(0) * H + heads
+    tl.store(own, tl.load(own, heads < H) + gain_sum, heads < H)
 
 
 @triton.jit

@@ -72,10 +72,10 @@ class Additions:
             A, B = self._factors[projection, layer]
             x, gradient = _by_row(x, A), _by_row(gradient, A)
             low, low_gradient = torch.bmm(x, A.mT), torch.bmm(gradient, B)
-            self._gradients[projection, layer] = (
-                torch.bmm(low_gradient.mT, x),
-                torch.bmm(gradient.mT, low),
-            )
+            found = torch.bmm(low_gradient.mT, x), torch.bmm(gradient.mT, low)
+            if before := self._gradients.get((projection, layer)):  # of a later run of the block
+                found = tuple(map(torch.add, before, found))
+            self._gradients[projection, layer] = found
             _by_row(x_gradient, A).baddbmm_(low_gradient, A)
 
     def gradients(self) -> list[torch.Tensor]:

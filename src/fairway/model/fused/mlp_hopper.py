@@ -40,7 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fairway.model.fused.activation import activation_of, slope_of
+from fairway.model.fused.activation import activation_of, derivative_of
 from fairway.model.fused.tiles import multiprocessors
 
 TILE = gl.constexpr(128)
@@ -51,10 +51,12 @@ PIECES = gl.constexpr(4)  # of a tile
 LARGEST_K = 512  # The weights take 128 KiB then, and everything 224 of the 227 KiB that there are.
 
 
-def up(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, signed: bool) -> None:
+def up(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, slope: float, signed: bool
+) -> None:
     """Write `mlp_up`'s result, from x [M, K] and weight [N, K], to out [M, N]."""
     weight_tiles = _tiles(weight, TILE, TILE_K)
-    _launch(x, weight_tiles, None, out, signed)
+    _launch(x, weight_tiles, None, out, slope, signed)
 
 
 def down_backward(
@@ -62,16 +64,17 @@ def down_backward(
     weight: torch.Tensor,
     saved: torch.Tensor,
     out: torch.Tensor,
+    slope: float,
 ) -> None:
     """Write `mlp_down_backward`'s result to out [M, N].
 
     From the gradient [M, K], weight [K, N] and the saved activation [M, N].
     """
     weight_tiles = _tiles(weight, TILE_K, TILE)
-    _launch(gradient, weight_tiles, _tiles(saved, TILE, PIECE), out, True)
+    _launch(gradient, weight_tiles, _tiles(saved, TILE, PIECE), out, slope, True)
 
 
-def _launch(x, weight_tiles, saved_tiles, out, signed: bool) -> None:
+def _launch(x, weight_tiles, saved_tiles, out, slope: float, signed: bool) -> None:
     """One program for each multiprocessor, as far as the columns go into them."""
     (M, K), N = x.shape, out.shape[1]
     columns = triton.cdiv(N, TILE.value)
@@ -79,7 +82,7 @@ def _launch(x, weight_tiles, saved_tiles, out, signed: bool) -> None:
     _mlp[(groups * columns,)](
         _tiles(x, TILE, TILE_K), weight_tiles, saved_tiles, _tiles(out, TILE, PIECE),
         triton.cdiv(M, TILE.value), columns, triton.cdiv(K, TILE_K.value), groups,
-        saved_tiles is not None, signed, num_warps=4,
+        saved_tiles is not None, slope, signed, num_warps=4,
     )  # fmt: skip
 
 
@@ -96,7 +99,8 @@ def _layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
 @gluon.jit(do_not_specialize=["row_tiles", "columns"])
 def _mlp(
     x_tiles, weight_tiles, saved_tiles, out_tiles, row_tiles, columns,
-    STEPS: gl.constexpr, GROUPS: gl.constexpr, BACKWARD: gl.constexpr, SIGNED: gl.constexpr,
+    STEPS: gl.constexpr, GROUPS: gl.constexpr, BACKWARD: gl.constexpr, SLOPE: gl.constexpr,
+    SIGNED: gl.constexpr,
 ):  # fmt: skip
     """Programs of one group take the same rows; those of one column are GROUPS tiles apart."""
     ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, TILE_K], x_tiles.layout)
@@ -113,11 +117,13 @@ def _mlp(
         [
             (_consume, (
                 ring, weight, pieces, filled, emptied, turns, weight_filled, piece_filled,
-                saved_tiles, out_tiles, column, first, count, 0, STEPS, GROUPS, BACKWARD, SIGNED,
+                saved_tiles, out_tiles, column, first, count, 0, STEPS, GROUPS, BACKWARD, SLOPE,
+                SIGNED,
             )),
             (_consume, (
                 ring, weight, pieces, filled, emptied, turns, weight_filled, piece_filled,
-                saved_tiles, out_tiles, column, first, count, 1, STEPS, GROUPS, BACKWARD, SIGNED,
+                saved_tiles, out_tiles, column, first, count, 1, STEPS, GROUPS, BACKWARD, SLOPE,
+                SIGNED,
             )),
             (_produce, (
                 x_tiles, weight_tiles, ring, weight, filled, emptied, weight_filled,
@@ -164,7 +170,7 @@ def _consume(
     ring, weight, pieces, filled, emptied, turns, weight_filled, piece_filled,
     saved_tiles, out_tiles, column, first, count,
     WHICH: gl.constexpr, STEPS: gl.constexpr, GROUPS: gl.constexpr, BACKWARD: gl.constexpr,
-    SIGNED: gl.constexpr,
+    SLOPE: gl.constexpr, SIGNED: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 16]
@@ -180,9 +186,9 @@ def _consume(
             part = gl.convert_layout(quarters[i], layout)
             if BACKWARD:
                 mbarrier.wait(there, i & 1)  # A tile's PIECES are an even number of phases.
-                part = (part * slope_of(piece.load(layout))).to(gl.bfloat16)
+                part = (part * derivative_of(piece.load(layout), SLOPE)).to(gl.bfloat16)
             else:
-                part = activation_of(part, gl.bfloat16, SIGNED)
+                part = activation_of(part, SLOPE, gl.bfloat16, SIGNED)
                 tma.store_wait(0)
             piece.store(part)
             fence_async_shared()

@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
+# In the order of their names: as pytest-xdist would have it, files of one long test come last.
+SHARED_OUT := -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup run resume check test test-all lint format docs clean help
 
@@ -32,10 +34,10 @@ check: setup  ## which results are missing, unfinished or changed
 	$(BIN)/fairway check
 
 test: setup  ## the tests
-	$(BIN)/python -m pytest -q -m 'not slow' -n $(CORES) --dist loadfile --durations=15
+	$(BIN)/python -m pytest -q -m 'not slow' $(SHARED_OUT) --durations=15
 
 test-all: setup  ## the tests, slow ones too
-	$(BIN)/python -m pytest -q -n $(CORES) --dist loadfile --durations=25
+	$(BIN)/python -m pytest -q $(SHARED_OUT) --durations=25
 
 lint: setup  ## formatting and lint of Python and Snakemake
 	$(BIN)/ruff check .

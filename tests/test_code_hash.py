@@ -19,38 +19,40 @@ from tiny import ROOT, SCRIPTS, TINY_CONFIG
 STAGE_SCRIPTS = sorted(path.name for path in SCRIPTS.glob("*.py"))
 CONFIG = merge(TINY_CONFIG, {"data": {"paths": ["text.jsonl"]}})
 
-# A checkout of its own needs a process of its own; what was read is remembered until a reload.
+# A checkout of its own needs a process of its own, which answers a line with a line: the hashes
+# before all edits and after each. What is not edited is parsed once for all of them.
 HASHES = """
-import importlib, json, sys
+import json, sys
 from pathlib import Path
-from fairway import code_hash
+from fairway.code_hash import code_hash
 from fairway.plugins import search_beside
 from fairway.recipe import complete, plugin_files
 from fairway.stages import STAGES
 
-home, values, edits = Path(sys.argv[1]), *json.load(sys.stdin)
+home = Path(sys.argv[1])
 search_beside([home])
-config = complete(values)
 
-def hashes():
-    importlib.reload(code_hash)
+def hashes(config):
     return {
-        name: code_hash.code_hash(
+        name: code_hash(
             home / "workflow/scripts" / stage.script,
             *plugin_files(name, config.stage_settings(name)),
         )
         for name, stage in STAGES.items()
     }
 
-found = [hashes()]
-for edit in edits:
-    before = {name: (home / name).read_text() for name in edit}
-    for name, text in edit.items():
-        (home / name).write_text(text)
-    found.append(hashes())
-    for name, text in before.items():
-        (home / name).write_text(text)
-print(json.dumps(found))
+for line in sys.stdin:
+    values, edits = json.loads(line)
+    config = complete(values)
+    found = [hashes(config)]
+    for edit in edits:
+        before = {name: (home / name).read_text() for name in edit}
+        for name, text in edit.items():
+            (home / name).write_text(text)
+        found.append(hashes(config))
+        for name, text in before.items():
+            (home / name).write_text(text)
+    print(json.dumps(found), flush=True)
 """
 
 LOADED_FILES = """
@@ -65,33 +67,36 @@ print(json.dumps(loaded))
 """
 
 
-def python(code: str, *arguments: str, sources: Path = ROOT / "src", given: str = ""):
-    """What a new process prints, as JSON; it reads what is `given`."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], input=given,
-        env={"PYTHONPATH": str(sources)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+class Checkout:
+    """A copy of the sources, to edit, and the process that hashes it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        for name in ("src", "workflow"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, home / name, ignore=ignored)
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", HASHES, str(home)], env={"PYTHONPATH": str(home / "src")},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def hashes(self, edits: list[dict[str, str]], **changes) -> list[dict[str, str]]:
+        """stage → its hash: before all edits (file → its new text), and after each."""
+        print(json.dumps([merge(CONFIG, changes), edits]), file=self.server.stdin, flush=True)
+        return json.loads(self.server.stdout.readline())
+
+    def added(self, name: str, text: str = "\nADDED = 1\n") -> dict[str, str]:
+        """The edit that adds `text` to a file."""
+        return {name: (self.home / name).read_text() + text}
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """A copy of the sources, to edit."""
-    for name in ("src", "workflow"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path
-
-
-def hashes(checkout: Path, edits: list[dict[str, str]], **changes) -> list[dict[str, str]]:
-    """stage → its hash in the checkout: before all edits (file → its new text), and after each."""
-    given = json.dumps([merge(CONFIG, changes), edits])
-    return python(HASHES, str(checkout), sources=checkout / "src", given=given)
-
-
-def added(checkout: Path, name: str, text: str = "\nADDED = 1\n") -> dict[str, str]:
-    """The edit that adds `text` to a file."""
-    return {name: (checkout / name).read_text() + text}
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    one = Checkout(tmp_path_factory.mktemp("checkout"))
+    yield one
+    one.server.stdin.close()
+    one.server.wait()
+    one.server.stdout.close()
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -109,7 +114,12 @@ def names(stage: str, **changes) -> set[str]:
 
 def test_the_closure_is_what_python_imports():
     """Whatever of Fairway is loaded by importing a script is in its closure; packages are empty."""
-    loaded_by_script = python(LOADED_FILES, *(str(SCRIPTS / name) for name in STAGE_SCRIPTS))
+    scripts = [str(SCRIPTS / name) for name in STAGE_SCRIPTS]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED_FILES, *scripts],
+        env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    loaded_by_script = json.loads(done.stdout)
     assert len(loaded_by_script) == len(STAGES) == 8
     for script, files in loaded_by_script.items():
         loaded = {Path(file) for file in files}
@@ -157,20 +167,33 @@ def test_only_adapters_that_a_config_lists_count():
 
 
 def test_the_hash_is_that_of_the_meaning_not_of_the_place(checkout):
-    files = [str(path.relative_to(checkout)) for path in checkout.rglob("*.py")]
+    home = checkout.home
     comments = {}
-    for name in files:
-        comments |= added(checkout, name, "\n\n# A comment.\n")
+    for path in home.rglob("*.py"):
+        comments |= checkout.added(str(path.relative_to(home)), "\n\n# A comment.\n")
     trainer = "src/fairway/training/trainer.py"
-    text = (checkout / trainer).read_text()
+    text = (home / trainer).read_text()
     field = '"""Length of a sequence."""'
     assert field in text
     described = {trainer: text.replace(field, '"""Tokens of one."""')}
     documented = {trainer: text.replace('"""', '"""Told anew: ', 1)}
-    before, *after = hashes(checkout, [comments, described, documented])
+    before, *after = checkout.hashes([comments, described, documented])
     assert after == [before] * 3
     settings = complete(CONFIG).stage_settings("train")
     assert before["train"] == code_hash(SCRIPTS / "train.py", *plugin_files("train", settings))
+
+
+def test_files_may_lie_anywhere(tmp_path):
+    """Their order is not that of their folders."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("one", "two"):
+            (tmp_path / folder / f"{name}.py").write_text(f"{name} = 1\n")
+    hashes = [
+        code_hash(tmp_path / first / "one.py", tmp_path / second / "two.py")
+        for first, second in ("ab", "ba")
+    ]
+    assert hashes[0] == hashes[1] != code_hash(tmp_path / "a/one.py")
 
 
 RERUN = {
@@ -191,8 +214,8 @@ RERUN = {
 
 
 def test_what_an_edit_reruns(checkout):
-    edits = [added(checkout, f"src/fairway/{name}") for name in RERUN]
-    before, *after = hashes(checkout, edits)
+    edits = [checkout.added(f"src/fairway/{name}") for name in RERUN]
+    before, *after = checkout.hashes(edits)
     rerun = [changed(before, one) for one in after]
     assert dict(zip(RERUN, rerun, strict=True)) == RERUN
 
@@ -211,16 +234,16 @@ class Nearest(Quantizer):
 
 
 def test_a_users_class_counts_where_it_runs_with_the_modules_beside_it(checkout):
-    (checkout / "own_quantizer.py").write_text(QUANTIZER)
-    (checkout / "beside_it.py").write_text("BITS = 6\n")
-    (checkout / "unused.py").write_text("BITS = 6\n")
+    (checkout.home / "own_quantizer.py").write_text(QUANTIZER)
+    (checkout.home / "beside_it.py").write_text("BITS = 6\n")
+    (checkout.home / "unused.py").write_text("BITS = 6\n")
     edits = [
-        added(checkout, "unused.py"),
-        added(checkout, "own_quantizer.py", "# A comment.\n"),
-        added(checkout, "own_quantizer.py"),
-        added(checkout, "beside_it.py"),
+        checkout.added("unused.py"),
+        checkout.added("own_quantizer.py", "# A comment.\n"),
+        checkout.added("own_quantizer.py"),
+        checkout.added("beside_it.py"),
     ]
-    before, *after = hashes(checkout, edits, gptq={"quantizer": "own_quantizer:Nearest"})
+    before, *after = checkout.hashes(edits, gptq={"quantizer": "own_quantizer:Nearest"})
     own = {"train", "gptq"}  # train for late QAT
     assert [changed(before, one) for one in after] == [set(), set(), own, own]
 

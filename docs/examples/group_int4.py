@@ -40,5 +40,5 @@ class GroupInt4(Quantizer):
         }
         return quantized, layer_table(matrices, quantized)
 
-    def fake(self, weight: Tensor) -> Tensor:
+    def fake(self, name: str, weight: Tensor) -> Tensor:
         return fake_quantize(weight, BITS, self.settings.group_columns)

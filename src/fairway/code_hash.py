@@ -36,7 +36,7 @@ def import_closure(*files: str | Path) -> tuple[Path, ...]:
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            names, _ = _read(path)
+            names, _ = _read(path.read_bytes())
             waiting.extend(file for name in names if (file := _module_file(name, path)))
     return tuple(sorted(found))
 
@@ -44,14 +44,17 @@ def import_closure(*files: str | Path) -> tuple[Path, ...]:
 def code_hash(*files: str | Path) -> str:
     """SHA-256 over the syntax trees of `import_closure(*files)`, without docstrings and PLUMBING.
 
-    Comments, layout and documentation do not change it, so editing them reruns nothing.
+    Comments, layout and documentation do not change it, nor do the places of the files, so editing
+    or moving them reruns nothing.
     """
     digest = hashlib.sha256()
-    for path in import_closure(*files):
-        if path.parent == PACKAGE and path.stem in PLUMBING:
-            continue
-        digest.update(path.name.encode())
-        digest.update(_read(path)[1])
+    for name, tree in sorted(
+        (path.name, _read(path.read_bytes())[1])
+        for path in import_closure(*files)
+        if path.parent != PACKAGE or path.stem not in PLUMBING
+    ):
+        digest.update(name.encode())
+        digest.update(tree)
     return digest.hexdigest()
 
 
@@ -71,10 +74,10 @@ def _module_file(name: str, importer: Path) -> Path | None:
 
 
 @cache
-def _read(path: Path) -> tuple[frozenset[str], bytes]:
+def _read(source: bytes) -> tuple[frozenset[str], bytes]:
     """The modules, and names in modules, that a file imports; and its syntax tree as bytes."""
     names: set[str] = set()
-    tree = ast.parse(path.read_bytes())
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)

@@ -152,6 +152,8 @@ class GptqMetrics(_Score):
     """Kind of number → what packed it."""
     zeros: int
     """Codes zeroed to fit the limit."""
+    step_factor: float = 1.0
+    """The factor on all steps with which the artifact fills the limit, where it was looked for."""
     mean_error: float
     """Mean over matrices of the quantizer's own measure; of GPTQ tr((W−Q)·H·(W−Q)ᵀ)."""
     mean_error_round_to_nearest: float | None = None

@@ -194,7 +194,8 @@ def cut(sections: Mapping[str, Settings], stage: Stage) -> dict[str, Any]:
     for name in stage.sections:
         section, _, key = name.partition(".")
         values = sections[section].as_read()
-        settings[section] = {key: values[key]} if key else values
+        read = {one: value for one, value in values.items() if key in ("", one)}
+        settings.setdefault(section, {}).update(read)
     return settings
 
 

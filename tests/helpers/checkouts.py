@@ -1,6 +1,5 @@
 """Copies of the checkout with a tiny configuration, and Snakemake runs in them."""
 
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ import yaml
 from fairway.settings import merge
 from fairway.stages import STAGES
 from tiny import ROOT, TINY_CONFIG, synthetic_documents, write_jsonl
+from warm_python import warm_python
 
 CONFIG_FILE = "tiny.yaml"
 TEXT = "text/documents.jsonl"
@@ -22,72 +22,31 @@ RESULTS = f"results/{TINY_CONFIG['run']}"
 FOLDERS = {"shared": "train", "leaky": "ttt"}
 """TINY_CONFIG's folders under a seed's, each with the first stage that lies in it."""
 ALL = " ".join(STAGES)
-# Snakemake with the interpreter that runs the tests, and one thread, as the results are compared.
-SNAKEMAKE = (sys.executable, "-m", "snakemake", "--cores", "2")
+# Snakemake with one thread, as the results are compared.
+OPTIONS = ("-m", "snakemake", "--cores", "2")
 # Before targets there must be an option, as --configfile takes any number of files.
-COMMAND = (*SNAKEMAKE, "--configfile", CONFIG_FILE, "--show-failed-logs")
+COMMAND = (sys.executable, *OPTIONS, "--configfile", CONFIG_FILE, "--show-failed-logs")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # Compiled modules are kept and copied with a project, as every user has them.
 ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# Started once: loading Snakemake, and what the settings' classes import, takes longer than a dry
-# run. Each request is a forked process, which imports fairway itself from its folder's checkout.
-DRY_RUN_SERVER = """
-import json, os, sys
-import pandas, pyarrow.parquet, pydantic, requests, safetensors.torch, scipy.stats, torch
-from snakemake.cli import get_argument_parser, main
 
-get_argument_parser()  # imports plugins
-
-for line in sys.stdin:
-    folder, arguments, output = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.chdir(folder)
-        file = os.open(output, os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.argv = ["snakemake", *arguments]
-        main(arguments)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+def dry_run(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit status and output of `snakemake -n`."""
+    done = subprocess.run(
+        [warm_python(), "-m", "snakemake", "-n", *arguments], cwd=folder, text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT,
+    )  # fmt: skip
+    print(done.stdout)  # for pytest to show where a test fails
+    return done.returncode, done.stdout
 
 
-class DryRuns:
-    """Answers which jobs Snakemake would run in a folder."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", DRY_RUN_SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT,
-        )
-        self.count = 0
-
-    def run(self, folder: Path, *arguments: str) -> tuple[int, str]:
-        """Exit status and output of `snakemake -n`."""
-        self.count += 1
-        path = self.scratch / f"{self.count}.txt"
-        print(json.dumps([str(folder), ["-n", *arguments], str(path)]), file=self.server.stdin)
-        self.server.stdin.flush()
-        code = int(self.server.stdout.readline())
-        output = path.read_text()
-        print(output)  # for pytest to show where a test fails
-        return code, output
-
-    def jobs(self, folder: Path, *arguments: str, config: str = CONFIG_FILE) -> set[str]:
-        """Each job that `snakemake -n` with a configuration, by default the tiny one, lists."""
-        # Targets come first: --configfile takes any number of files.
-        code, output = self.run(folder, *arguments, "--configfile", config)
-        assert code == 0, output
-        return parse_jobs(output)
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait()
+def dry_jobs(folder: Path, *arguments: str, config: str = CONFIG_FILE) -> set[str]:
+    """Each job that `snakemake -n` with a configuration, by default the tiny one, lists."""
+    # Targets come first: --configfile takes any number of files.
+    code, output = dry_run(folder, *arguments, "--configfile", config)
+    assert code == 0, output
+    return parse_jobs(output)
 
 
 def parse_jobs(output: str) -> set[str]:
@@ -163,9 +122,12 @@ def change_config(folder: Path, changes: dict) -> None:
 def snakemake(
     folder: Path, *arguments: str, config: str = CONFIG_FILE, check: bool = True, **environment: str
 ):
-    """Run Snakemake for real, by default with the tiny configuration; targets come first."""
+    """Run Snakemake for real, by default with the tiny configuration; targets come first.
+
+    Python is `warm_python()`, for the stages' scripts too; with COMMAND it is Python itself.
+    """
     done = subprocess.run(
-        [*SNAKEMAKE, *arguments, "--configfile", config],
+        [warm_python(), *OPTIONS, *arguments, "--configfile", config],
         cwd=folder, capture_output=True, text=True, check=False,
         env={**ENVIRONMENT, **environment},
     )  # fmt: skip

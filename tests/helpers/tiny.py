@@ -3,19 +3,20 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from sentencepiece import SentencePieceTrainer
+
+from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "workflow/scripts"
 
 
 def run_script(name: str, *arguments, processes: int = 1, check: bool = True):
-    """Run a stage script as a user would; under torchrun where `processes` > 1."""
-    launcher = [sys.executable]
+    """Run a stage script in processes of its own; under torchrun where `processes` > 1."""
+    launcher = [warm_python()]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*launcher, str(SCRIPTS / name), *map(str, arguments)]

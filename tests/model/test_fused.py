@@ -65,7 +65,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def halved(bank: torch.Tensor) -> torch.Tensor:
+def halved(name: str, bank: torch.Tensor) -> torch.Tensor:
     """Straight-through rounding to halves, which stands for a quantizer's."""
     return bank + ((2 * bank).round() / 2 - bank).detach()
 

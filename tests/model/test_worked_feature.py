@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from fairway.quantization.quantize import quantize_to_file
 from fairway.quantization.settings import QuantizationSettings
 from scattered import scattered_model
 from tiny import ROOT
+from warm_python import warm_python
 
 PATCH = ROOT / "docs/examples/mlp_gain.patch"
 TOKENS = torch.arange(24).view(2, 12)
@@ -69,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
 def run(folder: Path, script: str) -> None:
     """Run a script against the patched library."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder / "src"), *PATHS))}
-    command = [sys.executable, "-c", BEGIN + script, str(folder)]
+    command = [warm_python(), "-c", BEGIN + script, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

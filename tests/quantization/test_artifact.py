@@ -245,7 +245,9 @@ def entry(kind, shape, *group_columns):
         ("tensors", [], "tensors is not"),
         ("tensors", {"token_embedding": "ab"}, "the entry of token_embedding"),
         ("tensors", {"token_embedding": ["int8"]}, "the entry of token_embedding"),
-        ("tensors", entry("int8", [4, 4], 2, 2), "the entry of token_embedding"),
+        ("tensors", entry("int8", [4, 4], 2, True, 2), "the entry of token_embedding"),
+        ("tensors", entry("int8", [4, 4], 2, 2), "the input scales of token_embedding"),
+        ("tensors", entry("float16", [4, 4], None, True), "the input scales of token_embedding"),
         ("tensors", entry("int9", [4, 4]), "the kind of token_embedding"),
         ("tensors", entry("scales", [4, 4]), "the kind of token_embedding"),
         ("tensors", entry(["int8"], [4, 4]), "the kind of token_embedding"),
@@ -528,7 +530,7 @@ def test_codes_in_groups_are_zeroed_by_their_own_scale():
     removed_scales, kept_scales = [], []
     for name in BANKS:
         removed = fitted[name].codes != tensors[name].codes
-        scales = tensors[name].column_scales().expand(removed.shape)
+        scales = tensors[name].steps().expand(removed.shape)
         removed_scales.append(scales[removed])
         kept_scales.append(scales[ones(fitted[name])])
     assert sum(map(len, removed_scales)) == zeroed > 0

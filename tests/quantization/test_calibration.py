@@ -25,8 +25,7 @@ from fairway.quantization.calibration import (
     training_tokens,
 )
 from fairway.quantization.integers import round_to_nearest
-from fairway.quantization.pruning import count_zeros
-from fairway.quantization.quantize import quantize_model
+from fairway.quantization.quantize import quantize_model, with_code_columns
 from fairway.quantization.settings import QuantizationSettings, quantizer_of
 from scattered import SMALL, scattered_model
 
@@ -73,8 +72,10 @@ def observed_inputs(model, tokens):
 def test_hessians_are_the_mean_products_of_every_matrix(model, tokens):
     hessians = collect_hessians(model, tokens, batch_sequences=5)
     inputs = observed_inputs(model, tokens)
+    with torch.no_grad():
+        inputs["token_embedding", 0] = model.hidden(tokens).flatten(0, 1).double()
     assert hessians.keys() == inputs.keys()
-    assert len(hessians) == sum(len(getattr(model, bank)) for bank in BANKS)
+    assert len(hessians) == sum(len(getattr(model, bank)) for bank in BANKS) + 1
     for key, rows in inputs.items():
         expected = rows.T @ rows / len(rows)
         assert hessians[key].dtype == torch.float64
@@ -205,7 +206,7 @@ def test_model_from_disk_gives_bitwise_the_losses_of_the_one_in_memory(
 
 def test_zeros_are_counted_per_matrix(quantized):
     banks, layers = quantized
-    counted = count_zeros(layers, banks)
+    counted = with_code_columns(layers, banks)
     assert isinstance(counted, pd.DataFrame) and "zeros" not in layers
     for _, row in counted.iterrows():
         assert row.zeros == int((banks[row.bank].codes[row.matrix] == 0).sum())

@@ -9,7 +9,7 @@ from fairway.errors import UserError
 from fairway.quantization.integers import round_to_nearest
 from fairway.quantization.quantizers.gptq import (
     Gptq,
-    clip_scales,
+    clip_magnitudes,
     inverse_factor,
     quantize_bank,
 )
@@ -209,13 +209,13 @@ def test_numbers_that_are_not_finite_are_refused():
     columns=st.integers(1, 40),
     percentiles=st.lists(st.floats(0.01, 1), min_size=1, max_size=4),
 )
-def test_clip_scales_are_percentiles_of_the_magnitudes(seed, columns, percentiles):
+def test_clip_magnitudes_are_percentiles(seed, columns, percentiles):
     weights = torch.randn(2, 3, columns, generator=torch.Generator().manual_seed(seed))
-    scales = clip_scales(weights, percentiles)
-    assert scales.shape == (2, len(percentiles), 3)
+    magnitudes = clip_magnitudes(weights, percentiles)
+    assert magnitudes.shape == (2, len(percentiles), 3)
     for index, percentile in enumerate(percentiles):
-        expected = weights.abs().quantile(percentile, dim=2) / 31
-        assert torch.allclose(scales[:, index].float(), expected, rtol=2e-3, atol=1e-7)
+        expected = weights.abs().quantile(percentile, dim=2)
+        assert torch.allclose(magnitudes[:, index], expected, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -249,5 +249,5 @@ def test_all_banks_are_quantized_and_their_tables_joined():
 
 def test_late_quantization_aware_training_rounds_to_the_nearest_int6():
     weight, _ = random_problem(seed=15)
-    rounded = Gptq(gptq_settings()).fake(weight.float())
+    rounded = Gptq(gptq_settings()).fake("mlp_up_bank", weight.float())
     assert torch.equal(rounded, round_to_nearest(weight.float(), 6).dequantize())

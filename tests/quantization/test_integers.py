@@ -33,7 +33,7 @@ def test_error_is_at_most_half_a_step(weights, group_columns, bits, limit):
     quantized = round_to_nearest(weights, bits, group_columns)
     assert quantized.codes.dtype == torch.int8 and quantized.scales.dtype == torch.float16
     assert quantized.codes.abs().max() <= limit
-    step = quantized.column_scales().float()
+    step = quantized.steps()
     # The scale is itself rounded to fp16: relative 2^-11, or half of 2^-24 where it is subnormal.
     slack = limit * (step * 2**-11 + 2**-25)
     assert ((quantized.dequantize() - weights).abs() <= step / 2 + slack).all()

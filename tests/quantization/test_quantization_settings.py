@@ -23,7 +23,7 @@ class Ternary(Quantizer):
     def quantize(self, matrices, hessians):
         return {}, None
 
-    def fake(self, weight):
+    def fake(self, name, weight):
         return weight
 
 

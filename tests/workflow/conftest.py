@@ -1,13 +1,14 @@
-"""One tiny run that is made for real, and the server of the dry runs that ask about it."""
+"""One tiny run that is made for real, and the dry runs that ask about it."""
 
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 
-from checkouts import DryRuns, make_project, snakemake
+from checkouts import dry_jobs, dry_run, make_project, snakemake
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +35,9 @@ def empty(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dry_runs(tmp_path_factory):
-    runs = DryRuns(tmp_path_factory.mktemp("dry_runs"))
-    yield runs
-    runs.close()
+def dry_runs() -> SimpleNamespace:
+    """Which jobs Snakemake would run in a folder."""
+    return SimpleNamespace(run=dry_run, jobs=dry_jobs)
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """Real scripts that are frozen, or lack memory or disk: one line, and nothing of others is lost."""
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,11 +15,19 @@ from fairway.stages import STAGES
 from runs import Call, calls
 from tiny import ROOT, SCRIPTS
 from trainings import run_here
+from warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-RUN = "import runpy, sys; sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+# Lets no file grow beyond 400 bytes.
+FULL = """
+import resource, runpy, sys
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 # Stops itself right before it renames a file to this name.
 FREEZE = """
 import os, runpy, signal, sys
@@ -60,11 +66,11 @@ def scripts(tiny_run, tiny_dataset, tmp_path) -> dict[str, Call]:
     return {call.stage.name: call for call in (tokenize, *calls(config, data, run))}
 
 
-def start(code: str, first: object, call: Call, **options) -> subprocess.Popen:
-    command = [sys.executable, "-c", code, str(first), str(SCRIPTS / call.stage.script)]
+def start(code: str, first: object, call: Call, python: str = sys.executable) -> subprocess.Popen:
+    command = [python, "-c", code, str(first), str(SCRIPTS / call.stage.script)]
     return subprocess.Popen(
         [*command, *call.arguments],
-        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options,
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -118,8 +124,7 @@ def test_too_little_memory_is_one_line(name, scripts):
 def test_a_full_disk_is_one_line(name, scripts):
     call = scripts[name]
     (call.output / "metrics.json").unlink()
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (400, 400))
-    line = one_line(start(RUN, "", call, preexec_fn=limit))
+    line = one_line(start(FULL, "", call, warm_python()))
     assert "could not be written (" in line and "File too large" in line
 
 

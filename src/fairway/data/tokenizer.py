@@ -51,7 +51,7 @@ TRAINER = {
     "minloglevel": 2,
 }
 MARK_CASE = {"user_defined_symbols": list(MARKERS)}
-"""Markers are tokens of their own: within others they would part the words they should join."""
+"""As symbols markers are in no piece with letters, so a word has one set of pieces."""
 KEEP_CHARACTERS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 

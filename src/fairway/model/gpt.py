@@ -109,8 +109,8 @@ class GPT(nn.Module):
         self.adapter: RowAdapter | None = None
         self.activation_hook: Callable[[str, int, torch.Tensor], None] | None = None
         """Called with a bank, an index and x before x is multiplied by that matrix."""
-        self.fake_quantize: Callable[[torch.Tensor], torch.Tensor] | None = None
-        """Applied to the matrices that will be quantized, such as a fake quantization."""
+        self.fake_quantize: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+        """Applied to the name and value of each bank, such as a fake quantization."""
         for name, parameter in self.parameter_table.items():
             self.register_parameter(name, nn.Parameter(torch.empty(parameter.shape)))
         self._initialize(seed)
@@ -301,9 +301,9 @@ class GPT(nn.Module):
 
     def _prepared_banks(self) -> dict[str, torch.Tensor]:
         """The banks as the forward pass uses them: transformed (late QAT), then cast."""
-        transform = self.fake_quantize or (lambda bank: bank)
+        transform = self.fake_quantize or (lambda name, bank: bank)
         return {
-            name: transform(getattr(self, name)).to(self.compute_dtype)
+            name: transform(name, getattr(self, name)).to(self.compute_dtype)
             for name, parameter in self.parameter_table.items()
             if parameter.storage == "quantized"
         }

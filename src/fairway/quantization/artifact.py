@@ -6,11 +6,12 @@ All numbers are little-endian; the checksum covers every byte before it. The hea
 file by itself:
 
     {"config": {the model's configuration},
-     "tensors": {name: [kind, shape] or [kind, shape, group columns]},
+     "tensors": {name: [kind, shape], and for codes perhaps: group columns, has input scales},
      "streams": {stream: [codec, packed length]}}
 
 A tensor's kind is float16, float32, or int2 to int8: codes, each multiplied by the fp16 scale of
-its row or of its group of columns. The payload has one stream for each kind of number, and one for
+its row or of its group of columns (null: of its row), and by that of its column where there are
+input scales. The payload has one stream for each kind of number, and one for
 the scales, each with its parts of the tensors in the order of their names, packed by whichever
 codec needs fewer bytes. Nothing in a file is ever executed, and a reader never unpacks more bytes
 than the declared shapes need.
@@ -38,9 +39,11 @@ from fairway.model.weights import build_model
 from fairway.quantization.coding import CODECS, expect, pack, unpack
 from fairway.quantization.integers import (
     ALLOWED_BITS,
+    EMBEDDING,
     QuantizedTensor,
     bytes_to_codes,
     codes_to_bytes,
+    input_scales_shape,
     round_to_nearest,
     scales_shape,
 )
@@ -80,23 +83,32 @@ class Entry:
     kind: str
     shape: tuple[int, ...]
     group_columns: int | None = None
+    has_input_scales: bool = False
 
     def parts(self) -> list[tuple[str, tuple[int, ...]]]:
         """The streams that hold it, and the shape of its part in each."""
         parts = [(self.kind, self.shape)]
         if self.kind in BITS:
             parts.append(("scales", scales_shape(self.shape, self.group_columns)))
+        if self.has_input_scales:
+            parts.append(("scales", input_scales_shape(self.shape)))
         return parts
 
 
-def quantizable(model: GPT) -> dict[str, Tensor]:
-    """The parameters that a quantizer makes codes of: name → float32 [N, R, C]."""
+def quantizable(model: GPT, takes_embedding: bool = False) -> dict[str, Tensor]:
+    """The parameters that a quantizer makes codes of: name → float32 [N, R, C].
+
+    takes_embedding: the token embedding as well, as one matrix.
+    """
     table = parameters(model.config)
-    return {
+    matrices = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
         if table[name].storage == "quantized"
     }
+    if takes_embedding:
+        matrices[EMBEDDING] = model.token_embedding.detach().unsqueeze(0)
+    return matrices
 
 
 def storable(model: GPT, quantized: Mapping[str, QuantizedTensor]) -> dict[str, Stored]:
@@ -109,8 +121,8 @@ def storable(model: GPT, quantized: Mapping[str, QuantizedTensor]) -> dict[str, 
     table = parameters(model.config)
     for name, parameter in model.named_parameters():
         storage, values = table[name].storage, parameter.detach().cpu()
-        if storage == "quantized":
-            tensors[name] = _given(name, values, quantized).cpu()
+        if storage == "quantized" or name in quantized:
+            tensors[name] = _given(name, values, quantized)
         elif storage == "int8":
             tensors[name] = round_to_nearest(values, bits=8)
         else:
@@ -227,18 +239,22 @@ def _given(
     found, expected = tuple(quantized[name].codes.shape), tuple(parameter.shape)
     if found != expected:
         raise UserError(f"the quantizer gave codes {found} for {name}, expected {expected}")
-    return quantized[name]
+    return quantized[name].mapped(Tensor.cpu)
 
 
 def _entry(tensor: Stored) -> Entry:
     if isinstance(tensor, QuantizedTensor):
-        return Entry(kind_of(tensor), tuple(tensor.codes.shape), tensor.group_columns)
+        has_input_scales = tensor.input_scales is not None
+        shape = tuple(tensor.codes.shape)
+        return Entry(kind_of(tensor), shape, tensor.group_columns, has_input_scales)
     return Entry(kind_of(tensor), tuple(tensor.shape))
 
 
 def _described(entry: Entry) -> list[Any]:
     """`entry` as it stands in the header."""
     described = [entry.kind, list(entry.shape)]
+    if entry.has_input_scales:
+        return [*described, entry.group_columns, True]
     return described if entry.group_columns is None else [*described, entry.group_columns]
 
 
@@ -246,7 +262,8 @@ def _arrays(tensor: Stored) -> list[np.ndarray]:
     """The numbers of each of the tensor's parts, little-endian."""
     if isinstance(tensor, QuantizedTensor):
         codes = np.frombuffer(codes_to_bytes(tensor.codes), np.int8).reshape(tensor.codes.shape)
-        return [codes, *_arrays(tensor.scales)]
+        inputs = [] if tensor.input_scales is None else _arrays(tensor.input_scales)
+        return [codes, *_arrays(tensor.scales), *inputs]
     numbers = tensor.detach().cpu().numpy()
     return [numbers.astype(numbers.dtype.newbyteorder("<"))]
 
@@ -288,8 +305,9 @@ def _split(
 
 
 def _checked_entry(name: str, described: Any) -> Entry:
-    expect(isinstance(described, list) and len(described) in (2, 3), f"the entry of {name}")
-    kind, shape, *group_columns = described
+    expect(isinstance(described, list) and 2 <= len(described) <= 4, f"the entry of {name}")
+    kind, shape, *more = described
+    group_columns, has_input_scales = (*more, *(None, False)[len(more) :])
     is_codes = isinstance(kind, str) and kind in BITS
     expect(is_codes or kind in ("float16", "float32"), f"the kind of {name}")
     expect(isinstance(shape, list) and len(shape) <= 4, f"the shape of {name}")
@@ -297,9 +315,11 @@ def _checked_entry(name: str, described: Any) -> Entry:
     expect(len(shape) >= 2 or not is_codes, f"the shape of {name}")
     # No array library can hold such sides, even of an empty tensor.
     expect(math.prod(map(max, shape, repeat(1))) <= MAXIMUM_UNPACKED_BYTES, "the sum of the shapes")
-    for columns in group_columns:
-        expect(is_codes and _is_count(columns) and columns > 0, f"the groups of {name}")
-    return Entry(kind, tuple(shape), *group_columns)
+    if group_columns is not None:
+        is_groups = is_codes and _is_count(group_columns) and group_columns > 0
+        expect(is_groups, f"the groups of {name}")
+    expect(has_input_scales in (False, is_codes), f"the input scales of {name}")
+    return Entry(kind, tuple(shape), group_columns, has_input_scales)
 
 
 def _is_count(value: Any) -> bool:
@@ -327,14 +347,15 @@ def _unpack(
         arrays[stream] = iter(unpack(data, codec, STREAM_DTYPES[stream], parts))
     tensors: dict[str, Stored] = {}
     for name, entry in entries.items():
-        numbers = [_tensor(stream, next(arrays[stream])) for stream, _ in entry.parts()]
-        _require_finite(name, numbers[-1])
-        is_codes = entry.kind in BITS
-        tensors[name] = (
-            QuantizedTensor(*numbers, BITS[entry.kind], entry.group_columns)
-            if is_codes
-            else numbers[0]
-        )
+        numbers, *scales = (_tensor(stream, next(arrays[stream])) for stream, _ in entry.parts())
+        for floats in scales or [numbers]:
+            _require_finite(name, floats)
+        if entry.kind in BITS:
+            row_scales, *input_scales = scales
+            layout = (BITS[entry.kind], entry.group_columns, *input_scales)
+            tensors[name] = QuantizedTensor(numbers, row_scales, *layout)
+        else:
+            tensors[name] = numbers
     return tensors
 
 

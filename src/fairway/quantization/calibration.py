@@ -1,14 +1,21 @@
 """What a quantizer may know of the inputs: calibration text, and every matrix's Hessian over it."""
 
+from typing import ClassVar
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from fairway.data.dataset import Dataset
 from fairway.errors import UserError
 from fairway.model.gpt import GPT
 from fairway.model.sampling import self_generated_tokens
 from fairway.progress import progress
+from fairway.quantization.integers import EMBEDDING
 from fairway.quantization.settings import QuantizationSettings
+
+BACKWARD_SHARE = 8
+"""A backward pass takes that much fewer sequences at a time: it keeps every activation."""
 
 
 class HessianSums:
@@ -57,11 +64,61 @@ def collect_hessians(
     try:
         with progress(len(tokens), "calibration", "sequence") as bar:
             for batch in tokens.split(batch_sequences):
-                model.hidden(batch.to(device))
+                sums(EMBEDDING, 0, model.hidden(batch.to(device)))
                 bar.update(len(batch))
     finally:
         model.activation_hook = None
     return sums.hessians()
+
+
+class GradientSums:
+    """For `GPT.adapter`: sums the squared gradients in every matrix's outputs, changing nothing."""
+
+    parts: ClassVar = {}
+    changes_scales = True  # so that the plain formulation computes
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, int], torch.Tensor] = {}
+
+    def product(self, bank: str, index: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y [..., R] itself, watched."""
+        y.register_hook(lambda gradient: self.add(bank, index, gradient.float().square()))
+        return y
+
+    def scale(self, name: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        """A block's scale as it is."""
+        return value
+
+    def add(self, bank: str, index: int, squares: torch.Tensor) -> None:
+        """Add squares [..., R]."""
+        total = squares.flatten(0, -2).sum(0).double()
+        self.sums[bank, index] = self.sums.get((bank, index), 0) + total
+
+
+def collect_sensitivities(
+    model: GPT, tokens: torch.Tensor, batch_sequences: int
+) -> dict[tuple[str, int], torch.Tensor]:
+    """(bank, matrix) → mean over int64 `tokens` [S, T] of the squared gradient of a text's loss in
+    nats in each output of the matrix, float64 [R]; of a block that runs in several passes, the sum.
+
+    Of the head, whose outputs are logits, it is the mean of p·(1−p), the expected square where
+    the target is drawn from the model's distribution p.
+    """
+    device, gradients = model.token_embedding.device, GradientSums()
+    model.adapter = gradients
+    try:
+        with progress(len(tokens), "sensitivity", "sequence") as bar:
+            for batch in tokens.split(max(1, batch_sequences // BACKWARD_SHARE)):
+                batch = batch.to(device)
+                logits = model(batch)[:, :-1]
+                p = logits.detach().softmax(-1)
+                gradients.add(EMBEDDING, 0, p * (1 - p))
+                F.cross_entropy(logits.mT, batch[:, 1:], reduction="sum").backward()
+                bar.update(len(batch))
+    finally:
+        model.adapter = None
+        model.zero_grad()
+    return {key: total / tokens.numel() for key, total in gradients.sums.items()}
 
 
 def calibration_tokens(

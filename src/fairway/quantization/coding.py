@@ -216,6 +216,21 @@ def exact_counts(tables: np.ndarray) -> np.ndarray:
     return counts
 
 
+def code_bits(stacks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Mean bits of a code in each matrix of int8 stacks [N, R, C] under the coder's tables: [N]."""
+    rows, columns = spread_numbers(stacks)
+    counts = exact_counts(frequency_tables(stacks, rows, columns)) + 1
+    costs = -np.log2(counts / counts.sum(1, keepdims=True))
+    means = []
+    for stack, *numbers in zip(stacks, rows, columns, strict=True):
+        bits = np.empty(stack.size, np.float32)
+        symbols = stack.reshape(-1).view(np.uint8)
+        for number, positions in _positions_by_class(*numbers):
+            bits[positions] = costs[number][symbols[positions]]
+        means.append(bits.reshape(len(stack), -1).mean(1, dtype=np.float64))
+    return means
+
+
 def _models(tables: np.ndarray) -> list:
     """constriction's models of the classes."""
     categorical = constriction.stream.model.Categorical

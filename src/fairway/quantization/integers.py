@@ -1,10 +1,12 @@
 """Symmetric integers with fp16 scales: one scale for a row, or for each group of its columns.
 
-A weight is code · scale. Codes run from −(2^(bits−1) − 1) to +(2^(bits−1) − 1), so zero is exact
-and the range symmetric: 63 codes for int6, 255 for int8.
+A weight is code · scale, times the scale of its column where columns have scales too. Codes run
+from −(2^(bits−1) − 1) to +(2^(bits−1) − 1), so zero is exact and the range symmetric: 63 codes for
+int6, 255 for int8.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from fairway.errors import UserError
 
+EMBEDDING = "token_embedding"
+"""The parameter that is one matrix and lies in no bank; a quantizer is given it as [1, V, C]."""
 # 2^-24, the least positive fp16 number (a subnormal), keeps the scale of an all-zero row positive.
 SCALE_MINIMUM = 2.0**-24
 SCALE_MAXIMUM = torch.finfo(torch.float16).max
@@ -36,32 +40,47 @@ class QuantizedTensor:
     group_columns: int | None = None
     """Neighboring columns of a row that share a scale, fewer in the last group where they do not
     divide the row; None: one scale for the row."""
+    input_scales: Tensor | None = None
+    """float16 [..., columns]: a further factor for each column of a matrix; positive."""
 
     def __post_init__(self) -> None:
-        expected = scales_shape(tuple(self.codes.shape), self.group_columns)
+        shape = tuple(self.codes.shape)
         if self.codes.dtype != torch.int8 or self.scales.dtype != torch.float16:
             found = f"{self.codes.dtype} and {self.scales.dtype}"
             raise ValueError(f"codes and scales are {found}, expected int8 and float16")
-        if tuple(self.scales.shape) != expected:
-            raise ValueError(f"scales are {tuple(self.scales.shape)}, expected {expected}")
+        _expect_shape("scales", self.scales, scales_shape(shape, self.group_columns))
+        if self.input_scales is not None:
+            _expect_shape("input scales", self.input_scales, input_scales_shape(shape))
         if self.bits not in ALLOWED_BITS:
             raise ValueError(f"bits is {self.bits}, expected 2 to 8")
 
     def dequantize(self) -> Tensor:
-        """float32 [..., rows, columns]: each code times its scale."""
-        return self.codes.float() * self.column_scales().float()
+        """float32 [..., rows, columns]: each code times its step."""
+        return self.codes.float() * self.steps()
 
-    def column_scales(self) -> Tensor:
-        """float16 [..., rows, columns], or [..., rows, 1] where a row has one scale."""
-        return _spread(self.scales, self.group_columns, self.codes.shape[-1])
+    def steps(self) -> Tensor:
+        """What a code of 1 stands for: float32 [..., rows, columns], or [..., rows, 1] where it is
+        the same in all of a row."""
+        steps = _spread(self.scales, self.group_columns, self.codes.shape[-1]).float()
+        return (
+            steps if self.input_scales is None else steps * self.input_scales.float().unsqueeze(-2)
+        )
 
     def with_codes(self, codes: Tensor) -> "QuantizedTensor":
         """The same scales for other codes."""
-        return QuantizedTensor(codes, self.scales, self.bits, self.group_columns)
+        return replace(self, codes=codes)
 
-    def cpu(self) -> "QuantizedTensor":
-        """A copy in the main memory, or itself where it lies there."""
-        return QuantizedTensor(self.codes.cpu(), self.scales.cpu(), self.bits, self.group_columns)
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "QuantizedTensor":
+        """With `function`, such as a move to another device, applied to each tensor."""
+        tensors = {name: function(getattr(self, name)) for name in ("codes", "scales")}
+        if self.input_scales is not None:
+            tensors["input_scales"] = function(self.input_scales)
+        return replace(self, **tensors)
+
+
+def _expect_shape(name: str, scales: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(scales.shape) != expected:
+        raise ValueError(f"{name} are {tuple(scales.shape)}, expected {expected}")
 
 
 def scales_shape(shape: tuple[int, ...], group_columns: int | None) -> tuple[int, ...]:
@@ -69,6 +88,11 @@ def scales_shape(shape: tuple[int, ...], group_columns: int | None) -> tuple[int
     if group_columns is None:
         return shape[:-1]
     return (*shape[:-1], -(-shape[-1] // group_columns))
+
+
+def input_scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the input scales of codes of `shape` [..., rows, columns]."""
+    return (*shape[:-2], shape[-1])
 
 
 def largest_code(bits: int) -> int:
@@ -83,6 +107,12 @@ def scale_from_magnitude(magnitude: Tensor, bits: int) -> Tensor:
     """
     scale = magnitude / largest_code(bits)
     return scale.clamp(SCALE_MINIMUM, SCALE_MAXIMUM).to(torch.float16)
+
+
+def deviation_scale(weights: Tensor, sigmas: float, bits: int) -> Tensor:
+    """The fp16 scale [..., rows] that maps `sigmas` standard deviations of a row of `weights`
+    [..., rows, columns] on the largest code."""
+    return scale_from_magnitude(sigmas * weights.std(-1, correction=0), bits)
 
 
 def nearest_codes(weights: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -114,10 +144,15 @@ def fake_quantize(weight: Tensor, bits: int, group_columns: int | None = None) -
 
     For late quantization-aware training; nothing in it waits for a GPU. In the dtype of `weight`.
     """
+    scales = _scales(weight.detach(), bits, group_columns)
+    return fake_quantize_to(weight, _spread(scales, group_columns, weight.shape[-1]), bits)
+
+
+def fake_quantize_to(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """`weight` rounded to the nearest codes for given fp16 scales, which broadcast against it."""
     with torch.no_grad():
-        scales = _scales(weight, bits, group_columns)
-        spread = _spread(scales, group_columns, weight.shape[-1]).to(weight.dtype)
-        rounded = nearest_codes(weight, spread, bits) * spread
+        scales = scales.to(weight.dtype)
+        rounded = nearest_codes(weight, scales, bits) * scales
     return straight_through(weight, rounded)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -80,15 +79,6 @@ def fit_to_limit(
     return fitted, enough
 
 
-def count_zeros(layers: pd.DataFrame, tensors: Mapping[str, Stored]) -> pd.DataFrame:
-    """The quantizer's table with a column `zeros`: codes of a matrix that are zero in `tensors`."""
-    zeros = [
-        int((tensors[bank].codes[matrix] == 0).sum())
-        for bank, matrix in zip(layers["bank"], layers["matrix"], strict=True)
-    ]
-    return layers.assign(zeros=zeros)
-
-
 def _quantized(config: GPTConfig, tensors: Mapping[str, Stored]) -> list[str]:
     """The names of the tensors that the quantizer made; embeddings are not among them."""
     table = parameters(config)
@@ -107,7 +97,7 @@ def _cheapest_ones(names: Iterable[str], tensors: Mapping[str, Stored]) -> Tenso
         codes = tensors[name].codes
         ones = codes.abs() == 1
         positions.append(ones.flatten().nonzero().flatten() + offset)
-        scales.append(tensors[name].column_scales().expand(codes.shape)[ones].float())
+        scales.append(tensors[name].steps().expand(codes.shape)[ones])
         offset += codes.numel()
     # Scales are positive, so their order is that of their squares.
     return torch.cat(positions)[torch.cat(scales).argsort(stable=True)]

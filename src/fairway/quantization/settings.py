@@ -6,15 +6,44 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from fairway.errors import UserError
+from fairway.quantization.integers import EMBEDDING
 from fairway.quantization.quantizers.base import Quantizer
 from fairway.settings import Choice, Settings
 
+READ_BY = {"percentiles": {"clip_percentiles"}, "sigmas": {"sigmas"}}
+"""Rules for steps, and the keys that only they read."""
 BUILT_IN = "gptq"
 """The quantizer whose keys stand in the section itself."""
 
 
+class Sigmas(Settings):
+    """How many standard deviations of its row a largest code stands for, by a matrix's role."""
+
+    attention: float = Field(13.0, gt=0)
+    """Query, key, value and output matrices, to int6."""
+    mlp: float = Field(11.5, gt=0)
+    """Both matrices of an MLP, to int6."""
+    embedding: float = Field(14.0, gt=0)
+    """The token embedding, to int7."""
+
+    def of(self, name: str) -> float:
+        """That of the parameter `name`."""
+        if name == EMBEDDING:
+            return self.embedding
+        return self.mlp if name.startswith("mlp") else self.attention
+
+
 class GptqSettings(Settings):
     """Keys of the built-in quantizer `gptq`, which stand in the section itself."""
+
+    steps: Literal["percentiles", "sigmas", "sensitivity"] = "percentiles"
+    """What sets the step between neighboring codes. `percentiles`: the best of `clip_percentiles`,
+    row by row. `sigmas`: a row's standard deviation. `sensitivity`: how much the loss depends on
+    the row's output and on the column's input, measured on the calibration text."""
+    sigmas: Sigmas = Sigmas()
+    """For `steps: sigmas`: standard deviations that the largest code stands for."""
+    embedding: Literal["int8", "gptq"] = "int8"
+    """Whether the token embedding is rounded to the nearest int8, or quantized as matrices are."""
 
     block_columns: int = Field(128, ge=1)
     """Columns quantized between two updates of the rest of the matrix; changes the speed only."""
@@ -24,8 +53,12 @@ class GptqSettings(Settings):
         (0.999, 0.9995, 0.9999, 0.99999, 1.0), min_length=1
     )
     """Candidates for where a row is clipped, as percentiles (0 to 1) of its absolute weights."""
-    scale_factor: float = Field(1.0, gt=0)
-    """Widens every scale. A factor f above 1 saves log2(f) bits a code and increases the error."""
+    scale_factor: Annotated[float, Field(gt=0)] | Literal["budget"] = 1.0
+    """Widens every step. A factor f above 1 saves log2(f) bits a code and increases the error.
+    `budget`: the factor with which the artifact fills budgets.artifact_bytes; no code is zeroed."""
+    late_qat_sigmas: Sigmas | None = None
+    """Late quantization-aware training rounds to the steps that `steps: sigmas` has with these;
+    null: to int6 with a row's largest weight at the largest code. Training reads it."""
 
 
 class QuantizerChoice(Choice):
@@ -76,6 +109,7 @@ class QuantizationSettings(GptqSettings):
         unread: set[str] = set()
         if self.uses_built_in:
             values["quantizer"] = BUILT_IN
+            unread.update({"clip_percentiles", "sigmas"} - READ_BY.get(self.steps, set()))
         else:
             unread.update(GptqSettings.model_fields)
         if not self.quantizer.type.needs_hessians:

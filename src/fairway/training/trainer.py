@@ -220,7 +220,8 @@ def optimizer_of(
 class Trainer:
     """Trains `model` in place; `run` returns once the step or time budget is used up.
 
-    fake_quantize: the quantizer's straight-through values of matrices [..., R, C], for late QAT.
+    fake_quantize: from a bank's name and value [N, R, C] to its straight-through quantized values,
+    for late QAT.
     Every process of `world` must call the same methods in the same order.
     """
 
@@ -232,7 +233,7 @@ class Trainer:
         world: World,
         checkpoints: Checkpoints,
         *,
-        fake_quantize: Callable[[torch.Tensor], torch.Tensor],
+        fake_quantize: Callable[[str, torch.Tensor], torch.Tensor],
         compile_model: bool = False,
         cuda_graphs: bool = False,
     ) -> None:

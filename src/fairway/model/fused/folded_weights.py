@@ -44,20 +44,21 @@ def folded_weights(model: GPT) -> FoldedWeights:
         values = model.value_scale * F.linear(model.value_embedding, model.value_projection)
     depth = torch.arange(1, layers + 1, device=model.mlp_up_bank.device).rsqrt().view(-1, 1)
 
-    def fold(bank: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def fold(name: str, rows: torch.Tensor) -> torch.Tensor:
+        bank = getattr(model, name)
         if model.fake_quantize is not None:
-            bank = model.fake_quantize(bank)
+            bank = model.fake_quantize(name, bank)
         return ScaleRows.apply(bank, rows.expand(bank.shape[:2]), model.compute_dtype)
 
     query_rows = depth.expand(layers, model.config.width)
-    query_output = fold(model.query_output_bank, torch.cat((query_rows, model.attention_scale)))
-    key_value = fold(model.key_value_bank, torch.cat((depth, depth)))
+    query_output = fold("query_output_bank", torch.cat((query_rows, model.attention_scale)))
+    key_value = fold("key_value_bank", torch.cat((depth, depth)))
     parts = (query_output[:layers], key_value[:layers], key_value[layers:])
     return FoldedWeights(
         qkv=torch.cat(parts, dim=1),
         attention_out=query_output[layers:],
-        up=fold(model.mlp_up_bank, depth),
-        down=fold(model.mlp_down_bank, model.mlp_scale),
+        up=fold("mlp_up_bank", depth),
+        down=fold("mlp_down_bank", model.mlp_scale),
         mix=model.residual_mix,
         skip=model.skip_weights,
         gain=model.query_gain,

@@ -11,7 +11,7 @@ example of 40 lines is docs/examples/group_int4.py.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import pandas as pd
@@ -22,6 +22,12 @@ from fairway.quantization.integers import QuantizedTensor
 
 Hessians = Mapping[tuple[str, int], Tensor]
 """(name, index) of a matrix → mean of x·xᵀ over calibration inputs x, float64 [C, C]."""
+
+Sensitivities = Mapping[tuple[str, int], Tensor]
+"""(name, index) of a matrix → mean square of the loss's gradient in each output, float64 [R]."""
+
+Quantized = tuple[dict[str, QuantizedTensor], pd.DataFrame]
+"""Codes and scales of every parameter, and a table with one row a matrix."""
 
 
 class Quantizer(ABC):
@@ -41,15 +47,20 @@ class Quantizer(ABC):
     """A few words for people, such as "int4 in groups"."""
     needs_hessians: ClassVar[bool] = False
     """Whether `quantize` reads Hessians. Without need no calibration text is made."""
+    needs_sensitivities: bool = False
+    """Whether `prepared` reads sensitivities."""
+    takes_embedding: bool = False
+    """Whether it is given the token embedding too, as a parameter of one matrix [1, V, C]."""
+    fills_budget: bool = False
+    """Whether the stage looks for the factor on every step with which the artifact fills its limit;
+    otherwise it zeroes codes where the artifact is too large."""
 
     def __init__(self, settings: settings.Settings) -> None:
         """settings: an instance of the class's own `Settings`."""
         self.settings = settings
 
     @abstractmethod
-    def quantize(
-        self, matrices: Mapping[str, Tensor], hessians: Hessians | None
-    ) -> tuple[dict[str, QuantizedTensor], pd.DataFrame]:
+    def quantize(self, matrices: Mapping[str, Tensor], hessians: Hessians | None) -> Quantized:
         """Codes and scales of every parameter, and a table with one row a matrix.
 
         matrices: name → float32 [N, R, C], on any device. hessians: of every matrix, or None where
@@ -58,10 +69,21 @@ class Quantizer(ABC):
         same codes.
         """
 
+    def prepared(
+        self,
+        matrices: Mapping[str, Tensor],
+        hessians: Hessians | None,
+        sensitivities: Sensitivities | None,
+    ) -> Callable[[float], Quantized]:
+        """A function from a factor on every step to codes and table; only a quantizer that
+        `fills_budget` is given another factor than 1, and only one that needs them sensitivities.
+        """
+        return lambda factor: self.quantize(matrices, hessians)
+
     @abstractmethod
-    def fake(self, weight: Tensor) -> Tensor:
-        """`weight` [..., R, C] with the values that it would be stored with, as the forward pass of
-        late quantization-aware training uses it; `straight_through` gives it a gradient.
+    def fake(self, name: str, weight: Tensor) -> Tensor:
+        """`weight` [..., R, C] of the parameter `name` with the values that it would be stored
+        with, for late quantization-aware training; `straight_through` gives it a gradient.
 
         It runs in each training step, compiled and inside CUDA graphs: no `.item()`, no shapes that
         depend on values, no Hessians.

@@ -1,11 +1,21 @@
-"""Full-Hessian GPTQ of banks of matrices to int6 (Frantar et al., "GPTQ", 2022).
+"""Full-Hessian GPTQ of banks of matrices (Frantar et al., "GPTQ", 2022).
 
 A bank is a stack of matrices of one shape: it is quantized as one batched problem, every clip
 candidate at once. Shapes: N matrices, K clip candidates, R rows (outputs), C columns (inputs).
 Algebra: W weights, H = mean of x·xᵀ over calibration inputs x, U upper triangular with UᵀU = H⁻¹.
+
+`steps: sensitivity` allots the bits of an entropy coder. A code of step Δ costs h − log₂ Δ bits and
+changes the loss by s·Δ²/24 nats a token, where s = g²/U_cc²: g² is the mean square of the loss's
+gradient in the row's output (K-FAC: Martens and Grosse, 2015), and 1/U_cc² is the variance of the
+column's input given those that are quantized after it, which is what GPTQ leaves of an error. The
+sum is least for given bits where s·Δ² is the same for every weight: Δ = δ·U_cc/g, with one δ for
+the whole model (reverse water-filling; for columns: Lifar et al., "WaterSIC", 2025).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,16 +24,34 @@ from torch import Tensor
 from fairway.errors import UserError
 from fairway.progress import progress
 from fairway.quantization.integers import (
+    EMBEDDING,
+    SCALE_MAXIMUM,
+    SCALE_MINIMUM,
     QuantizedTensor,
+    deviation_scale,
     fake_quantize,
+    fake_quantize_to,
+    largest_code,
     nearest_codes,
     require_finite,
     scale_from_magnitude,
 )
-from fairway.quantization.quantizers.base import Hessians, Quantizer
+from fairway.quantization.quantizers.base import Hessians, Quantized, Quantizer, Sensitivities
 from fairway.quantization.settings import GptqSettings
 
 BITS = 6
+EMBEDDING_BITS = 7
+FREE_BITS = 8
+"""Where steps follow sensitivity, so that none is clipped: codes that do not occur cost nothing."""
+STEPS_AN_OCTAVE = 8
+"""Steps are powers of 2^(1/8), which LZMA packs in 6 bits instead of 13. A step that is wrong by up
+to 4.4 % costs 0.001 bits a code."""
+TYPICAL_STEP = 0.4
+"""Steps of 0.4 deviations make codes of about 3.4 bits."""
+LEAST_SENSITIVITY = 0.01
+"""Added to every row's, as a share of its matrix's mean: small ones are not well measured."""
+LARGEST_MARGIN = 1.05
+"""What a largest code stands for is at least so many times the row's largest weight."""
 DAMPENING_ATTEMPTS = 5
 """A factorization is tried with ten times the dampening of the attempt before."""
 LARGEST_SAVING_BITS = 2
@@ -31,35 +59,104 @@ LARGEST_SAVING_BITS = 2
 
 
 class Gptq(Quantizer):
-    """GPTQ to int6 with one scale a row; its settings are keys of the section `gptq` itself."""
+    """GPTQ with one scale a row; its settings are keys of the section `gptq` itself."""
 
     Settings = GptqSettings
-    title = "GPTQ, int6"
+    title = "GPTQ"
     needs_hessians = True
 
-    def quantize(
-        self, matrices: Mapping[str, Tensor], hessians: Hessians | None
-    ) -> tuple[dict[str, QuantizedTensor], pd.DataFrame]:
-        """Every parameter in turn; the table is that of `quantize_bank`."""
-        assert hessians is not None
-        quantized, tables = {}, []
-        with progress(len(matrices), "gptq", "bank") as bar:
-            for name, weights in matrices.items():
-                stack = torch.stack([hessians[name, index] for index in range(len(weights))])
-                quantized[name], table = quantize_bank(name, weights.detach(), stack, self.settings)
-                tables.append(table)
-                bar.update(1)
-        return quantized, pd.concat(tables, ignore_index=True)
+    @property
+    def needs_sensitivities(self) -> bool:
+        return self.settings.steps == "sensitivity"
 
-    def fake(self, weight: Tensor) -> Tensor:
-        """Rounded to the nearest int6: without Hessians there is nothing better."""
-        return fake_quantize(weight, BITS)
+    @property
+    def takes_embedding(self) -> bool:
+        return self.settings.embedding == "gptq"
+
+    @property
+    def fills_budget(self) -> bool:
+        return self.settings.scale_factor == "budget"
+
+    def quantize(self, matrices: Mapping[str, Tensor], hessians: Hessians | None) -> Quantized:
+        """Every parameter in turn; the table is that of `quantize_bank`."""
+        return self.prepared(matrices, hessians, None)(1.0)
+
+    def prepared(
+        self,
+        matrices: Mapping[str, Tensor],
+        hessians: Hessians | None,
+        sensitivities: Sensitivities | None,
+    ) -> Callable[[float], Quantized]:
+        """As `quantize`, as a function of a factor on every step beside `scale_factor`."""
+        banks = [
+            prepared_bank(
+                name,
+                weights.detach(),
+                _stacked(hessians, name, len(weights)),
+                self.settings,
+                _stacked(sensitivities, name, len(weights)) if self.needs_sensitivities else None,
+            )
+            for name, weights in matrices.items()
+        ]
+        unit = 1.0 if self.fills_budget else self.settings.scale_factor
+        if self.needs_sensitivities:
+            unit *= sensitivity_unit(banks)
+
+        def at(factor: float) -> Quantized:
+            quantized, tables = {}, []
+            with progress(len(banks), "gptq", "bank") as bar:
+                for bank in banks:
+                    codes, table = bank_codes(bank, self.settings, factor * unit)
+                    quantized[bank.name] = codes
+                    tables.append(table)
+                    bar.update(1)
+            return quantized, pd.concat(tables, ignore_index=True)
+
+        return at
+
+    def fake(self, name: str, weight: Tensor) -> Tensor:
+        """Rounded to the nearest: without Hessians there is nothing better."""
+        if (sigmas := self.settings.late_qat_sigmas) is None:
+            return fake_quantize(weight, BITS)
+        bits = EMBEDDING_BITS if name == EMBEDDING else BITS
+        scales = deviation_scale(weight.detach(), sigmas.of(name), bits)
+        return fake_quantize_to(weight, scales.unsqueeze(-1), bits)
 
     def remedy(self, excess_bits: float) -> str | None:
         """Scales f times as wide save log₂ f bits a code."""
         if excess_bits > LARGEST_SAVING_BITS:
             return None
-        return f"multiply gptq.scale_factor by {1.01 * 2**excess_bits:.2f}"
+        factor = 1.01 * 2**excess_bits * self.settings.scale_factor
+        return f"set gptq.scale_factor to budget or to {factor:.2f}"
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A parameter made ready: N problems, columns in the order in which they are quantized.
+
+    Where columns have scales, W, H and U are those of the weights divided by them.
+    """
+
+    name: str
+    W: Tensor
+    """[N, R, C]."""
+    H: Tensor
+    """[N, C, C]."""
+    U: Tensor
+    """[N, C, C]."""
+    order: Tensor
+    """int64 [N, C]: the column of the weights at each position."""
+    magnitudes: Tensor
+    """[N, K, R]: what each candidate maps on the largest code, before any factor."""
+    least: Tensor
+    """[N, K, R]: what it maps there at least, however small the factor."""
+    bits: int
+    input_scales: Tensor | None
+    """float16 [N, C]."""
+    sensitivities: Tensor | None
+    """[N, R]."""
+    table: dict[str, Any]
+    """Columns of the layer table that are known already."""
 
 
 def quantize_bank(
@@ -73,9 +170,27 @@ def quantize_bank(
 
     The table has one row per matrix: bank, matrix, error = tr((W−Q)·H·(W−Q)ᵀ), that of rounding to
     nearest with the same choice of clip candidates, output_power = tr(W·H·Wᵀ) to compare them with,
-    the dampening fraction used, the rows' mean clip percentile, and dead columns.
+    the geometric mean of the steps, the dampening fraction used, and dead columns; with
+    `steps: percentiles` the rows' mean clip percentile; with `steps: sensitivity` the mean g² and
+    the nats a token that the error is expected to cost.
     Factorizations run in float64, the rest in `dtype`.
     Raises UserError where a number is not finite or a Hessian cannot be factorized.
+    """
+    bank = prepared_bank(name, weights, hessians, settings, dtype=dtype)
+    return bank_codes(bank, settings, settings.scale_factor)
+
+
+def prepared_bank(
+    name: str,
+    weights: Tensor,
+    hessians: Tensor,
+    settings: GptqSettings,
+    sensitivities: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Bank:
+    """What of `quantize_bank` does not depend on the factor on the steps.
+
+    sensitivities: g² of every row, [N, R], for `steps: sensitivity`.
     """
     require_finite(weights)
     if not torch.isfinite(hessians).all():
@@ -89,28 +204,90 @@ def quantize_bank(
     # Stable, so that columns of equal weight keep their order on every device.
     order = H.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     H = _reorder(_reorder(H, order, dim=1), order, dim=2)
-    W = _reorder(W, order, dim=2)
     U, dampening = inverse_factor(name, H, settings.dampening_fraction)
+    table = {"dampening_fraction": dampening.tolist(), "dead_columns": dead.sum(1).tolist()}
+    bits, input_scales = EMBEDDING_BITS if name == EMBEDDING else BITS, None
+    if settings.steps == "sigmas":
+        magnitudes = settings.sigmas.of(name) * W.std(-1, correction=0).unsqueeze(1)
+    W = _reorder(W, order, dim=2)
+    if settings.steps == "percentiles":
+        magnitudes = clip_magnitudes(W, settings.clip_percentiles)
+    elif settings.steps == "sensitivity":
+        bits = FREE_BITS
+        sensitivities = sensitivities.to(weights.device, torch.float64)
+        sensitivities = sensitivities + LEAST_SENSITIVITY * sensitivities.mean(1, keepdim=True)
+        columns = U.diagonal(dim1=1, dim2=2)
+        level = columns.log().mean(1, keepdim=True).exp()
+        input_scales = geometric_steps(columns / level)
+        magnitudes = (largest_code(bits) * level * sensitivities.rsqrt()).unsqueeze(1)
+        scales = input_scales.to(torch.float64).unsqueeze(1)
+        # GPTQ of W·diag(c)⁻¹ on inputs diag(c)·x, whose H⁻¹ has the factor U·diag(c)⁻¹.
+        W, U = W / scales.to(dtype), U / scales
+        H = H * scales * scales.mT
+    least = torch.zeros_like(magnitudes)
+    if settings.steps == "sensitivity":
+        least += LARGEST_MARGIN * W.abs().amax(2).unsqueeze(1)
+    elif settings.scale_factor == "budget":
+        least = torch.minimum(magnitudes, W.abs().amax(2).unsqueeze(1))
     H, U = H.to(dtype), U.to(dtype)
+    scales = (magnitudes, least, bits, input_scales)
+    return Bank(name, W, H, U, order, *scales, sensitivities, table)
 
-    candidates = clip_scales(W, settings.clip_percentiles, settings.scale_factor)
-    codes = gptq_codes(W, U, candidates, settings.block_columns)
+
+def bank_codes(
+    bank: Bank, settings: GptqSettings, factor: float
+) -> tuple[QuantizedTensor, pd.DataFrame]:
+    """The codes and the table of `quantize_bank`, with every step `factor` times as wide."""
+    W, H, bits = bank.W, bank.H, bank.bits
+    candidates = scale_from_magnitude(torch.maximum(factor * bank.magnitudes, bank.least), bits)
+    if bank.input_scales is not None:
+        candidates = geometric_steps(candidates)
+    codes = gptq_codes(W, bank.U, candidates, bits, settings.block_columns)
     codes, scales, errors, choice = _best_candidates(W, H, codes, candidates)
-    *_, nearest_errors, _ = _best_candidates(W, H, _nearest(W, candidates), candidates)
+    nearest = nearest_codes(W.unsqueeze(1), candidates.to(W.dtype).unsqueeze(3), bits)
+    *_, nearest_errors, _ = _best_candidates(W, H, nearest, candidates)
 
-    percentiles = torch.tensor(settings.clip_percentiles, dtype=torch.float64)
     table = {
-        "bank": name,
+        "bank": bank.name,
         "matrix": range(len(W)),
         "error": errors.sum(1).tolist(),
         "error_round_to_nearest": nearest_errors.sum(1).tolist(),
         "output_power": _weighted_squares(W, H).sum(1).tolist(),
-        "dampening_fraction": dampening.tolist(),
-        "clip_percentile": percentiles[choice.cpu()].mean(1).tolist(),
-        "dead_columns": dead.sum(1).tolist(),
+        "step": scales.double().log().mean(1).exp().tolist(),
+        **bank.table,
     }
-    codes = _reorder(codes, order.argsort(dim=1), dim=2)
-    return QuantizedTensor(codes.to(torch.int8), scales, BITS), pd.DataFrame(table)
+    if settings.steps == "percentiles":
+        percentiles = torch.tensor(settings.clip_percentiles, dtype=torch.float64)
+        table["clip_percentile"] = percentiles[choice.cpu()].mean(1).tolist()
+    if bank.sensitivities is not None:
+        table["sensitivity"] = bank.sensitivities.mean(1).tolist()
+        table["expected_nats"] = (bank.sensitivities * errors).sum(1).div(2).tolist()
+    back = bank.order.argsort(dim=1)
+    codes, inputs = _reorder(codes, back, dim=2).to(torch.int8), bank.input_scales
+    inputs = None if inputs is None else inputs.gather(1, back)
+    return QuantizedTensor(codes, scales, bits, input_scales=inputs), pd.DataFrame(table)
+
+
+def sensitivity_unit(banks: Sequence[Bank]) -> float:
+    """The δ with which the geometric mean of step / deviation of the row is TYPICAL_STEP.
+
+    Over all weights; rows that are zero do not count.
+    """
+    total, count = 0.0, 0
+    for bank in banks:
+        magnitudes, columns = bank.magnitudes[:, 0], bank.W.shape[2]
+        deviations = (bank.W * bank.input_scales.unsqueeze(1)).double().std(2, correction=0)
+        counts = deviations > 0
+        ratios = magnitudes[counts] / largest_code(bank.bits) / deviations[counts]
+        total += float(ratios.log().sum()) * columns
+        count += int(counts.sum()) * columns
+    return TYPICAL_STEP / math.exp(total / max(1, count))
+
+
+def geometric_steps(steps: Tensor) -> Tensor:
+    """The nearest powers of 2^(1/STEPS_AN_OCTAVE), float16, of any shape."""
+    exponents = (steps.double().log2() * STEPS_AN_OCTAVE).round() / STEPS_AN_OCTAVE
+    return exponents.exp2().clamp(SCALE_MINIMUM, SCALE_MAXIMUM).to(torch.float16)
 
 
 def inverse_factor(name: str, H: Tensor, dampening_fraction: float) -> tuple[Tensor, Tensor]:
@@ -144,11 +321,8 @@ def inverse_factor(name: str, H: Tensor, dampening_fraction: float) -> tuple[Ten
     )
 
 
-def clip_scales(W: Tensor, percentiles: Sequence[float], scale_factor: float = 1.0) -> Tensor:
-    """fp16 scales [N, K, R]: one candidate per percentile of a row's |W|, linear between values.
-
-    The largest code stands for the percentile times `scale_factor`.
-    """
+def clip_magnitudes(W: Tensor, percentiles: Sequence[float]) -> Tensor:
+    """Percentiles of every row's |W| for W [N, R, C], linear between values: [N, K, R]."""
     ranks = [(1 - percentile) * (W.shape[2] - 1) for percentile in percentiles]
     depth = min(W.shape[2], int(max(ranks)) + 2)
     largest = W.abs().topk(depth, dim=2).values
@@ -158,10 +332,10 @@ def clip_scales(W: Tensor, percentiles: Sequence[float], scale_factor: float = 1
         magnitudes.append(
             torch.lerp(largest[..., int(rank)], largest[..., below], rank - int(rank))
         )
-    return scale_from_magnitude(scale_factor * torch.stack(magnitudes, dim=1), BITS)
+    return torch.stack(magnitudes, dim=1)
 
 
-def gptq_codes(W: Tensor, U: Tensor, scales: Tensor, block_columns: int) -> Tensor:
+def gptq_codes(W: Tensor, U: Tensor, scales: Tensor, bits: int, block_columns: int) -> Tensor:
     """Codes [N, K, R, C], in the dtype of W, for every candidate of `scales` [N, K, R].
 
     Columns are taken from the first to the last; each one's rounding error is spread over the
@@ -176,28 +350,24 @@ def gptq_codes(W: Tensor, U: Tensor, scales: Tensor, block_columns: int) -> Tens
     for start in range(0, C, block_columns):
         stop = min(start + block_columns, C)
         block = remaining[..., start:stop].permute(2, 0, 1).contiguous()
-        block_codes, errors = _quantize_block(block, U[:, start:stop, start:stop], row_scales)
+        factor = U[:, start:stop, start:stop]
+        block_codes, errors = _quantize_block(block, factor, row_scales, bits)
         codes[..., start:stop] = block_codes.permute(1, 2, 0)
         remaining[..., stop:] -= errors.permute(1, 2, 0) @ U[:, start:stop, stop:]
     return codes.view(N, K, R, C)
 
 
-def _quantize_block(block: Tensor, U: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_block(block: Tensor, U: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Columns first: block [B, N, rows], changed in place; U [N, B, B]; scales [N, rows]."""
     codes, errors = torch.empty_like(block), torch.empty_like(block)
     for column in range(len(block)):
         weights = block[column]
-        codes[column] = nearest_codes(weights, scales, BITS)
+        codes[column] = nearest_codes(weights, scales, bits)
         residual = weights - codes[column] * scales
         errors[column] = residual / U[:, column, column].unsqueeze(1)
         later = U[:, column, column + 1 :].T.unsqueeze(2)
         block[column + 1 :] -= later * errors[column]
     return codes, errors
-
-
-def _nearest(W: Tensor, scales: Tensor) -> Tensor:
-    """Round-to-nearest codes [N, K, R, C] for scales [N, K, R]."""
-    return nearest_codes(W.unsqueeze(1), scales.to(W.dtype).unsqueeze(3), BITS)
 
 
 def _best_candidates(
@@ -226,3 +396,8 @@ def _reorder(stack: Tensor, order: Tensor, dim: int) -> Tensor:
     """Each matrix of `stack` [N, ·, ·] with its rows (dim 1) or columns (dim 2) in `order`."""
     index = order.unsqueeze(3 - dim).expand_as(stack)
     return stack.gather(dim, index)
+
+
+def _stacked(parts: Mapping[tuple[str, int], Tensor] | None, name: str, count: int) -> Tensor:
+    """What there is for each of a parameter's matrices, as one tensor."""
+    return torch.stack([parts[name, index] for index in range(count)])

@@ -26,7 +26,8 @@ def updating(adapters=(), updates=UPDATES, **changes) -> EvaluationSettings:
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(VOCABULARY)
+    """With learned caps, which the updates train as they do every parameter."""
+    return random_model(VOCABULARY, asymmetric_softcap=True)
 
 
 def test_a_segment_is_scored_by_weights_of_earlier_text_and_the_model_is_left_as_it_was(model):

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -23,6 +22,7 @@ from checkouts import (
 from fairway.data.dataset import load_dataset
 from fairway.stages import STAGES
 from tiny import ROOT
+from warm_python import warm_python
 
 # --- stages and files --------------------------------------------------------------------------
 
@@ -197,12 +197,13 @@ def test_profiles_name_the_rules_of_stages():
 @pytest.mark.parametrize(
     "command",
     [
-        [sys.executable, "-m", "snakemake", "--lint"],
-        [sys.executable, "-m", "snakefmt", "--check", "Snakefile", "workflow"],
+        ["snakemake", "--lint"],
+        ["snakefmt", "--check", "Snakefile", "workflow"],
     ],
     ids=["lint", "snakefmt"],
 )
 def test_the_rules_are_clean(empty, command):
+    command = [warm_python(), "-m", *command]
     done = subprocess.run(command, cwd=empty, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -270,18 +270,18 @@ def test_later_tokens_change_no_earlier_logit_to_the_bit():
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_graphed_gradients_are_the_eager_ones():
-    model, (x, y) = random_model(CONFIG, "fused"), batch(rows=4)
+    model, (x, y) = random_model(FEATURES, "fused"), batch(rows=4)
     graphed, eager = graphed_backward(model), eager_backward(model.loss)
     found = []
     for backward in (eager, graphed, graphed):
-        for transform in (None, halved, None):
-            model.fake_quantize = transform
+        for transform, recurs in ((None, False), (halved, True), (None, True), (None, False)):
+            model.fake_quantize, model.recurs = transform, recurs
             losses = [float(backward(x[rows], y[rows], 0.5)) for rows in (slice(0, 2), slice(2, 4))]
             gradients = [p.grad.clone() for p in model.parameters()]
             found.append((losses, gradients))
             for parameter in model.parameters():
                 parameter.grad = None
-    for again in (3, 6):
+    for again in (4, 8):
         for (eager_losses, expected), (losses, gradients) in zip(
             found, found[again:], strict=False
         ):

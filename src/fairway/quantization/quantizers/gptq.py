@@ -48,13 +48,13 @@ STEPS_AN_OCTAVE = 8
 to 4.4 % costs 0.001 bits a code."""
 TYPICAL_STEP = 0.4
 """Steps of 0.4 deviations make codes of about 3.4 bits."""
-LEAST_SENSITIVITY = 0.1
+LEAST_SENSITIVITY = 0.03
 """Added to every row's g², as a share of its matrix's mean: small ones are not well measured."""
 EMBEDDING_LEAST_SENSITIVITY = 3.0
 """The same for the rows of the embedding: a token that the calibration text lacks still occurs."""
 SMALLEST_SENSITIVITY = 1e-30
 """Of a matrix that the loss does not depend on."""
-EMBEDDING_DAMPENING = 0.3
+EMBEDDING_DAMPENING = 0.05
 """The embedding's dampening fraction, at least. Its rows are inputs too, and there every column
 counts alike."""
 LARGEST_MARGIN = 1.05

@@ -197,6 +197,10 @@ def test_files_may_lie_anywhere(tmp_path):
 
 
 RERUN = {
+    "data/build.py": {"tokenize"},
+    "model/gpt.py": {"train", "ema", "ttt", "gptq", "slot_eval", "audit"},
+    "training/trainer.py": {"train"},
+    "training/selection.py": {"ema"},
     "training/muon.py": {"train"},
     "training/ttt.py": {"ttt"},
     "quantization/quantizers/gptq.py": {"gptq"},

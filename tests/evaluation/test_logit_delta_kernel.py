@@ -100,10 +100,10 @@ def exact_losses(delta, logits, targets, is_context, l2):
     ("vocabulary", "starts", "l2", "history"),
     [
         (64, "cold", 0.5, 3),
-        (64, "warm", 4.0, 3),
-        (50, "warm", 0.5, 3),
-        (50, "cold", 4.0, 3),
+        (50, "warm", 4.0, 3),
         (64, "warm", 0.5, 9),
+        pytest.param(50, "warm", 0.5, 3, marks=pytest.mark.slow),
+        pytest.param(50, "cold", 4.0, 3, marks=pytest.mark.slow),
     ],
 )
 def test_it_reaches_the_minimum_of_the_plain_fit(vocabulary, starts, l2, history):
@@ -132,9 +132,9 @@ def test_it_reaches_the_minimum_of_the_plain_fit(vocabulary, starts, l2, history
 
 def test_float32_probabilities_are_taken_as_well():
     logits, *rest = problem()
-    compacted = fused_fit(logits, *rest, iterations=6)
+    compacted = fused_fit(logits, *rest, iterations=4)
     given = logit_delta_kernel.fit_delta(
-        torch.softmax(logits, 2), *rest, tiling=TILING, **(OPTIONS | {"iterations": 6})
+        torch.softmax(logits, 2), *rest, tiling=TILING, **(OPTIONS | {"iterations": 4})
     )
     torch.testing.assert_close(given.x, compacted.x, rtol=0, atol=DELTA_TOLERANCE)
     assert given.iterations.dtype == given.evaluations.dtype == torch.int64
@@ -144,7 +144,7 @@ def test_a_row_is_bitwise_the_same_whatever_the_other_rows_hold():
     first, other = problem(seed=0), problem(seed=1)
     mixed = [torch.cat([a[:2], b[2:]]) for a, b in zip(first, other, strict=True)]
     mixed[2][2:] = True
-    one, two = fused_fit(*first, iterations=6), fused_fit(*mixed, iterations=6)
+    one, two = fused_fit(*first, iterations=4), fused_fit(*mixed, iterations=4)
     for left, right in zip(one, two, strict=True):
         assert torch.equal(left[:2], right[:2])
     assert not torch.equal(one.x[3], two.x[3])
@@ -152,16 +152,22 @@ def test_a_row_is_bitwise_the_same_whatever_the_other_rows_hold():
 
 def test_a_row_alone_is_bitwise_the_same():
     problems = problem()
-    together = fused_fit(*problems, iterations=6)
+    together = fused_fit(*problems, iterations=4)
     for row in (1, 3):
-        alone = fused_fit(*(tensor[row : row + 1] for tensor in problems), iterations=6)
+        alone = fused_fit(*(tensor[row : row + 1] for tensor in problems), iterations=4)
         for left, right in zip(alone, together, strict=True):
             assert torch.equal(left[0], right[row])
 
 
 @pytest.mark.parametrize(
     ("positions", "vocabulary"),
-    [(7, 64), (16, 64), (37, 64), (139, 1024)],  # the last makes more parts than are read at a time
+    [
+        (7, 64),
+        (16, 64),
+        (37, 64),
+        # More parts than are read at a time.
+        pytest.param(139, 1024, marks=pytest.mark.slow),
+    ],
 )
 def test_it_does_not_matter_how_many_programs_share_a_row(positions, vocabulary):
     problems = [tensor[:1] for tensor in problem(positions=positions, vocabulary=vocabulary)]
@@ -179,7 +185,7 @@ def test_positions_of_programs_without_context_are_not_read():
     logits, targets, is_context, initial = problem()
     is_context[0, 8:24] = False
     probabilities = logit_delta_kernel.compact_softmax(logits)
-    options = OPTIONS | {"tiling": TILING, "iterations": 6}
+    options = OPTIONS | {"tiling": TILING, "iterations": 4}
     expected = logit_delta_kernel.fit_delta(probabilities, targets, is_context, initial, **options)
     probabilities[0, 8:24] = torch.nan
     found = logit_delta_kernel.fit_delta(probabilities, targets, is_context, initial, **options)
@@ -187,7 +193,9 @@ def test_positions_of_programs_without_context_are_not_read():
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("most", range(2, 9))
+@pytest.mark.parametrize(
+    "most", [2, 5, 8, *(pytest.param(one, marks=pytest.mark.slow) for one in (3, 4, 6, 7))]
+)
 def test_it_ends_with_its_evaluations_where_the_plain_fit_does(most):
     logits, targets, is_context, initial = problem()
     options = OPTIONS | {"most_evaluations": most}

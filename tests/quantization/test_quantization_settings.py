@@ -69,7 +69,9 @@ def test_another_quantizer_has_its_own_settings():
 def test_keys_that_are_not_read_change_nothing():
     read = QuantizationSettings(scale_factor=1.1).as_read()
     assert read["quantizer"] == "gptq" and read["scale_factor"] == 1.1
-    assert set(read) == set(QuantizationSettings.model_fields)
+    assert set(read) == set(QuantizationSettings.model_fields) - {"sigmas"}
+    by_sigmas = QuantizationSettings(steps="sigmas").as_read()
+    assert "sigmas" in by_sigmas and "clip_percentiles" not in by_sigmas
     assert "temperature" not in QuantizationSettings(calibration="train").as_read()
     other = {"quantizer": {OTHER: {"threshold": 0.5}}}
     changed = {**other, "dampening_fraction": 0.01, "calibration": "train"}
@@ -79,7 +81,12 @@ def test_keys_that_are_not_read_change_nothing():
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"dampening_fraction": 0.01, "clip_percentiles": [1.0]}, {"quantizer": {OTHER: {}}}],
+    [
+        {},
+        {"steps": "sensitivity"},
+        {"dampening_fraction": 0.01, "clip_percentiles": [1.0]},
+        {"quantizer": {OTHER: {}}},
+    ],
 )
 def test_what_is_read_gives_the_settings_again(values):
     settings = QuantizationSettings(**values)

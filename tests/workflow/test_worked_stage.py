@@ -4,13 +4,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pandas as pd
 import pytest
 
 from checkouts import FOLDERS, RESULTS, SEED, jobs_of, parse_jobs, snakemake
 from tiny import ROOT
+from warm_python import warm_python
 
 PATCH = ROOT / "docs/examples/plot_stage.patch"
 OWN = {f"weights_plot {SEED} {folder}" for folder in FOLDERS}
@@ -46,8 +46,8 @@ def test_it_runs_by_its_name_and_reruns_nothing_but_the_report(patched, dry_runs
 
 def test_its_rules_are_clean(patched):
     for command in (
-        [sys.executable, "-m", "snakemake", "--lint"],
-        [sys.executable, "-m", "snakefmt", "--check", "workflow"],
+        [warm_python(), "-m", "snakemake", "--lint"],
+        [warm_python(), "-m", "snakefmt", "--check", "workflow"],
     ):
         done = subprocess.run(command, cwd=patched, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -2,8 +2,8 @@
 
 The windows are cut, in the order of the text, into contiguous segments. A segment is scored, in
 lanes, with weights that were trained on earlier segments only; then all parameters take a pass of
-SGD over its targets. So one order, that of the text, serves these updates and every adapter: what
-LoRA adds is added to the updated weights, and an n-gram cache goes on over all earlier text.
+training over its targets. So one order, that of the text, serves these updates and every adapter:
+what LoRA adds is added to the updated weights, and an n-gram cache goes on over all earlier text.
 
 Every rank trains on the same chunks in the same order, whatever it scored itself. On a CPU all then
 hold the same weights, bit for bit; GPUs may round differently, and rank 0's weights count.
@@ -15,7 +15,7 @@ documents by length.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -35,10 +35,13 @@ class GlobalUpdateSettings(Settings):
     after: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """Shares of the text after which the model is trained on what was scored since the share
     before; [] leaves the model as it is."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW without decay, its second moment's β 0.99; both start anew at
+    each update."""
     learning_rate: float = Field(0.001, gt=0)
-    """SGD's at the beginning of each update; a cosine takes it to zero at the end."""
+    """At the beginning of each update; a cosine takes it to zero at the end. AdamW wants less."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """SGD's; starts anew at each update."""
+    """SGD's momentum, AdamW's first β."""
     chunk_tokens: int = Field(32768, ge=1)
     """Tokens of a step, cut in windows; at least one window."""
     gradient_clip: float = Field(1.0, gt=0)
@@ -80,7 +83,7 @@ def train_on(
     settings: GlobalUpdateSettings,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """One pass of SGD over tokens int64 [n + 1], in their order, in sequences of `length`.
+    """One pass of training over tokens int64 [n + 1], in their order, in sequences of `length`.
 
     A shorter text is one sequence; what remains behind the last whole one is left out. Gradients
     are switched on for the pass and dropped at its end. loss: the model's, perhaps compiled.
@@ -91,9 +94,7 @@ def train_on(
     inputs = tokens[:whole].view(-1, length).split(rows)
     targets = tokens[1 : whole + 1].view(-1, length).split(rows)
     with _trainable(model) as parameters, deterministic_attention(model), torch.enable_grad():
-        optimizer = torch.optim.SGD(
-            parameters, lr=settings.learning_rate, momentum=settings.momentum
-        )
+        optimizer = _optimizer(parameters, settings)
         for step, chunk in enumerate(zip(inputs, targets, strict=True)):
             cosine = 0.5 * (1 + math.cos(math.pi * step / len(inputs)))
             optimizer.param_groups[0]["lr"] = settings.learning_rate * cosine
@@ -101,6 +102,15 @@ def train_on(
             torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
             optimizer.step()
             optimizer.zero_grad()
+
+
+def _optimizer(
+    parameters: list[torch.nn.Parameter], settings: GlobalUpdateSettings
+) -> torch.optim.Optimizer:
+    rate, momentum = settings.learning_rate, settings.momentum
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=momentum)
+    return torch.optim.AdamW(parameters, lr=rate, betas=(momentum, 0.99), weight_decay=0.0)
 
 
 def take_from_first_rank(model: GPT) -> None:

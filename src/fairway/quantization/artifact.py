@@ -121,7 +121,7 @@ def storable(model: GPT, quantized: Mapping[str, QuantizedTensor]) -> dict[str, 
     table = parameters(model.config)
     for name, parameter in model.named_parameters():
         storage, values = table[name].storage, parameter.detach().cpu()
-        if storage == "quantized" or name in quantized:
+        if storage == "quantized" or (name == EMBEDDING and name in quantized):
             tensors[name] = _given(name, values, quantized)
         elif storage == "int8":
             tensors[name] = round_to_nearest(values, bits=8)

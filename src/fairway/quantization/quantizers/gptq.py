@@ -48,8 +48,15 @@ STEPS_AN_OCTAVE = 8
 to 4.4 % costs 0.001 bits a code."""
 TYPICAL_STEP = 0.4
 """Steps of 0.4 deviations make codes of about 3.4 bits."""
-LEAST_SENSITIVITY = 0.01
-"""Added to every row's, as a share of its matrix's mean: small ones are not well measured."""
+LEAST_SENSITIVITY = 0.1
+"""Added to every row's g², as a share of its matrix's mean: small ones are not well measured."""
+EMBEDDING_LEAST_SENSITIVITY = 3.0
+"""The same for the rows of the embedding: a token that the calibration text lacks still occurs."""
+SMALLEST_SENSITIVITY = 1e-30
+"""Of a matrix that the loss does not depend on."""
+EMBEDDING_DAMPENING = 0.3
+"""The embedding's dampening fraction, at least. Its rows are inputs too, and there every column
+counts alike."""
 LARGEST_MARGIN = 1.05
 """What a largest code stands for is at least so many times the row's largest weight."""
 DAMPENING_ATTEMPTS = 5
@@ -126,8 +133,7 @@ class Gptq(Quantizer):
         """Scales f times as wide save log₂ f bits a code."""
         if excess_bits > LARGEST_SAVING_BITS:
             return None
-        factor = 1.01 * 2**excess_bits * self.settings.scale_factor
-        return f"set gptq.scale_factor to budget or to {factor:.2f}"
+        return f"multiply gptq.scale_factor by {1.01 * 2**excess_bits:.2f} or set it to budget"
 
 
 @dataclass(frozen=True)
@@ -151,12 +157,12 @@ class Bank:
     least: Tensor
     """[N, K, R]: what it maps there at least, however small the factor."""
     bits: int
-    input_scales: Tensor | None
-    """float16 [N, C]."""
-    sensitivities: Tensor | None
-    """[N, R]."""
     table: dict[str, Any]
     """Columns of the layer table that are known already."""
+    input_scales: Tensor | None = None
+    """float16 [N, C]."""
+    sensitivities: Tensor | None = None
+    """[N, R]."""
 
 
 def quantize_bank(
@@ -204,34 +210,51 @@ def prepared_bank(
     # Stable, so that columns of equal weight keep their order on every device.
     order = H.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     H = _reorder(_reorder(H, order, dim=1), order, dim=2)
-    U, dampening = inverse_factor(name, H, settings.dampening_fraction)
-    table = {"dampening_fraction": dampening.tolist(), "dead_columns": dead.sum(1).tolist()}
-    bits, input_scales = EMBEDDING_BITS if name == EMBEDDING else BITS, None
-    if settings.steps == "sigmas":
-        magnitudes = settings.sigmas.of(name) * W.std(-1, correction=0).unsqueeze(1)
     W = _reorder(W, order, dim=2)
-    if settings.steps == "percentiles":
-        magnitudes = clip_magnitudes(W, settings.clip_percentiles)
-    elif settings.steps == "sensitivity":
-        bits = FREE_BITS
-        sensitivities = sensitivities.to(weights.device, torch.float64)
-        sensitivities = sensitivities + LEAST_SENSITIVITY * sensitivities.mean(1, keepdim=True)
-        columns = U.diagonal(dim1=1, dim2=2)
-        level = columns.log().mean(1, keepdim=True).exp()
-        input_scales = geometric_steps(columns / level)
-        magnitudes = (largest_code(bits) * level * sensitivities.rsqrt()).unsqueeze(1)
-        scales = input_scales.to(torch.float64).unsqueeze(1)
-        # GPTQ of W·diag(c)⁻¹ on inputs diag(c)·x, whose H⁻¹ has the factor U·diag(c)⁻¹.
-        W, U = W / scales.to(dtype), U / scales
-        H = H * scales * scales.mT
-    least = torch.zeros_like(magnitudes)
+    fraction = max(settings.dampening_fraction, EMBEDDING_DAMPENING if name == EMBEDDING else 0.0)
+    U, dampening = inverse_factor(name, H, fraction)
+    table = {"dampening_fraction": dampening.tolist(), "dead_columns": dead.sum(1).tolist()}
     if settings.steps == "sensitivity":
-        least += LARGEST_MARGIN * W.abs().amax(2).unsqueeze(1)
-    elif settings.scale_factor == "budget":
+        rows = sensitivities.to(weights.device, torch.float64)
+        return _sensitivity_bank(name, W, H, U, order, rows, table)
+    if settings.steps == "sigmas":
+        magnitudes = settings.sigmas.of(name) * weights.std(-1, correction=0).unsqueeze(1)
+    else:
+        magnitudes = clip_magnitudes(W, settings.clip_percentiles)
+    least = torch.zeros_like(magnitudes)
+    if settings.scale_factor == "budget":
         least = torch.minimum(magnitudes, W.abs().amax(2).unsqueeze(1))
-    H, U = H.to(dtype), U.to(dtype)
-    scales = (magnitudes, least, bits, input_scales)
-    return Bank(name, W, H, U, order, *scales, sensitivities, table)
+    bits = EMBEDDING_BITS if name == EMBEDDING else BITS
+    return Bank(name, W, H.to(dtype), U.to(dtype), order, magnitudes, least, bits, table)
+
+
+def _sensitivity_bank(
+    name: str, W: Tensor, H: Tensor, U: Tensor, order: Tensor, rows: Tensor, table: dict[str, Any]
+) -> Bank:
+    """A bank with a scale for each column, and steps U_cc/g before any factor.
+
+    GPTQ of W·diag(c)⁻¹ on inputs diag(c)·x, whose H⁻¹ has the factor U·diag(c)⁻¹.
+    """
+    columns = U.diagonal(dim1=1, dim2=2)
+    level = columns.log().mean(1, keepdim=True).exp()
+    input_scales = geometric_steps(columns / level)
+    least = EMBEDDING_LEAST_SENSITIVITY if name == EMBEDDING else LEAST_SENSITIVITY
+    rows = (rows + least * rows.mean(1, keepdim=True)).clamp(min=SMALLEST_SENSITIVITY)
+    c = input_scales.to(torch.float64).unsqueeze(1)
+    scaled = W / c.to(W.dtype)
+    return Bank(
+        name,
+        scaled,
+        (H * c * c.mT).to(W.dtype),
+        (U / c).to(W.dtype),
+        order,
+        (largest_code(FREE_BITS) * level * rows.rsqrt()).unsqueeze(1),
+        LARGEST_MARGIN * scaled.abs().amax(2).unsqueeze(1).double(),
+        FREE_BITS,
+        table,
+        input_scales,
+        rows,
+    )
 
 
 def bank_codes(

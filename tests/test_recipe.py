@@ -24,6 +24,7 @@ from fairway.recipe import (
 )
 from fairway.settings import Settings, merge
 from fairway.stages import STAGES, stages_per
+from malformed_configs import LONGEST_MESSAGE
 from tiny import ROOT, TINY_CONFIG
 
 RECIPES = sorted(path.stem for path in (ROOT / "config").glob("*.yaml"))
@@ -62,7 +63,7 @@ def folders(of, stage: str) -> dict[str, str]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_shipped_recipes_make_every_stages_settings(recipe):
     shipped = complete({"recipe": recipe, "seeds": [1]})
-    assert list(shipped.variants) == ["causal", "leaky"]
+    assert list(shipped.variants) in (["causal", "leaky"], ["causal"])
     for variant in shipped.variants:
         for name, stage in STAGES.items():
             made = sections_of(shipped.stage_settings(name, variant))
@@ -257,7 +258,7 @@ def test_a_variants_changes_are_its_own():
 def test_a_stage_sees_its_own_sections_only():
     made = config()
     assert set(made.stage_settings("train")) == {"model", "train", "gptq", "runtime"}
-    assert made.stage_settings("train")["gptq"] == {"quantizer": "gptq"}
+    assert made.stage_settings("train")["gptq"] == {"quantizer": "gptq", "late_qat_sigmas": None}
     gptq = made.stage_settings("gptq", "causal")
     assert set(gptq) == {"gptq", "budgets", "runtime"}
     assert gptq["budgets"] == {"artifact_bytes": 16_000_000}
@@ -618,7 +619,7 @@ def test_modules_beside_a_config_file_are_found(tmp_path, monkeypatch):
         ({"run": "a b"}, "run: found 'a b', expected text matching"),
         ({"run": "../x"}, "run: found '../x', expected text matching"),
         ({"results": ""}, "results: found '', expected text of at least 1 characters"),
-        ({"recipe": "quikstart"}, "recipe: found 'quikstart', expected one of frontier, frontier_one_gpu"),
+        ({"recipe": "quikstart"}, "recipe: found 'quikstart', expected one of frontier, "),
         ({"recipe": "quikstart"}, "did you mean quickstart?"),
         ({"recipe": 5}, "recipe: found '5', expected one of"),
         ({"recipe": []}, "recipe: found [], expected text"),
@@ -757,4 +758,4 @@ def test_a_value_of_any_type_anywhere_is_taken_or_refused_in_one_line(value):
             assert config(**changes).folders, place
         except UserError as error:
             assert "\n" not in str(error), place
-            assert len(str(error)) < 600, place
+            assert len(str(error)) < LONGEST_MESSAGE, place

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fairway.errors import UserError
 from fairway.model.functional import (
     NORM_EPSILON,
     VALUE_NORM_EPSILON,
@@ -196,8 +197,26 @@ def rotary_tables(config: GPTConfig, dimensions: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+CHOSEN = {"layers", "width", "heads", "kv_heads", "mlp_width", "rotary_dimensions", "rope_base",
+          "rope_trained_tokens", "bigram_buckets", "bigram_width", "value_width", "value_layers",
+          "logit_softcap", "query_gain", "vocab_size", "sequence_tokens", "bos_id"}  # fmt: skip
+"""Of a model's keys: the baseline takes any sizes, and features at their defaults."""
+
+
+def is_submission(config: GPTConfig) -> bool:
+    """Whether the model is the submission's, up to its sizes, so that the baseline can be it."""
+    features = {name: field for name, field in GPTConfig.model_fields.items() if name not in CHOSEN}
+    as_there = all(getattr(config, name) == field.default for name, field in features.items())
+    return as_there and config.bigram_buckets > 0 and len(config.value_layers) > 0
+
+
 def from_fairway(model: GPT) -> BaselineGPT:
     """The baseline with a Fairway model's weights (copied), device and compute dtype."""
+    if not is_submission(model.config):
+        raise UserError(
+            "the baseline is the reference submission's model, and this config's has other parts: "
+            "the stages train and sliding run without a baseline"
+        )
     device = model.token_embedding.device
     baseline = BaselineGPT(model.config, model.compute_dtype)
     own = baseline.state_dict()

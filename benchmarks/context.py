@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baseline import BaselineGPT, from_fairway
+from baseline import BaselineGPT, from_fairway, is_submission
 from ceilings import Ceilings
 from results import Agreement
 from timing import release_memory
@@ -33,8 +33,8 @@ from fairway.training.checkpoint import Checkpoints
 from fairway.training.trainer import Trainer, TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = ("quickstart", "pr1350")
-"""Recipes: a toy, and the reference submission's."""
+SIZES = ("quickstart", "pr1350", "frontier")
+"""Recipes: a toy, the reference submission's, and the largest."""
 
 UNHURRIED_SECONDS = 1e9
 """Between checkpoints: none is ever written."""
@@ -85,7 +85,10 @@ class Context:
         return self.config.sections(variant if variant in variants else next(iter(variants)))[name]
 
     def train_settings(self, **changes: Any) -> TrainSettings:
-        """The config's training without its ends: no clock, no late QAT, no checkpoints."""
+        """The config's training without its ends: no clock, no late QAT, no checkpoints.
+
+        Nor its beginning: sequences have their full length, and blocks recur from the first step.
+        """
         settings = self.section("train")
         rows = self.options.micro_batch_sequences or settings.micro_batch_sequences
         endless = {
@@ -93,6 +96,9 @@ class Context:
             "max_seconds": None,
             "warmup_steps": 0,
             "warmdown_steps": 0,
+            "warmdown_fraction": None,
+            "sequence_schedule": (),
+            "recurrence_from": 0.0,
             "late_qat_scale": 0.0,
             "checkpoint_seconds": UNHURRIED_SECONDS,
             "log_every_steps": 1,
@@ -112,6 +118,16 @@ class Context:
     def baseline(self, weights: dict[str, torch.Tensor] | None = None) -> BaselineGPT:
         """The submission's model with the same weights."""
         return from_fairway(self.model(weights))
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether the model is the submission's, up to its sizes."""
+        return is_submission(self.model_config())
+
+    def plain(self, weights: dict[str, torch.Tensor]) -> GPT:
+        """The plain formulation, not compiled, which fast ways agree with where nothing else is."""
+        runtime = self.runtime.changed(kernels="plain", attention="sdpa", cuda_graphs="auto")
+        return prepare(self.model(weights), runtime)
 
     def scattered_weights(self) -> dict[str, torch.Tensor]:
         """Initial weights plus noise: at the true start whole layers are zero and hide errors."""

@@ -89,6 +89,23 @@ def test_the_run_says_what_it_ran_on(finished):
     assert "DISAGREES" not in table and "not judged here" in table
 
 
+def test_a_model_that_is_not_the_submissions_is_measured_without_a_baseline(
+    tiny_dataset, overlays, tmp_path
+):
+    overlay, output = tmp_path / "features.yaml", tmp_path / "bench.json"
+    overlay.write_text("model: {bigram_buckets: 0, smear: input, skip_gates: true}\n")
+    stages = ["--stages", "train,sliding", "--output", output]
+    done = run_benchmarks(tiny_dataset, [*overlays, overlay], *stages)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["stage"] for row in rows] == ["train", "train", "sliding"]
+    assert all(row["baseline"] is None and row["ratio"] is None for row in rows)
+    agreements = [check["what"] for row in rows for check in row["agreements"]]
+    assert len(agreements) == 3, "with the plain formulation"
+    refused = run_benchmarks(tiny_dataset, [*overlays, overlay], "--stages", "ttt")
+    assert refused.returncode == 1 and "has other parts" in refused.stdout
+
+
 def test_every_adapter_is_measured_alone_and_with_the_others(finished):
     _, document = finished
     rows = [row for row in document["rows"] if row["stage"] == "adapters"]

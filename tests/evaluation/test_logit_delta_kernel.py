@@ -161,7 +161,13 @@ def test_a_row_alone_is_bitwise_the_same():
 
 @pytest.mark.parametrize(
     ("positions", "vocabulary"),
-    [(7, 64), (16, 64), (37, 64), (139, 1024)],  # the last makes more parts than are read at a time
+    [
+        (7, 64),
+        (16, 64),
+        (37, 64),
+        # More parts than are read at a time.
+        pytest.param(139, 1024, marks=pytest.mark.slow),
+    ],
 )
 def test_it_does_not_matter_how_many_programs_share_a_row(positions, vocabulary):
     problems = [tensor[:1] for tensor in problem(positions=positions, vocabulary=vocabulary)]
@@ -187,7 +193,9 @@ def test_positions_of_programs_without_context_are_not_read():
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("most", range(2, 9))
+@pytest.mark.parametrize(
+    "most", [2, 5, 8, *(pytest.param(one, marks=pytest.mark.slow) for one in (3, 4, 6, 7))]
+)
 def test_it_ends_with_its_evaluations_where_the_plain_fit_does(most):
     logits, targets, is_context, initial = problem()
     options = OPTIONS | {"most_evaluations": most}
@@ -215,7 +223,7 @@ def test_without_context_the_delta_is_zero():
 
 def test_without_a_prior_it_is_the_clamp_that_ends_a_row():
     logits, targets, is_context, initial = problem()
-    fit = fused_fit(logits, targets, is_context, initial, l2=0.0, clamp=0.25, iterations=4)
+    fit = fused_fit(logits, targets, is_context, initial, l2=0.0, clamp=0.25, iterations=6)
     assert fit.x.abs().max() == 0.25
     assert (fit.iterations <= 6).all()
     assert (fit.evaluations <= max_evaluations(6)).all()

@@ -129,14 +129,14 @@ def leaks(model, settings, flips=5, world_size=1, seed=5):
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_distribution_depends_on_its_target_or_on_what_follows(model, name, world_size):
     settings = changed(SETTINGS, iterations=4, **CAUSAL[name])
     assert leaks(model, settings, world_size=world_size, seed=5 + world_size) == []
 
 
 @pytest.mark.parametrize("mutant", ["LearnsFirst", "OneClip", "OneGradient"])
-@pytest.mark.parametrize("others", [(), ("slot",)])
+@pytest.mark.parametrize("others", [("slot",), pytest.param((), marks=pytest.mark.slow)])
 def test_the_flips_feel_a_planted_fault(model, others, mutant):
     adapters = (f"faulty_adapters:{mutant}", *others)
     settings = changed(SETTINGS, adapters=adapters, iterations=4)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from checkouts import COMMAND, RESULTS, SEED, make_project
@@ -28,7 +29,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# Stops itself right before it renames a file to this name.
+# Says which process it is, and stops itself right before it renames a file to this name.
 FREEZE = """
 import os, runpy, signal, sys
 
@@ -37,6 +38,7 @@ def watch(event, arguments):
         os.kill(os.getpid(), signal.SIGSTOP)
 
 wanted, sys.argv = sys.argv[1], sys.argv[2:]
+print(os.getpid(), flush=True)
 sys.addaudithook(watch)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -66,12 +68,10 @@ def scripts(tiny_run, tiny_dataset, tmp_path) -> dict[str, Call]:
     return {call.stage.name: call for call in (tokenize, *calls(config, data, run))}
 
 
-def start(code: str, first: object, call: Call, python: str = sys.executable) -> subprocess.Popen:
-    command = [python, "-c", code, str(first), str(SCRIPTS / call.stage.script)]
-    return subprocess.Popen(
-        [*command, *call.arguments],
-        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def start(python: str, code: str, first: object, call: Call) -> subprocess.Popen:
+    command = [python, "-c", code, str(first), str(SCRIPTS / call.stage.script), *call.arguments]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, **output)
 
 
 def files(call: Call) -> dict[Path, tuple[int, bytes]]:
@@ -93,15 +93,17 @@ def one_line(process: subprocess.Popen) -> str:
 def test_a_frozen_script_that_was_taken_over_writes_nothing(name, scripts, capsys):
     call = scripts[name]
     (call.output / "metrics.json").unlink()  # or train would say that it is finished
-    frozen = start(FREEZE, call.stage.products[-1], call)
-    _, status = os.waitpid(frozen.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
+    started = start(warm_python(), FREEZE, call.stage.products[-1], call)
+    frozen = psutil.Process(int(started.stdout.readline()))
+    while frozen.status() != psutil.STATUS_STOPPED:
+        assert started.poll() is None
+        time.sleep(0.01)
     run_here(call.stage.script, *call.arguments)
     assert f"process {frozen.pid} is stopped and is taken over" in capsys.readouterr().err
     written = files(call)
     assert not [path for path in written if path.name.startswith(".") and path.is_file()]
-    frozen.send_signal(signal.SIGCONT)
-    assert one_line(frozen).startswith("error: another process has taken over ")
+    frozen.resume()
+    assert one_line(started).startswith("error: another process has taken over ")
     assert files(call) == written
 
 
@@ -109,7 +111,7 @@ def test_a_frozen_script_that_was_taken_over_writes_nothing(name, scripts, capsy
 def test_too_little_memory_is_one_line(name, scripts):
     call = scripts[name]
     (call.output / "metrics.json").unlink()
-    process = start(LIMIT, 8 << 20, call)
+    process = start(sys.executable, LIMIT, 8 << 20, call)
     output = process.communicate(timeout=120)[1]
     assert "Traceback" not in output, output
     if process.returncode == 1:
@@ -124,7 +126,7 @@ def test_too_little_memory_is_one_line(name, scripts):
 def test_a_full_disk_is_one_line(name, scripts):
     call = scripts[name]
     (call.output / "metrics.json").unlink()
-    line = one_line(start(FULL, "", call, warm_python()))
+    line = one_line(start(warm_python(), FULL, "", call))
     assert "could not be written (" in line and "File too large" in line
 
 

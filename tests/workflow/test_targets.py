@@ -131,7 +131,9 @@ def test_settings_on_the_command_line_go_over_the_files(finished, dry_runs):
     assert parse_jobs(output) == jobs_of(from_stage("slot_eval"), {"shared": "train"})
 
 
-@pytest.mark.parametrize("recipe", ["quickstart", "pr1350", "one_gpu"])
+@pytest.mark.parametrize(
+    "recipe", ["quickstart", "pr1350", "one_gpu", "frontier", "frontier_one_gpu"]
+)
 def test_a_users_file_goes_over_each_recipe(empty, dry_runs, recipe):
     """A recipe is named, or given as a file of its own; both are the same run."""
     touch_texts(empty)
@@ -167,12 +169,12 @@ def touch_texts(folder):
     [
         ["--cores", "2"],
         ["--cores", "2", "--snakefile", "workflow/Snakefile"],
-        ["--cores", "2", "--config", "recipe=one_gpu"],
+        ["--cores", "2", "--config", "recipe=frontier_one_gpu"],
         ["--cores", "2", "--configfile", "config/pr1350.yaml"],
-        ["--workflow-profile", "gpu", "--config", "recipe=pr1350"],
+        ["--workflow-profile", "gpu", "--config", "recipe=frontier"],
         ["--workflow-profile", "slurm", "--config", "recipe=pr1350"],
     ],
-    ids=["config", "snakefile", "one_gpu", "pr1350", "gpu", "slurm"],
+    ids=["config", "snakefile", "frontier_one_gpu", "pr1350", "gpu", "slurm"],
 )
 def test_every_shipped_configuration_and_profile_plans_its_run(empty, dry_runs, arguments):
     if "slurm" in arguments and find_spec("snakemake_executor_plugin_slurm") is None:

@@ -619,7 +619,7 @@ def test_modules_beside_a_config_file_are_found(tmp_path, monkeypatch):
         ({"run": "a b"}, "run: found 'a b', expected text matching"),
         ({"run": "../x"}, "run: found '../x', expected text matching"),
         ({"results": ""}, "results: found '', expected text of at least 1 characters"),
-        ({"recipe": "quikstart"}, "recipe: found 'quikstart', expected one of frontier, "),
+        ({"recipe": "quikstart"}, "recipe: found 'quikstart', expected one of frontier,"),
         ({"recipe": "quikstart"}, "did you mean quickstart?"),
         ({"recipe": 5}, "recipe: found '5', expected one of"),
         ({"recipe": []}, "recipe: found [], expected text"),

@@ -381,11 +381,11 @@ def test_a_variant_may_change_any_section_but_the_report(section):
 
 def test_stages_whose_settings_agree_share_a_folder():
     made = config()
-    names = [stage.name for stage in stages_per("variant")]
+    names = [stage.name for stage in stages_per("variant", on_request=True)]
     assert made.folders["causal"] == dict.fromkeys(names, "shared")
     assert made.folders["leaky"] == {
         **dict.fromkeys(("train", "ema"), "shared"),
-        **dict.fromkeys(("ttt", "gptq", "slot_eval", "audit"), "leaky"),
+        **dict.fromkeys(("ttt", "gptq", "slot_eval", "audit", "export"), "leaky"),
     }
 
 

@@ -7,12 +7,18 @@ import lzma
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fairway.code_hash import PACKAGE, import_closure, without_documentation
+from fairway.errors import UserError, in_short
 from fairway.plugins import built_in_names, source_file
 
-PROGRAM = PACKAGE / "evaluation/standalone.py"
+SOURCE = PACKAGE / "evaluation/standalone.py"
+PROGRAM = "evaluate.pyz"
+"""Its name in an exported folder."""
+PLAN = "settings.json"
+"""The settings in it."""
 ADAPTERS = "fairway.evaluation.adapters"
 NEEDED = ("torch", "numpy", "sentencepiece", "pydantic", "constriction")
 """What the program imports that is not Python's own."""
@@ -33,7 +39,7 @@ with tempfile.NamedTemporaryFile(suffix=".zip") as code:
     sys.path.insert(0, code.name)
     from fairway.evaluation.standalone import main
 
-    plan = json.loads(__loader__.get_data("settings.json"))
+    plan = json.loads(__loader__.get_data("{PLAN}"))
     main(plan, pathlib.Path(sys.argv[0]).resolve().parent)
 """
 
@@ -71,7 +77,7 @@ def _packed(adapters: Sequence[str], plan: Mapping[str, Any]) -> bytes:
     files = {
         "__main__.py": MAIN.encode(),
         "code.zip.xz": lzma.compress(_zipped(modules, zipfile.ZIP_STORED), preset=9),
-        "settings.json": json.dumps(plan, sort_keys=True).encode(),
+        PLAN: json.dumps(plan, sort_keys=True).encode(),
     }
     return _zipped(files, zipfile.ZIP_DEFLATED)
 
@@ -84,7 +90,7 @@ def _modules(adapters: Sequence[str]) -> dict[str, bytes]:
         if ":" in name:
             roots.append(file.parents[name.count(".") + (file.name == "__init__.py")])
     found = {}
-    for path in import_closure(PROGRAM, *files):
+    for path in import_closure(SOURCE, *files):
         root = next(root for root in roots if path.is_relative_to(root))
         name = path.relative_to(root)
         found[name.as_posix()] = path.read_bytes()
@@ -99,3 +105,14 @@ def _zipped(files: Mapping[str, bytes], method: int) -> bytes:
         for name in sorted(files):
             archive.writestr(zipfile.ZipInfo(name, EPOCH), files[name], method, compresslevel=9)
     return buffer.getvalue()
+
+
+def read_plan(program: Path) -> dict[str, Any]:
+    """The settings that an `evaluate.pyz` carries; UserError where it is no such program."""
+    try:
+        with zipfile.ZipFile(program) as archive:
+            return dict(json.loads(archive.read(PLAN)))
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{program} is no program of the export stage ({in_short(error)}): name --evaluator"
+        ) from error

@@ -107,20 +107,18 @@ def token_columns(
 
     tokens: integers [n + 1]. Raises UserError where a loss is not finite.
     """
-    joined = {
-        name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns
-    }
+    names = list(parts[0].columns)
+    joined = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
     order = np.argsort(joined["position"], kind="stable")
     columns = {name: column[order] for name, column in joined.items()}
     assert np.array_equal(columns["position"], np.arange(1, len(tokens))), "a target was missed"
     _check_finite(columns)
     begun = np.cumsum(tokens == bos_id)
-    return {
-        "position": columns.pop("position"),
-        "document": (begun - begun[0])[1:].astype(np.int32),
-        **columns,
-        "bytes": token_bytes(tokens, counts).astype(np.int16),
-    }
+    columns["document"] = (begun - begun[0])[1:].astype(np.int32)
+    columns["bytes"] = token_bytes(tokens, counts).astype(np.int16)
+    names.insert(1, "document")
+    names.insert(names.index("in_own_loss"), "bytes")
+    return {name: columns[name] for name in names}
 
 
 def _check_finite(columns: Mapping[str, np.ndarray]) -> None:

@@ -1,13 +1,12 @@
 """The words of an exported folder: submission.json, README.md and requirements.txt."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 from pydantic import Field
 
-from fairway.packing import NEEDED
 from fairway.settings import Settings
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -52,10 +51,10 @@ def submission(
     }
 
 
-def requirements() -> str:
-    """The packages that evaluate.pyz imports, in the versions that the export was made with."""
+def requirements(names: Iterable[str]) -> str:
+    """requirements.txt of packages, in the versions that the export was made with."""
     # A build's own label, as in 2.11.0+cu128, is on no package index.
-    return "".join(f"{name}=={metadata.version(name).partition('+')[0]}\n" for name in NEEDED)
+    return "".join(f"{name}=={metadata.version(name).partition('+')[0]}\n" for name in names)
 
 
 def readme(

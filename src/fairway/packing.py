@@ -6,7 +6,7 @@ import json
 import lzma
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ PROGRAM = "evaluate.pyz"
 PLAN = "settings.json"
 """The settings in it."""
 ADAPTERS = "fairway.evaluation.adapters"
-NEEDED = ("torch", "numpy", "sentencepiece", "pydantic", "constriction")
+NEEDED = ("torch", "numpy", "sentencepiece", "pydantic")
 """What the program imports that is not Python's own."""
+RANGE_CODER = "constriction"
+"""What it needs besides, for an artifact that has a range-coded stream."""
 PLAN_BYTES = 2048
 """Set aside for the settings that the program carries, which are known after the artifact only."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -29,7 +31,8 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 
 MAIN = f"""import importlib.util, json, lzma, pathlib, sys, tempfile
 
-missing = [name for name in {NEEDED} if importlib.util.find_spec(name) is None]
+plan = json.loads(__loader__.get_data("{PLAN}"))
+missing = [name for name in plan["packages"] if importlib.util.find_spec(name) is None]
 if missing:
     names = " ".join(missing)
     sys.exit(f"error: evaluate.pyz needs {{names}}: pip install {{names}}")
@@ -39,20 +42,27 @@ with tempfile.NamedTemporaryFile(suffix=".zip") as code:
     sys.path.insert(0, code.name)
     from fairway.evaluation.standalone import main
 
-    plan = json.loads(__loader__.get_data("{PLAN}"))
     main(plan, pathlib.Path(sys.argv[0]).resolve().parent)
 """
 
 
-def evaluation_program(settings: Mapping[str, Any], seed: int, device: str) -> bytes:
+def packages(codecs: Iterable[str]) -> list[str]:
+    """What a program imports that is not Python's own. codecs: those of the artifact's streams."""
+    return [*NEEDED, *([RANGE_CODER] if "range" in codecs else [])]
+
+
+def evaluation_program(
+    settings: Mapping[str, Any], seed: int, metrics: Mapping[str, Mapping[str, Any]]
+) -> bytes:
     """The bytes of `evaluate.pyz` for an evaluation: the same for the same code and settings.
 
-    settings: plain sections, `evaluation` and `runtime` among them. device: as metrics.json of the
-    evaluation names it; on a CPU the last bits of sums depend on the number of threads.
+    settings: plain sections, `evaluation` and `runtime` among them. metrics: those of gptq, and of
+    slot_eval, whose device says the number of threads: the last bits of sums on a CPU depend on it.
     """
-    threads = re.search(r"(\d+) threads", device)
+    threads = re.search(r"(\d+) threads", metrics["slot_eval"]["device"])
     plan = {name: settings[name] for name in ("evaluation", "runtime")}
     plan |= {"seed": seed, "threads": int(threads[1]) if threads else None}
+    plan["packages"] = packages(metrics["gptq"]["codecs"].values())
     return _packed([next(iter(one)) for one in plan["evaluation"]["adapters"]], plan)
 
 

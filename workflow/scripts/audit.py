@@ -125,8 +125,7 @@ def used_budgets(
     stage: StageRun, artifact: Path, metrics: dict[str, dict[str, Any]]
 ) -> dict[str, float]:
     """What the run used of each budget; file and code are measured anew, not taken on trust."""
-    device = metrics["slot_eval"]["device"]
-    code = len(evaluation_program(stage.plain_settings, stage.seed, device))
+    code = len(evaluation_program(stage.plain_settings, stage.seed, metrics))
     seconds = {
         f"{budget}_seconds": sum(
             metrics[name][f"{budget}_seconds"] for name in metrics if STAGES[name].charged == budget

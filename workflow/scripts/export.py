@@ -19,7 +19,7 @@ from fairway.data.manifest_fields import read_manifest
 from fairway.export import readme, requirements, submission
 from fairway.files import atomic_path, read_json, sha256_of, write_json
 from fairway.metrics import read_metrics
-from fairway.packing import evaluation_program
+from fairway.packing import evaluation_program, packages
 from fairway.stage import StageRun, run_stage
 from fairway.stages import made_by
 
@@ -29,15 +29,15 @@ MEASURED = ("gptq", "slot_eval", "audit")
 def export(stage: StageRun) -> None:
     seeds = {seed: records(stage, seed) for seed in sorted({*stage.options.seeds, stage.seed})}
     artifact = stage.take("gptq", "artifact.bin")
-    device = seeds[stage.seed]["slot_eval"]["device"]
-    program = evaluation_program(stage.plain_settings, stage.seed, device)
+    own = seeds[stage.seed]
+    program = evaluation_program(stage.plain_settings, stage.seed, own)
     submitted = submission(stage.settings.export, seeds, stage.seed, len(program))
     audit = read_json(stage.take("audit", "audit.json"), made_by("audit"))
     manifest = read_manifest(stage.take("tokenize", "manifest.json"))
     shards = [Path(span.path).name for span in manifest.split("val").spans]
     texts = {
         "README.md": readme(submitted, seeds, audit, shards),
-        "requirements.txt": requirements(),
+        "requirements.txt": requirements(packages(own["gptq"]["codecs"].values())),
         "log.txt": joined_logs(stage.options.logs),
     }
     write(stage.product("evaluate.pyz"), program)

@@ -42,7 +42,7 @@ from fairway.report.tables import (
     variants_by_text,
 )
 from fairway.report.token_sums import TokenSums, gain_nats, saved_nats
-from fairway.stages import STAGES
+from fairway.stages import STAGES, chain
 
 TRACKS = {
     "adaptive": "adaptive (the evaluator changes its predictions as it reads)",
@@ -483,7 +483,7 @@ def _captions(results: Results) -> dict[str, Caption]:
         else ""
     )
     audits = _seconds(results, ["audit"])
-    others = _seconds(results, [stage for stage in STAGES if stage != "audit"])
+    others = _seconds(results, [stage.name for stage in chain("report") if stage.name != "audit"])
     one_training = len({results.folder(variant, "train") for variant in results.variants}) == 1
     if results.has_few_variants:
         panels = (

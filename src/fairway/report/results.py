@@ -214,6 +214,7 @@ def read_results(
         for variant, stages in folders.items()
         for seed in seeds
         for stage, folder in stages.items()
+        if not STAGES[stage].on_request
     }
     seed_of = {path: seed for (_, seed, _), path in paths.items()}
     checked = {path: _checked_folder(path, seed) for path, seed in seed_of.items()}

@@ -1,10 +1,13 @@
 """The export stage: a folder that evaluates itself where Fairway is not installed."""
 
+import io
 import json
+import lzma
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -14,12 +17,10 @@ import pytest
 from checkouts import CONFIG_FILE, FOLDERS, RESULTS, SEED
 from fairway.cli import main
 from fairway.evaluation.token_table import table_metrics
-from fairway.packing import NEEDED as ALWAYS_NEEDED
-from fairway.packing import RANGE_CODER
+from fairway.packing import NEEDED, evaluation_program, read_plan
 from tiny import SCRIPTS
 from warm_python import warm_python
 
-NEEDED = (*ALWAYS_NEEDED, RANGE_CODER)
 VAL = "results/data/tiny/val_000000.bin"
 
 
@@ -135,6 +136,26 @@ def test_it_is_the_same_bytes_again_and_a_failed_audit_is_told(finished, exporte
             assert path.read_bytes() == (again / path.name).read_bytes(), path.name
     leaky = (export(finished, "leaky", tmp_path / "leaky/export") / "README.md").read_text()
     assert "Audit: FAIL. This score has not been shown to be valid." in leaky
+
+
+def test_what_a_program_holds(tmp_path, monkeypatch):
+    """The adapters that its settings name, a user's own among them, and what these import."""
+    (tmp_path / "own_cache.py").write_text('"""Mine."""\nimport beside_it\nclass Cache: pass\n')
+    (tmp_path / "beside_it.py").write_text("BITS = 6  # a comment\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"evaluation": {"adapters": [{"own_cache:Cache": {}}]}, "runtime": {}}
+    metrics = {"gptq": {"codecs": {"int6": "range"}}, "slot_eval": {"device": "cpu (x, 3 threads)"}}
+    program = tmp_path / "evaluate.pyz"
+    program.write_bytes(evaluation_program(settings, 7, metrics))
+    expected = {**settings, "seed": 7, "threads": 3, "packages": [*NEEDED, "constriction"]}
+    assert read_plan(program) == expected
+    inner = io.BytesIO(lzma.decompress(zipfile.ZipFile(program).read("code.zip.xz")))
+    with zipfile.ZipFile(inner) as code:
+        assert code.read("beside_it.py") == b"BITS = 6"
+        assert b"Mine" not in code.read("own_cache.py")
+        names = set(code.namelist())
+    assert {"own_cache.py", "fairway/__init__.py", "fairway/evaluation/__init__.py"} <= names
+    assert not {"fairway/evaluation/adapters/lora.py", "fairway/stage.py"} & names
 
 
 @pytest.mark.slow  # a process that imports torch for each call of the evaluator

@@ -120,7 +120,7 @@ def test_the_closure_is_what_python_imports():
         env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     loaded_by_script = json.loads(done.stdout)
-    assert len(loaded_by_script) == len(STAGES) == 8
+    assert len(loaded_by_script) == len(STAGES) == 9
     for script, files in loaded_by_script.items():
         loaded = {Path(file) for file in files}
         packages = {path for path in loaded if path.name == "__init__.py"}
@@ -152,7 +152,7 @@ def test_stages_do_not_share_what_they_need_not():
     assert trainer == {"train"}
     for adapter in ("slot", "lora", "ngram"):
         adapting = {stage for stage in run if f"evaluation/adapters/{adapter}.py" in run[stage]}
-        assert adapting == {"slot_eval", "audit"}
+        assert adapting == {"slot_eval", "audit", "export"}
     for package in ("audit", "report"):
         own = {stage for stage in run if any(one.startswith(f"{package}/") for one in run[stage])}
         assert own <= {"audit", "report"}
@@ -198,13 +198,14 @@ def test_files_may_lie_anywhere(tmp_path):
 
 RERUN = {
     "data/build.py": {"tokenize"},
-    "model/gpt.py": {"train", "ema", "ttt", "gptq", "slot_eval", "audit"},
+    "model/gpt.py": {"train", "ema", "ttt", "gptq", "slot_eval", "audit", "export"},
     "training/trainer.py": {"train"},
     "training/selection.py": {"ema"},
     "training/muon.py": {"train"},
     "training/ttt.py": {"ttt"},
     "quantization/quantizers/gptq.py": {"gptq"},
-    "evaluation/adapters/slot.py": {"slot_eval", "audit"},
+    "evaluation/adapters/slot.py": {"slot_eval", "audit", "export"},
+    "evaluation/standalone.py": {"export"},
     "audit/flip.py": {"audit"},
     "report/page.py": {"report"},
     "data/corpora/jsonl.py": {"tokenize"},

@@ -24,6 +24,7 @@ from fairway.recipe import (
 )
 from fairway.settings import Settings, merge
 from fairway.stages import STAGES, stages_per
+from malformed_configs import LONGEST_MESSAGE
 from tiny import ROOT, TINY_CONFIG
 
 RECIPES = sorted(path.stem for path in (ROOT / "config").glob("*.yaml"))
@@ -62,7 +63,7 @@ def folders(of, stage: str) -> dict[str, str]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_shipped_recipes_make_every_stages_settings(recipe):
     shipped = complete({"recipe": recipe, "seeds": [1]})
-    assert list(shipped.variants) == ["causal", "leaky"]
+    assert list(shipped.variants) in (["causal", "leaky"], ["causal"])
     for variant in shipped.variants:
         for name, stage in STAGES.items():
             made = sections_of(shipped.stage_settings(name, variant))
@@ -381,11 +382,11 @@ def test_a_variant_may_change_any_section_but_the_report(section):
 
 def test_stages_whose_settings_agree_share_a_folder():
     made = config()
-    names = [stage.name for stage in stages_per("variant")]
+    names = [stage.name for stage in stages_per("variant", on_request=True)]
     assert made.folders["causal"] == dict.fromkeys(names, "shared")
     assert made.folders["leaky"] == {
         **dict.fromkeys(("train", "ema"), "shared"),
-        **dict.fromkeys(("ttt", "gptq", "slot_eval", "audit"), "leaky"),
+        **dict.fromkeys(("ttt", "gptq", "slot_eval", "audit", "export"), "leaky"),
     }
 
 
@@ -437,7 +438,7 @@ def test_a_stage_lies_under_the_names_of_what_reaches_it():
     assert made.folders[variant] == {
         **dict.fromkeys(("train", "ema"), "max_steps_4"),
         **dict.fromkeys(("ttt", "gptq"), "leaky-max_steps_4"),
-        **dict.fromkeys(("slot_eval", "audit"), variant),
+        **dict.fromkeys(("slot_eval", "audit", "export"), variant),
     }
     lanes = [made.folders[name]["train"] for name in made.variants if "max_steps_4" in name]
     assert set(lanes) == {"max_steps_4"}
@@ -594,7 +595,7 @@ def test_modules_beside_a_config_file_are_found(tmp_path, monkeypatch):
          "variants.leaky: ttt: unknown key epoch; did you mean epochs?"),
         ({"variants": {"leaky": {"trian": {}}}},
          "variants.leaky: unknown key trian; did you mean train?; allowed: data"),
-        ({"variants": {"leaky": {"report": {}}}}, "variants.leaky: unknown key report; allowed"),
+        ({"variants": {"leaky": {"report": {}}}}, "variants.leaky: unknown key report;"),
         ({"train": {"max_steps": "many"}}, "train.max_steps: found 'many', expected a whole"),
         ({"train": {"max_seconds": "soon"}}, "train.max_seconds: found 'soon', expected a number"),
         ({"model": {"width": -32}}, "model.width: found -32, expected at least 1"),
@@ -618,7 +619,7 @@ def test_modules_beside_a_config_file_are_found(tmp_path, monkeypatch):
         ({"run": "a b"}, "run: found 'a b', expected text matching"),
         ({"run": "../x"}, "run: found '../x', expected text matching"),
         ({"results": ""}, "results: found '', expected text of at least 1 characters"),
-        ({"recipe": "quikstart"}, "recipe: found 'quikstart', expected one of frontier, frontier_one_gpu, one_gpu"),
+        ({"recipe": "quikstart"}, "recipe: found 'quikstart', expected one of frontier,"),
         ({"recipe": "quikstart"}, "did you mean quickstart?"),
         ({"recipe": 5}, "recipe: found '5', expected one of"),
         ({"recipe": []}, "recipe: found [], expected text"),
@@ -757,4 +758,4 @@ def test_a_value_of_any_type_anywhere_is_taken_or_refused_in_one_line(value):
             assert config(**changes).folders, place
         except UserError as error:
             assert "\n" not in str(error), place
-            assert len(str(error)) < 600, place
+            assert len(str(error)) < LONGEST_MESSAGE, place

@@ -3,6 +3,7 @@
     fairway audit --evaluator my_script:evaluate --tokens val_000000.bin --vocab-size 1024
     fairway resume
     fairway check results/quickstart
+    fairway compare quickstart/causal quickstart/leaky
 
 Exit status: 0 where no check fails (those not run or undecided are listed), 1 where one does, 2 for
 bad usage and where the evaluator itself stops or raises, so that nothing was audited. `resume`
@@ -14,11 +15,13 @@ import sys
 
 from fairway import check, referee, resume
 from fairway.errors import UserError
+from fairway.report import compare
 
 COMMANDS = {
     "audit": ("check that an evaluator's scores are causal", referee),
     "resume": ("go on with the last run, after it was killed", resume),
     "check": ("tell which files of a run are missing, unfinished or changed", check),
+    "compare": ("hold two finished runs, or two variants, against each other", compare),
 }
 """Name → what it does, in a line, and its module."""
 

@@ -21,6 +21,7 @@ PLUMBING = (
     "settings",
     "stage",
     "stages",
+    "yaml_text",
 )
 """Modules that carry settings, messages and hashes, never numbers: editing them reruns nothing."""
 
@@ -77,19 +78,27 @@ def _module_file(name: str, importer: Path) -> Path | None:
 def _read(source: bytes) -> tuple[frozenset[str], bytes]:
     """The modules, and names in modules, that a file imports; and its syntax tree as bytes."""
     names: set[str] = set()
-    tree = ast.parse(source)
+    tree = without_documentation(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    return frozenset(names), ast.dump(tree).encode()
+
+
+def without_documentation(source: bytes) -> ast.Module:
+    """The syntax tree of a file, without docstrings and descriptions of fields and constants."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:]
             if isinstance(node, ast.ClassDef | ast.Module):
                 node.body = [one for one in node.body if not _is_description(one)]
-    return frozenset(names), ast.dump(tree).encode()
+            node.body = node.body or [ast.Pass()]
+    return tree
 
 
 def _is_description(node: ast.stmt) -> bool:

@@ -11,8 +11,6 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from fairway.claims import TEMPORARY, before_change, check_claims, delete, remove
 from fairway.errors import UserError, out_of_memory
 
@@ -67,11 +65,10 @@ def _put_in_place(path: Path, make: Callable[[str, str, Path], str]) -> Iterator
         yield temporary
         before_change(path)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         check_claims()  # whoever took over has deleted what was temporary
         if out_of_memory(error):
             raise
-        # safetensors wraps the operating system's error in one of its own.
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{path} could not be written ({reason}): "
@@ -281,13 +278,17 @@ def write_tensors(
     path: str | Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]
 ) -> None:
     """Write safetensors atomically, with a SHA-256 of all that is in it; tensors go to the CPU."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksum = _tensors_sha256(on_cpu, metadata)
     record = json.dumps({**metadata, TENSORS_CHECKSUM: checksum}, sort_keys=True)
     with atomic_path(path) as temporary:
-        save_file(on_cpu, temporary, metadata={TENSORS_RECORD: record})
+        try:
+            save_file(on_cpu, temporary, metadata={TENSORS_RECORD: record})
+        except SafetensorError as error:  # it wraps the operating system's error in one of its own
+            raise OSError(str(error)) from error
 
 
 def read_tensors(path: str | Path, made_by: str) -> tuple[dict[str, "Tensor"], dict[str, str]]:
@@ -296,6 +297,8 @@ def read_tensors(path: str | Path, made_by: str) -> tuple[dict[str, "Tensor"], d
     Raises UserError where the file is missing or no safetensors file, and where it has another
     content than it was written with. A file older than checksums is taken as it is.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = require_file(path, made_by)
     # PyTorch has errors of its own for shapes that no tensor can have.
     with (

@@ -141,7 +141,8 @@ class GptqMetrics(_Score):
     artifact_bytes: int
     """Length of artifact.bin."""
     code_bytes: int
-    """Length of the source files that evaluation runs."""
+    """Length of the program that evaluates it, packed into one file with every built-in adapter and
+    room for its settings."""
     total_bytes: int
     """Both together, which the limit is about."""
     limit_bytes: int
@@ -208,6 +209,17 @@ class AuditMetrics(_Model):
     """Part of the audit → its seconds."""
 
 
+class ExportMetrics(Metrics):
+    """Of export."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    code_bytes: int
+    """Length of evaluate.pyz."""
+    total_bytes: int
+    """With artifact.bin, which the limit is about."""
+
+
 METRICS: dict[str, type[Metrics]] = {
     "tokenize": TokenizeMetrics,
     "train": TrainMetrics,
@@ -216,6 +228,7 @@ METRICS: dict[str, type[Metrics]] = {
     "gptq": GptqMetrics,
     "slot_eval": SlotEvalMetrics,
     "audit": AuditMetrics,
+    "export": ExportMetrics,
 }
 
 

@@ -69,11 +69,6 @@ def source_file(name: str, package: str) -> Path:
     return Path(specification.origin)
 
 
-def built_in_files(package: str) -> list[Path]:
-    """The files of all classes that `package` offers by plain names."""
-    return [source_file(name, package) for name in built_in_names(package)]
-
-
 def search_beside(paths: Iterable[str | Path]) -> None:
     """Let `load` find modules that lie in these folders, such as those of the config's files."""
     for path in map(str, paths):

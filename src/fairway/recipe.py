@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from fairway.errors import UserError
-from fairway.plain import check_plain, read_yaml, shown, typed_value, word
+from fairway.plain import check_plain, shown, word
 from fairway.plugins import did_you_mean, load, search_beside, source_file
 from fairway.settings import (
     NAMES,
@@ -35,6 +35,7 @@ from fairway.settings import (
     validated,
 )
 from fairway.stages import SHARED, STAGES, Stage, chain, stages_per
+from fairway.yaml_text import read_yaml, typed_value
 
 SECTIONS = {
     "data": "fairway.data.settings:DataSettings",
@@ -47,6 +48,7 @@ SECTIONS = {
     "audit": "fairway.audit.runner:AuditSettings",
     "budgets": "fairway.stages:Budgets",
     "report": "fairway.report.settings:ReportSettings",
+    "export": "fairway.export:ExportSettings",
     "runtime": "fairway.model.settings:RuntimeSettings",
 }
 """The class of each section, by name because the classes lie in packages above this module."""
@@ -144,7 +146,7 @@ class Config:
         settings_of = cache(self._chain_settings)
         for variant in self.variants.values():
             found[variant.name] = {}
-            for stage in stages_per("variant"):
+            for stage in stages_per("variant", on_request=True):
                 one = stage.name, settings_of(variant.parts)[stage.name]
                 if one not in owners:
                     owners[one] = next(

@@ -2,29 +2,34 @@
 the details."""
 
 import argparse
+import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict
 from sentencepiece import SentencePieceProcessor
 
 from fairway.audit.bookkeeping import Evaluation, read_evaluation
 from fairway.audit.flip_plan import Geometry
-from fairway.audit.fresh import FreshEvaluator, load_callable
-from fairway.audit.interface import FAIL, Evaluator
+from fairway.audit.fresh import FreshEvaluator, load_callable, run_evaluator
+from fairway.audit.interface import FAIL, NOT_RUN, PASS, Check, Evaluator, Scores
 from fairway.audit.result import AuditResult
 from fairway.audit.runner import AuditSettings, audit
-from fairway.data.shards import read_shard
+from fairway.audit.tally import SCORE_TOLERANCE_NATS
+from fairway.data.shards import read_shard, write_shard
 from fairway.data.token_bytes import byte_counts, token_bytes
 from fairway.data.token_classes import token_classes
 from fairway.data.tokenizer import load_tokenizer
 from fairway.errors import UserError, told
 from fairway.files import require_file, write_json
+from fairway.packing import PROGRAM, read_plan
 from fairway.records import read_record
 from fairway.settings import validated
 from fairway.stages import Budgets
@@ -44,6 +49,7 @@ class Reported(BaseModel):
 
 def run(parsed: argparse.Namespace) -> int:
     """`fairway audit`; whatever the audited code does is told as a UserError."""
+    _fill_in(parsed)
     try:
         result = audit_named(parsed)
     except UserError:
@@ -89,16 +95,77 @@ def audit_named(parsed: argparse.Namespace) -> AuditResult:
         settings=validated(AuditSettings, values, "audit"),
         seed=parsed.seed,
     ).with_checks(evaluator=parsed.evaluator, tokens=str(parsed.tokens), fresh=parsed.fresh)
+    if _is_program(parsed.evaluator) and parsed.whole_text:
+        program = Path(parsed.evaluator)
+        result = result.with_checks(_check_program(program, parsed.tokens, submission.scores))
     if parsed.output is not None:
         write_json(parsed.output, result.content())
     return result
 
 
+def _fill_in(parsed: argparse.Namespace) -> None:
+    """Take from an exported folder what the command line does not name."""
+    folder = parsed.submission
+    program, model = (
+        None if folder is None or not (folder / name).is_file() else folder / name
+        for name in (PROGRAM, "tokenizer.model")
+    )
+    if parsed.evaluator is None and program is not None:
+        parsed.evaluator, parsed.tokenizer = str(program), parsed.tokenizer or model
+        if parsed.window_tokens is None and parsed.stride_tokens is None:
+            cut = read_plan(program)["evaluation"]
+            names = ("window_tokens", "stride_tokens", "lanes")
+            parsed.window_tokens, parsed.stride_tokens, parsed.lanes = (cut[one] for one in names)
+    if parsed.evaluator is None:
+        raise UserError(f"name an --evaluator, or a --submission with an {PROGRAM} in it")
+    if parsed.vocab_size is None:
+        if parsed.tokenizer is None:
+            raise UserError("give --vocab-size, or the --tokenizer that has it")
+        parsed.vocab_size = load_tokenizer(parsed.tokenizer).vocab_size()
+
+
+@dataclass(frozen=True)
+class PackedEvaluator:
+    """Runs an exported `evaluate.pyz` for each call: the very bytes that are handed over.
+
+    Raises UserError where it ends with an error.
+    """
+
+    program: Path
+
+    def __call__(self, tokens: torch.Tensor) -> Scores:
+        with tempfile.TemporaryDirectory() as scratch:
+            text, answer = Path(scratch, "text.bin"), Path(scratch, "scores.npz")
+            write_shard(text, tokens.cpu().numpy())
+            arguments = [self.program.resolve(), text, "--scores", answer]
+            run_evaluator(str(self.program), arguments, Path(scratch), answer)
+            with np.load(answer) as arrays:
+                found = {name: torch.from_numpy(arrays[name]) for name in arrays}
+        return Scores(found["log_probs"], found["positions"], found["nats"], found["lanes"])
+
+
+def _check_program(program: Path, shard: Path, reported: Mapping[str, float]) -> Check:
+    """Whether the program gives the reported `val_loss` and `val_bpb` for the whole text."""
+    printed = run_evaluator(str(program), [program.resolve(), shard.resolve()], program.parent)
+    found = json.loads(printed)
+    off = {name: abs(found[name] - value) for name, value in reported.items()}
+    verdict = FAIL if any(not size <= SCORE_TOLERANCE_NATS for size in off.values()) else PASS
+    told = ", ".join(f"{name} {found[name]:.6f} ({value:.6f})" for name, value in reported.items())
+    sentence = f"{program.name} gives (reported): {told}."
+    return Check("program", verdict if off else NOT_RUN, sentence, found | {"reported": reported})
+
+
 def _evaluator(parsed: argparse.Namespace) -> Evaluator:
     """In a process of its own for each call, unless told otherwise."""
+    if _is_program(parsed.evaluator):
+        return PackedEvaluator(Path(parsed.evaluator))
     if not parsed.fresh:
         return load_callable(parsed.evaluator, "--evaluator")
     return FreshEvaluator(parsed.evaluator, Path.cwd())
+
+
+def _is_program(evaluator: str) -> bool:
+    return Path(evaluator).name == PROGRAM
 
 
 def _check_vocabulary(parsed: argparse.Namespace, tokenizer: SentencePieceProcessor | None) -> None:
@@ -137,7 +204,9 @@ class Submission:
         if folder is not None:
             author = "the submission's author"
             scores = dict(read_record(Reported, folder / "submission.json", author))
-            names = ("tokens.parquet", "provenance.json")
+            names = ["tokens.parquet"]
+            if not (folder / PROGRAM).is_file():  # an exported folder's ancestors are elsewhere
+                names.append("provenance.json")
             found = {name: folder / name for name in names if os.path.lexists(folder / name)}
             artifacts += [path for path in sorted(folder.iterdir()) if path.suffix in COUNTED]
         used, limits = _numbers(parsed.used, "--used"), _numbers(parsed.limits, "--limits")
@@ -197,12 +266,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     function = "MODULE:FUNCTION"
     add(
         "--evaluator",
-        required=True,
         metavar=function,
-        help="tokens [n+1] → log-probabilities [n, V]",
+        help="tokens [n+1] → log-probabilities [n, V], or an evaluate.pyz; the submission's",
     )
     add("--tokens", required=True, type=Path, metavar="SHARD", help="shard of validation tokens")
-    add("--vocab-size", required=True, type=int, help="tokens in the vocabulary")
+    add("--vocab-size", type=int, help="tokens in the vocabulary; the tokenizer's")
     add("--bos-id", type=int, default=1, help="token that starts each document")
     add("--next-token", metavar=function, help="plain model: prefix → log-probabilities [V]")
     add("--base", metavar=function, help="the evaluator without adaptation, to name the track")

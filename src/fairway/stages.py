@@ -3,7 +3,7 @@
 Rules, scripts, audit and report read it; a new stage is a row here, a rule file and a script:
 
     tokenize → train → ema → ttt → gptq → slot_eval → report
-                                        ↘ audit ↗
+                                        ↘ audit ↗ → export
 """
 
 from dataclasses import dataclass
@@ -55,6 +55,8 @@ class Stage:
     """Packages of built-in classes that its settings name but that it does not run."""
     memory: tuple[str, ...] = ()
     """Keys to lower where it runs out of memory."""
+    on_request: bool = False
+    """Whether it runs only where its target is named, and not with everything."""
 
     @property
     def script(self) -> str:
@@ -154,6 +156,22 @@ STAGES = {
             ),
             per="run",
         ),
+        Stage(
+            "export",
+            "Folder to hand over",
+            sections=("export", "evaluation", "runtime"),
+            needs=("tokenize", "gptq", "slot_eval", "audit"),
+            products=(
+                "evaluate.pyz",
+                "artifact.bin",
+                "tokenizer.model",
+                "submission.json",
+                "requirements.txt",
+                "README.md",
+                "log.txt",
+            ),
+            on_request=True,
+        ),
     )
 }
 
@@ -170,9 +188,16 @@ def chain(name: str) -> list[Stage]:
     return [stage for stage in STAGES.values() if stage.name in wanted]
 
 
-def stages_per(per: str) -> list[Stage]:
-    """The stages that run once a `dataset`, `variant` or `run`, in the order of the table."""
-    return [stage for stage in STAGES.values() if stage.per == per]
+def stages_per(per: str, *, on_request: bool = False) -> list[Stage]:
+    """The stages that run once a `dataset`, `variant` or `run`, in the order of the table.
+
+    on_request: with those that run on request only.
+    """
+    return [
+        stage
+        for stage in STAGES.values()
+        if stage.per == per and (on_request or not stage.on_request)
+    ]
 
 
 def made_by(stage: str, *, again: bool = False) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from fairway.settings import merge
-from fairway.stages import STAGES
+from fairway.stages import STAGES, chain
 from tiny import ROOT, TINY_CONFIG, synthetic_documents, write_jsonl
 from warm_python import warm_python
 
@@ -21,7 +21,8 @@ SEED = TINY_CONFIG["seeds"][0]
 RESULTS = f"results/{TINY_CONFIG['run']}"
 FOLDERS = {"shared": "train", "leaky": "ttt"}
 """TINY_CONFIG's folders under a seed's, each with the first stage that lies in it."""
-ALL = " ".join(STAGES)
+ALL = " ".join(stage.name for stage in chain("report"))
+"""What runs where no target is named."""
 # Snakemake with one thread, as the results are compared.
 OPTIONS = ("-m", "snakemake", "--cores", "2")
 # Before targets there must be an option, as --configfile takes any number of files.

@@ -197,7 +197,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 def reported(run_folder: Path) -> bytes:
     """All that the report says of the run."""
     seeds, folders = layout(run_folder)
-    results = read_results(run_folder, folders, seeds, dict.fromkeys(folders, "data"))
+    results = read_results(run_folder, folders, seeds)
     tables = make_tables(results, ReportSettings())
     return pickled((page_content(results, tables, ReportSettings()), vars(tables)))
 

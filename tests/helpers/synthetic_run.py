@@ -19,6 +19,7 @@ from fairway.provenance import write_provenance
 from fairway.report.page import write_report
 from fairway.report.results import Results, read_results
 from fairway.report.settings import ReportSettings
+from fairway.report.tables import make_tables
 from fairway.stages import STAGES as TABLE
 from provenance_chain import edit
 
@@ -134,7 +135,7 @@ def dataset_of(variant: str) -> str:
 
 
 def write_manifest(folder: Path) -> Path:
-    """The manifest.json of a dataset, which is all that the report reads of it."""
+    """The manifest.json of a dataset, and its record: all that is read of it here."""
     path = folder / "manifest.json"
     span = {"path": "val_000000.bin", "start": 0, "stop": 12_001}
     split = {"spans": [], "tokens": 0, "bytes": 0, "documents": 0}
@@ -153,6 +154,10 @@ def write_manifest(folder: Path) -> Path:
         "original": {"training": training, "validation": validation}, "overlap": overlap,
     }  # fmt: skip
     write_json(path, manifest)
+    settings = {"data": {"name": folder.name, "val_docs": 24}}
+    write_provenance(
+        folder, stage="tokenize", settings=settings, inputs={}, outputs=[path], splits_read=[]
+    )
     return path
 
 
@@ -169,6 +174,8 @@ def write_stage(
     )
     settings = {stage: {"epochs": 2}}
     splits = ["train", "val"] if leaks and stage in FROM_TTT else ["train"]
+    if "weights.safetensors" in TABLE[stage].products:
+        (folder / "weights.safetensors").write_text(f"{variant} {seed}")  # only its hash is read
     if stage == "train":
         write_curve(folder, shift, generator)
     if stage == "gptq":
@@ -311,8 +318,23 @@ def write_audit(folder: Path, seed: int, leaks: bool) -> None:
 def load_results(
     root: Path, seeds=SEEDS, folders: Mapping[str, Mapping[str, str]] = QUICKSTART
 ) -> Results:
-    datasets = {variant: dataset_of(variant) for variant in folders}
-    return read_results(root / "results" / "quickstart", folders, list(seeds), datasets)
+    return read_results(root / "results" / "quickstart", folders, list(seeds))
+
+
+def finish(root: Path, seeds=SEEDS, folders: Mapping[str, Mapping[str, str]] = QUICKSTART) -> Path:
+    """The tables of a run's report, without page and figures; return the run's folder."""
+    run = root / "results" / "quickstart"
+    written = make_tables(load_results(root, seeds, folders), ReportSettings()).write(
+        run / "report"
+    )
+    _vouch(run / "report", written)
+    return run
+
+
+def _vouch(folder: Path, written: list[Path]) -> None:
+    write_provenance(
+        folder, stage="report", settings={}, inputs={}, outputs=written, splits_read=[]
+    )
 
 
 def make_report(
@@ -324,7 +346,5 @@ def make_report(
     """Write the report of a run that `make_run` made; return its folder."""
     folder = root / "results" / "quickstart" / "report"
     written = write_report(folder, load_results(root, seeds, folders), ReportSettings(**settings))
-    write_provenance(
-        folder, stage="report", settings={}, inputs={}, outputs=written, splits_read=[]
-    )
+    _vouch(folder, written)
     return folder

@@ -128,7 +128,7 @@ def main() -> None:
             model(tokens, 32)
     compile_mlp_hopper(config.width, config.mlp_width, config.activation_slope)
     compile_adapted(model, tokens)
-    compile_fit(EvaluationSettings().window_tokens, model.config.vocab_size, SlotSettings())
+    compile_fit(EvaluationSettings().window_tokens, GPTConfig().vocab_size, SlotSettings())
 
 
 if __name__ == "__main__":

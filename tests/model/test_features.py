@@ -126,7 +126,7 @@ def test_hessians_are_of_the_inputs_of_every_pass():
     with torch.no_grad():
         model(TOKENS)
     hessians = collect_hessians(model, TOKENS, batch_sequences=1)
-    assert hessians.keys() == inputs.keys()
+    assert hessians.keys() - inputs.keys() == {("token_embedding", 0)}
     for (bank, index), parts in inputs.items():
         rows = torch.cat([part.flatten(0, 1) for part in parts]).double()
         runs = 3 if index % SMALL.layers in ALL_FEATURES.recurrent_layers else 1

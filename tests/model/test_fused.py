@@ -50,16 +50,22 @@ FEATURES = CONFIG.changed(
     asymmetric_softcap=True,
     logit_softcap=1.5,  # Logits are small here, and caps far above them have next to no gradient.
     document_masks=True,
-    bos_id=25,  # at the start of a sequence and within others of `batch`
+    bos_id=39,  # within two sequences of `batch`
 )
+SHORT = CONFIG.changed(layers=2, value_layers=(1,), rotary_dimensions=6)
 CONFIGS = {
-    "odd": SMALL.changed(width=36, heads=6, kv_heads=3),
+    "odd": CONFIG.changed(width=36, heads=6, kv_heads=3),
     "even": CONFIG.changed(layers=4, value_layers=(0,), bigram_buckets=0),
     "no value embedding": CONFIG.changed(value_layers=(), smear="none"),
-    "all dimensions rotated": CONFIG.changed(layers=2, value_layers=(1,), rotary_dimensions=6),
+    "all dimensions rotated": SHORT,
     "all features": FEATURES,
     "features without bigrams": FEATURES.changed(
-        bigram_buckets=0, recurrent_layers=(0,), recurrence_passes=4, activation_slope=0.0
+        layers=2,
+        value_layers=(),
+        bigram_buckets=0,
+        recurrent_layers=(0,),
+        recurrence_passes=3,
+        activation_slope=0.0,
     ),
 }
 
@@ -91,11 +97,12 @@ def halved(name: str, bank: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_gradients_are_the_plain_ones(name):
-    compare_losses_and_gradients(name)
+    # Three rows are more tokens than there are programs for them, so that these loop.
+    compare_losses_and_gradients(name, rows=3 if name in ("even", "all features") else 2)
 
 
 def test_loss_and_gradients_in_late_qat_are_the_plain_ones():
-    compare_losses_and_gradients("even", fake_quantize=halved)
+    compare_losses_and_gradients("all dimensions rotated", fake_quantize=halved)
 
 
 def test_loss_and_gradients_before_blocks_recur_are_the_plain_ones():
@@ -103,11 +110,10 @@ def test_loss_and_gradients_before_blocks_recur_are_the_plain_ones():
     compare_losses_and_gradients("all features", recurs=False)
 
 
-@pytest.mark.parametrize("name", ["odd", "all features"])
-def test_loss_and_gradients_with_copied_keys_are_the_plain_ones(name):
+def test_loss_and_gradients_with_copied_keys_are_the_plain_ones():
     """Every query head gets a key of its own, as flash-attn-4 wants them, from any backend."""
-    assert CONFIGS[name].heads == 2 * CONFIGS[name].kv_heads
-    compare_losses_and_gradients(name, key_copies=2)
+    assert CONFIGS["odd"].heads == 2 * CONFIGS["odd"].kv_heads
+    compare_losses_and_gradients("odd", key_copies=2)
 
 
 def test_loss_and_gradients_of_a_single_sequence_are_the_plain_ones(monkeypatch):
@@ -177,9 +183,9 @@ def test_what_the_kernels_do_not_compute_is_refused_by_itself():
 
 
 ADAPTED = {
-    "the default": ("up",),
-    "what has no kernel of its own": ("down",),
-    "every matrix": tuple(PROJECTIONS),
+    "the default": (SHORT, ("up",)),
+    "what has no kernel of its own": (SHORT, ("down",)),
+    "every matrix, also of blocks that recur": (FEATURES, tuple(PROJECTIONS)),
 }
 
 
@@ -195,8 +201,9 @@ def additions(model: GPT, projections=("up",), **changes) -> BatchedLora:
 def test_rows_own_additions_and_their_gradients_are_the_plain_ones(name):
     tokens, targets = batch()
     share, found = torch.full((3, 2), 0.5, device=DEVICE), {}
+    config, projections = ADAPTED[name]
     for kernels in BACKENDS:
-        lora = additions(random_model(FEATURES, kernels), ADAPTED[name])
+        lora = additions(random_model(config, kernels), projections)
         logits = [lora.logits(tokens, first_position) for first_position in (0, 3)]
         found[kernels] = (*logits, lora.gradient(lora.values, tokens, targets[:, -2:], share))
     for fused_one, plain in zip(found["fused"], found["plain"], strict=True):
@@ -258,7 +265,8 @@ def test_evaluation_keeps_no_activations():
 
 
 def test_later_tokens_change_no_earlier_logit_to_the_bit():
-    model, (tokens, _) = random_model(FEATURES.changed(document_masks=False), "fused"), batch()
+    config = CONFIGS["features without bigrams"].changed(document_masks=False)
+    model, (tokens, _) = random_model(config, "fused"), batch()
     with torch.no_grad():
         before = model(tokens)
         tokens[1, 2] = (tokens[1, 2] + 1) % 50
@@ -290,7 +298,7 @@ def test_graphed_gradients_are_the_eager_ones():
 
 
 def test_gradients_add_up_over_micro_batches():
-    model, (x, y) = random_model(CONFIG, "fused"), batch(rows=2)
+    model, (x, y) = random_model(SHORT, "fused"), batch(rows=2, length=3)
     model.loss(x, y).backward()
     whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()

@@ -30,7 +30,7 @@ from fairway.quantization.artifact import (
 )
 from fairway.quantization.coding import pack
 from fairway.quantization.integers import QuantizedTensor, round_to_nearest
-from fairway.quantization.pruning import code_bytes, fit_to_limit
+from fairway.quantization.pruning import fit_to_limit
 from fairway.quantization.quantizers.gptq import Gptq
 
 CONFIG = GPTConfig(
@@ -553,9 +553,3 @@ def test_ternary_codes_are_not_zeroed_and_the_error_says_so():
     limit = len(encode_artifact(model.config, tensors)) - 200
     with pytest.raises(UserError, match="codes of 2 bits are not zeroed"):
         fit_to_limit(model.config, tensors, limit, GPTQ)
-
-
-def test_code_bytes_are_the_sizes_of_the_files(tmp_path):
-    (tmp_path / "a.py").write_bytes(b"x" * 10)
-    (tmp_path / "b.py").write_text("é")
-    assert code_bytes([tmp_path / "a.py", tmp_path / "b.py"]) == 12

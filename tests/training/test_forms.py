@@ -50,7 +50,7 @@ def make_trainer(settings, folder, stop_in_step=None):
     model = GPT(RECURRENT, seed=0)
     trainer = Trainer(
         model, settings, loader, WORLD, Checkpoints(folder, "a" * 64),
-        fake_quantize=lambda matrices: matrices * 1.0,
+        fake_quantize=lambda name, matrices: matrices * 1.0,
     )  # fmt: skip
     seen, backward = [], trainer.backward
 

@@ -226,8 +226,9 @@ def test_edited_code_reruns_the_stages_that_use_it(project, dry_runs, name, stag
     assert dry_runs.jobs(project) == jobs_of(stages)
 
 
-def test_an_edited_page_template_reruns_the_report(project, dry_runs):
-    edit(project / "src/fairway/report/page.html.j2", end="<!-- edited -->\n")
+@pytest.mark.parametrize("name", ["page", "base"])
+def test_an_edited_page_template_reruns_the_report(project, dry_runs, name):
+    edit(project / f"src/fairway/report/{name}.html.j2", end="<!-- edited -->\n")
     assert dry_runs.jobs(project) == jobs_of("report")
 
 

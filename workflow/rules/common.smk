@@ -36,6 +36,9 @@ from fairway.recipe import (
 )
 from fairway.settings import merge
 from fairway.stages import STAGES, stages_per
+from fairway.stages import (
+    chain as stage_chain,
+)  # Snakemake has a `chain` of its own here
 
 
 def get_config():
@@ -212,6 +215,15 @@ def get_records(stage):
     ]
 
 
+def get_measured_seeds(wildcards):
+    """What stands for changes of the scores of all seeds, for the table of an exported folder."""
+    return [
+        f"{get_folder(stage, seed, get_user('export', wildcards))}/provenance.json"
+        for seed in sorted(CONFIG.seeds)
+        for stage in ("gptq", "slot_eval", "audit")
+    ]
+
+
 def get_products(stage):
     """An input function, for `ancient`: every other file of the stages that a stage takes."""
     return lambda wildcards: [
@@ -240,6 +252,20 @@ def get_outputs(stage, but=()):
 
 def get_log(stage):
     return f"{LOGS}/seed-{{seed}}/{{folder}}/{stage}.log"
+
+
+def get_logs(stage):
+    """A params function: the logs of a stage and of all that it builds on, for one seed."""
+
+    def logs(wildcards):
+        folders = FOLDERS[get_user(stage, wildcards)]
+        names = [one.name for one in stage_chain(stage) if one.per == "variant"]
+        return [
+            get_log(name).format(seed=wildcards.seed, folder=folders[name])
+            for name in names
+        ]
+
+    return logs
 
 
 def get_benchmark(stage):
@@ -321,9 +347,13 @@ def get_targets(stage):
 
 
 def get_all_files(wildcards):
-    """Every stage's files: the report's, and those of stages that nothing builds on."""
+    """Every stage's files: the report's, and those of stages that nothing builds on.
+
+    Not of those that run on request only.
+    """
     extend_to_jobs()
-    return [path for stage in STAGES for path in get_targets(stage)]
+    stages = [name for name, stage in STAGES.items() if not stage.on_request]
+    return [path for stage in stages for path in get_targets(stage)]
 
 
 def get_stage_files(names):
@@ -349,12 +379,7 @@ def get_report_files():
 
 def get_variants():
     """What the report is told of variants, in the config's order: the first is the reference."""
-    return json.dumps(
-        [
-            {"name": name, "dataset": CONFIG.dataset(name), "folders": FOLDERS[name]}
-            for name in CONFIG.variants
-        ]
-    )
+    return json.dumps(FOLDERS)
 
 
 def is_fetched():

@@ -34,6 +34,7 @@ rule run_report:
         settings=get_settings("report"),
         code=get_code("report"),
         template=get_hash("src/fairway/report/page.html.j2"),
+        layout=get_hash("src/fairway/report/base.html.j2"),
     message:
         "report: {output.page}"
     shell:

@@ -24,7 +24,6 @@ from fairway.audit.flip_plan import Geometry, TokenClasses, choose_excerpt
 from fairway.audit.interface import Scores
 from fairway.audit.lineage import check_lineage
 from fairway.audit.runner import AuditTarget, audit_evaluator
-from fairway.code_hash import import_closure
 from fairway.data.dataset import load_dataset, read_split
 from fairway.data.manifest_fields import read_manifest
 from fairway.data.token_classes import token_classes
@@ -34,13 +33,10 @@ from fairway.files import sha256_of, write_json, write_table
 from fairway.metrics import read_metrics
 from fairway.model.runtime import prepare, runtime_metrics
 from fairway.model.sampling import sample_documents
+from fairway.packing import evaluation_program
 from fairway.quantization.artifact import load_artifact
-from fairway.quantization.pruning import code_bytes
-from fairway.recipe import plugin_files
 from fairway.stage import StageRun, run_stage
 from fairway.stages import STAGES, made_by
-
-EVALUATION_SCRIPT = Path(__file__).with_name("slot_eval.py")
 
 
 def audit(stage: StageRun) -> None:
@@ -129,8 +125,7 @@ def used_budgets(
     stage: StageRun, artifact: Path, metrics: dict[str, dict[str, Any]]
 ) -> dict[str, float]:
     """What the run used of each budget; file and code are measured anew, not taken on trust."""
-    evaluation = {"evaluation": stage.plain_settings["evaluation"]}
-    code = code_bytes(import_closure(EVALUATION_SCRIPT, *plugin_files("slot_eval", evaluation)))
+    code = len(evaluation_program(stage.plain_settings, stage.seed, metrics))
     seconds = {
         f"{budget}_seconds": sum(
             metrics[name][f"{budget}_seconds"] for name in metrics if STAGES[name].charged == budget

@@ -6,36 +6,23 @@
 """
 
 from contextlib import nullcontext
-from pathlib import Path
 
-from fairway.code_hash import import_closure
 from fairway.data.dataset import load_dataset
 from fairway.evaluation.plain import val_metrics
 from fairway.files import write_table
 from fairway.model.runtime import prepare
 from fairway.model.weights import load_model
-from fairway.plugins import built_in_files
+from fairway.packing import code_bytes
 from fairway.quantization.artifact import load_artifact
-from fairway.quantization.pruning import code_bytes
 from fairway.quantization.quantize import quantize_to_file
 from fairway.stage import StageRun, run_stage
-
-EVALUATION_SCRIPT = Path(__file__).with_name("slot_eval.py")
-
-
-def evaluation_code() -> tuple[Path, ...]:
-    """The program that the artifact needs to be scored, whose bytes count as well.
-
-    With every built-in adapter, since this stage does not depend on which of them are used.
-    """
-    return import_closure(EVALUATION_SCRIPT, *built_in_files("fairway.evaluation.adapters"))
 
 
 def quantize(stage: StageRun) -> None:
     settings, runtime, device = stage.settings.gptq, stage.settings.runtime, stage.world.device
     dataset = load_dataset(stage.take("tokenize", "manifest.json"))
     model = prepare(load_model(stage.take("ttt", "weights.safetensors"), device), runtime)
-    limit, code = stage.settings.budgets.artifact_bytes, code_bytes(evaluation_code())
+    limit, code = stage.settings.budgets.artifact_bytes, code_bytes()
     artifact = stage.product("artifact.bin")
     reads_train = settings.calibration == "train"
     with stage.charge("training") if reads_train else nullcontext():

@@ -7,7 +7,7 @@
 import argparse
 from pathlib import Path
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from fairway.errors import UserError
 from fairway.recipe import load_config
@@ -18,17 +18,9 @@ from fairway.settings import explain
 from fairway.stage import StageRun, run_stage
 
 
-class Variant(BaseModel):
-    """A variant as the workflow tells it. folders: by stage."""
-
-    name: str
-    dataset: str
-    folders: dict[str, str]
-
-
 def report(stage: StageRun) -> None:
-    folders, datasets, seeds = layout(stage.options)
-    results = read_results(stage.options.run, folders, seeds, datasets)
+    folders, seeds = layout(stage.options)
+    results = read_results(stage.options.run, folders, seeds)
     products = write_report(stage.output, results, stage.settings.report)
     stage.taken |= results.files
     stage.finish({}, products=[str(path.relative_to(stage.output)) for path in products])
@@ -36,28 +28,23 @@ def report(stage: StageRun) -> None:
     print(f"{stage.output / 'report.html'}: {verdicts}", *cautions(results), sep="\n  ")
 
 
-def layout(options: argparse.Namespace) -> tuple[dict, dict, list[int]]:
-    """variant → stage → folder, variant → dataset, and the seeds: told, or those of the config."""
-    if options.settings is not None:
-        try:
-            variants = TypeAdapter(list[Variant]).validate_json(options.variants or "")
-        except ValidationError as error:
-            raise UserError(explain(error, ("--variants",))) from None
-        return (
-            {one.name: one.folders for one in variants},
-            {one.name: one.dataset for one in variants},
-            options.seeds or [],
-        )
-    config = load_config(options.config)
-    datasets = {variant: config.dataset(variant) for variant in config.variants}
-    return config.folders, datasets, list(config.seeds)
+def layout(options: argparse.Namespace) -> tuple[dict[str, dict[str, str]], list[int]]:
+    """variant → stage → folder, and the seeds: told, or those of the config."""
+    if options.settings is None:
+        config = load_config(options.config)
+        return config.folders, list(config.seeds)
+    try:
+        folders = TypeAdapter(dict[str, dict[str, str]]).validate_json(options.variants or "")
+    except ValidationError as error:
+        raise UserError(explain(error, ("--variants",))) from None
+    return folders, options.seeds or []
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="holds seed-<seed>/")
     parser.add_argument("--seeds", type=int, nargs="+", help="(with --settings)")
     parser.add_argument(
-        "--variants", metavar="JSON", help="their datasets and stages' folders (with --settings)"
+        "--variants", metavar="JSON", help="their stages' folders (with --settings)"
     )
 
 

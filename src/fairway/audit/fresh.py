@@ -10,7 +10,7 @@ import importlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -58,19 +58,31 @@ class FreshEvaluator:
         with tempfile.TemporaryDirectory() as scratch:
             text, answer = Path(scratch, "tokens.npy"), Path(scratch, "answer.safetensors")
             np.save(text, tokens.cpu().numpy())
-            command = [sys.executable, "-m", "fairway.audit.fresh", self.name, text, answer]
-            done = subprocess.run(
-                list(map(str, command)), cwd=self.folder, stderr=subprocess.PIPE, check=False
-            )
-            if done.returncode != 0 or not answer.is_file():
-                lines = done.stderr.decode(errors="replace").strip().splitlines()
-                last = lines[-1] if lines else f"its process ended with status {done.returncode}"
-                raise UserError(f"{self.name} could not be audited: {last}")
+            arguments = ["-m", "fairway.audit.fresh", self.name, text, answer]
+            run_evaluator(self.name, arguments, self.folder, answer)
             return _read(answer)
 
     def here(self) -> Callable[[Tensor], Scores | Tensor]:
         """The evaluator in this process."""
         return load_callable(self.name, "--evaluator")
+
+
+def run_evaluator(
+    name: str, arguments: Sequence[str | Path], folder: Path, answer: Path | None = None
+) -> bytes:
+    """Run Python with `arguments` in `folder`. answer: the file that it writes.
+
+    Returns what it prints, where there is no such file. Raises UserError, with the last line on
+    stderr, where it fails or leaves no answer.
+    """
+    command = list(map(str, [sys.executable, *arguments]))
+    stdout = subprocess.PIPE if answer is None else None
+    done = subprocess.run(command, cwd=folder, stdout=stdout, stderr=subprocess.PIPE, check=False)
+    if done.returncode != 0 or not (answer is None or answer.is_file()):
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        last = lines[-1] if lines else f"its process ended with status {done.returncode}"
+        raise UserError(f"{name} could not be audited: {last}")
+    return done.stdout
 
 
 def _read(path: Path) -> Scores | Tensor:

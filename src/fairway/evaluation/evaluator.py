@@ -10,9 +10,9 @@ before it left.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
 from sentencepiece import SentencePieceProcessor
@@ -40,6 +40,9 @@ from fairway.evaluation.token_table import RankScores, rank_scores, token_table
 from fairway.evaluation.windows import lane_groups, lane_steps, padded, segments, sliding_windows
 from fairway.model.runtime import compiles
 from fairway.model.settings import RuntimeSettings
+
+if TYPE_CHECKING:  # an exported evaluation does without
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Evaluator:
 
     def score_documents(
         self, documents: Sequence[str], tokenizer: SentencePieceProcessor
-    ) -> pd.DataFrame:
+    ) -> "pd.DataFrame":
         """The table of every token of these texts, one after the other, as in tokens.parquet.
 
         Columns: position, document, token, window, lane, nll_before and nll_after (nats, without

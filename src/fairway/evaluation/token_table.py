@@ -1,10 +1,10 @@
 """The table of scored targets that every figure of slot_eval is a sum of."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from fairway.data.token_bytes import ByteCounts, token_bytes
 from fairway.errors import UserError
 from fairway.evaluation.bits_per_byte import bits_per_byte, original_metrics
 from fairway.evaluation.text import ScoredBatch
+
+if TYPE_CHECKING:  # an exported evaluation does without
+    import pandas as pd
 
 COLUMNS = {
     "position": "int64",
@@ -90,46 +93,56 @@ def mean_fit_iterations(parts: Sequence[RankScores]) -> float:
 
 def token_table(
     parts: Sequence[RankScores], tokens: np.ndarray, counts: ByteCounts, bos_id: int
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
+    """`token_columns` as a table."""
+    import pandas as pd
+
+    return pd.DataFrame(token_columns(parts, tokens, counts, bos_id))
+
+
+def token_columns(
+    parts: Sequence[RankScores], tokens: np.ndarray, counts: ByteCounts, bos_id: int
+) -> dict[str, np.ndarray]:
     """All ranks' rows in the order of the text, with each target's document and bytes.
 
     tokens: integers [n + 1]. Raises UserError where a loss is not finite.
     """
-    names = parts[0].columns
-    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
-    order = np.argsort(columns["position"], kind="stable")
-    table = pd.DataFrame({name: column[order] for name, column in columns.items()})
-    assert np.array_equal(table["position"], np.arange(1, len(tokens))), "a target was missed"
-    _check_finite(table)
+    names = list(parts[0].columns)
+    joined = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
+    order = np.argsort(joined["position"], kind="stable")
+    columns = {name: column[order] for name, column in joined.items()}
+    assert np.array_equal(columns["position"], np.arange(1, len(tokens))), "a target was missed"
+    _check_finite(columns)
     begun = np.cumsum(tokens == bos_id)
-    table.insert(1, "document", (begun - begun[0])[1:].astype(np.int32))
-    before = table.columns.get_loc("in_own_loss")
-    table.insert(before, "bytes", token_bytes(tokens, counts).astype(np.int16))
-    return table
+    columns["document"] = (begun - begun[0])[1:].astype(np.int32)
+    columns["bytes"] = token_bytes(tokens, counts).astype(np.int16)
+    names.insert(1, "document")
+    names.insert(names.index("in_own_loss"), "bytes")
+    return {name: columns[name] for name in names}
 
 
-def _check_finite(table: pd.DataFrame) -> None:
+def _check_finite(columns: Mapping[str, np.ndarray]) -> None:
     for name, advice in (
         ("nll_before", "without any adapter: check the artifact"),
         ("nll_after", "after adaptation: learn less in evaluation.adapters, or leave one out"),
     ):
-        finite = np.isfinite(table[name])
+        finite = np.isfinite(columns[name])
         if not finite.all():
-            position = table["position"][finite.argmin()]
+            position = columns["position"][finite.argmin()]
             raise UserError(f"the loss of validation token {position} is not finite {advice}")
 
 
 def table_metrics(
-    table: pd.DataFrame, original_bytes: int | None = None
+    table: "pd.DataFrame | Mapping[str, np.ndarray]", original_bytes: int | None = None
 ) -> dict[str, float | int | None]:
     """Sums over the table: loss and bits per byte with the adapters and without, and the gains.
 
     val_loss, val_loss_before, gain_nats, gain_<adapter>_nats: nats per token.
     original_bytes: of the table's text before normalization, where that is known.
     """
-    tokens, total_bytes = len(table), int(table["bytes"].sum())
+    tokens, total_bytes = len(table["position"]), int(table["bytes"].sum())
     before, after = float(table["nll_before"].sum()), float(table["nll_after"].sum())
-    gains = [name for name in table.columns if name.startswith("gain_")]
+    gains = [name for name in table if name.startswith("gain_")]
     return {
         "val_loss": after / tokens,
         "val_bpb": bits_per_byte(after, total_bytes),

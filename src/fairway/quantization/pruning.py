@@ -1,7 +1,6 @@
 """Fit the artifact into the size limit by zeroing the codes that cost least."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,11 +15,6 @@ SLACK_FRACTION = 0.0005
 """The search stops this close under the limit: each step compresses the whole model."""
 LEAST_BITS = 3
 """With fewer, ±1 are all the codes there are: zeroing them would be to drop the weights."""
-
-
-def code_bytes(files: Iterable[str | Path]) -> int:
-    """Size in bytes of the source files that the artifact needs to run."""
-    return sum(Path(file).stat().st_size for file in files)
 
 
 def fit_to_limit(

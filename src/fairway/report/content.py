@@ -42,7 +42,7 @@ from fairway.report.tables import (
     variants_by_text,
 )
 from fairway.report.token_sums import TokenSums, gain_nats, saved_nats
-from fairway.stages import STAGES
+from fairway.stages import STAGES, chain
 
 TRACKS = {
     "adaptive": "adaptive (the evaluator changes its predictions as it reads)",
@@ -88,7 +88,7 @@ def page_content(results: Results, tables: RunTables, settings: ReportSettings) 
         "attribution": [_attribution(results, variant) for variant in results.variants],
         "budgets": _budgets(tables.budgets),
         "provenance": _provenance(results),
-        "identity": _identity(results),
+        "identity": identity(results),
         "captions": _captions(results),
     }
 
@@ -248,7 +248,7 @@ def _stage_row(results: Results, variant: str, stage: str) -> dict[str, Any]:
     tainted = results.is_tainted(variant, stage)
     is_final = stage == FINAL_STAGE
     return {
-        "name": _stage_title(results, variant, stage),
+        "name": stage_title(results, variant, stage),
         "values": [bits(value) for value in values],
         "score": mean_and_std(found.mean, found.std),
         "change": change,
@@ -258,7 +258,7 @@ def _stage_row(results: Results, variant: str, stage: str) -> dict[str, Any]:
     }
 
 
-def _stage_title(results: Results, variant: str, stage: str) -> str:
+def stage_title(results: Results, variant: str, stage: str) -> str:
     if stage == SLIDING:
         return "Sliding window, unadapted"
     if stage != FINAL_STAGE:
@@ -278,7 +278,7 @@ def _changes(comparisons: pd.DataFrame, variant: str) -> pd.DataFrame:
     return comparisons[rows]
 
 
-def _over_documents(row: dict[str, Any], p: str, sides: int) -> dict[str, str]:
+def over_documents(row: dict[str, Any], p: str, sides: int) -> dict[str, str]:
     """What is shown of a test over documents; p: which of its two, of one or two sides."""
     return {
         "estimate": signed(row["estimate"]),
@@ -296,7 +296,7 @@ def _changes_by_seed(results: Results, comparisons: pd.DataFrame) -> list[dict[s
         rows = []
         for row in _changes(comparisons, variant).to_dict("records"):
             label = "all seeds" if pd.isna(row["seed"]) else f"seed {row['seed']}"
-            rows.append({"label": label} | _over_documents(row, "p_not_below", sides=1))
+            rows.append({"label": label} | over_documents(row, "p_not_below", sides=1))
         if len(results.seeds) == 1:
             shown = rows[:1]
         else:
@@ -317,7 +317,7 @@ def _comparisons(results: Results, comparisons: pd.DataFrame) -> list[dict[str, 
         for kind in ("welch", "paired"):
             t, degrees, p = (row[f"{kind}_{name}"] for name in TEST_FIELDS)
             shown["tests"] += [decimals(t, 2), decimals(degrees, 1), probability(p)]
-        groups.setdefault(reference, []).append(shown | _over_documents(row, "p", sides=2))
+        groups.setdefault(reference, []).append(shown | over_documents(row, "p", sides=2))
     return [_heading(results, reference) | {"rows": rows} for reference, rows in groups.items()]
 
 
@@ -454,7 +454,7 @@ def _short_commit(commit: str | None) -> str:
     return digits[:12] + (" with local changes" if dirty else "")
 
 
-def _identity(results: Results) -> dict[str, Any]:
+def identity(results: Results) -> dict[str, Any]:
     """Commits, versions and the hash over every stage's settings, independent of key order."""
     commits = sorted({entry.git_commit or "" for entry in results.provenance.values()})
     settings = {
@@ -483,7 +483,7 @@ def _captions(results: Results) -> dict[str, Caption]:
         else ""
     )
     audits = _seconds(results, ["audit"])
-    others = _seconds(results, [stage for stage in STAGES if stage != "audit"])
+    others = _seconds(results, [stage.name for stage in chain("report") if stage.name != "audit"])
     one_training = len({results.folder(variant, "train") for variant in results.variants}) == 1
     if results.has_few_variants:
         panels = (

@@ -4,17 +4,12 @@ import base64
 from collections.abc import Mapping
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
-
-from fairway.files import atomic_path
 from fairway.report.content import page_content
 from fairway.report.figures import write_figures
+from fairway.report.render import render
 from fairway.report.results import Results
 from fairway.report.settings import ReportSettings
 from fairway.report.tables import RunTables, make_tables
-
-TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 def write_report(folder: Path, results: Results, settings: ReportSettings) -> list[Path]:
@@ -35,21 +30,11 @@ def write_page(
     settings: ReportSettings,
 ) -> None:
     """Render the page to `path`. figures: the SVG files by name, embedded as they are."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = lambda name: escape(name).replace("_", Markup("_<wbr>"))
-    page = environment.get_template(TEMPLATE.name).render(
-        page_content(results, tables, settings),
-        figures={name: _data_uri(figure) for name, figure in figures.items()},
-        report_path=path.as_posix(),
-    )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    content = page_content(results, tables, settings) | {
+        "figures": {name: _data_uri(figure) for name, figure in figures.items()},
+        "report_path": path.as_posix(),
+    }
+    render(path, "page.html.j2", content)
 
 
 def _data_uri(figure: Path) -> str:

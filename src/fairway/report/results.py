@@ -69,8 +69,6 @@ class Results:
     seeds: tuple[int, ...]
     folders: Mapping[str, Mapping[str, str]]
     """By variant and stage: the folder under seed-<s> that holds the stage for the variant."""
-    datasets: Mapping[str, str]
-    """By variant: its dataset's name."""
     manifests: Mapping[str, Manifest]
     """By variant: its dataset's."""
     files: Mapping[Path, str]
@@ -92,6 +90,11 @@ class Results:
     def variants(self) -> tuple[str, ...]:
         """In the order given: the first is the one that many others are compared with."""
         return tuple(self.folders)
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """By variant: its dataset's name."""
+        return {variant: manifest.name for variant, manifest in self.manifests.items()}
 
     @property
     def has_few_variants(self) -> bool:
@@ -199,12 +202,10 @@ def read_results(
     run_folder: Path,
     folders: Mapping[str, Mapping[str, str]],
     seeds: Sequence[int],
-    datasets: Mapping[str, str],
 ) -> Results:
     """Read every file of the run.
 
-    run_folder: holds seed-<s>/<folder>/<stage>/. folders: by variant and stage. datasets: the name
-    of each variant's dataset.
+    run_folder: holds seed-<s>/<folder>/<stage>/. folders: by variant and stage.
     Raises UserError, which names the file and the stage that makes it, where one is missing or
     damaged, has changed since it was made, or belongs to another seed, variant or run.
     """
@@ -213,6 +214,7 @@ def read_results(
         for variant, stages in folders.items()
         for seed in seeds
         for stage, folder in stages.items()
+        if not STAGES[stage].on_request
     }
     seed_of = {path: seed for (_, seed, _), path in paths.items()}
     checked = {path: _checked_folder(path, seed) for path, seed in seed_of.items()}
@@ -234,7 +236,6 @@ def read_results(
         run=run_folder.name,
         seeds=tuple(seeds),
         folders=folders,
-        datasets=datasets,
         manifests={
             variant: read_manifest(path)
             for (variant, seed), (path, _) in manifests.items()

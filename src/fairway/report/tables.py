@@ -1,6 +1,6 @@
 """The tables of a finished run: all its numbers, tidy, for the page and for Python."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
@@ -224,7 +224,17 @@ def comparisons_table(results: Results) -> pd.DataFrame:
         for variant in results.variants
         for seed in (*results.seeds, None)
     ]
-    cases += [(one, FINAL_STAGE, None, other, FINAL_STAGE) for one, other in _pairs(results)]
+    pairs = [(one, FINAL_STAGE, None, other, FINAL_STAGE) for one, other in _pairs(results)]
+    return compared(results, cases + pairs)
+
+
+def compared(
+    results: Results, cases: Iterable[tuple[str, str, int | None, str, str]]
+) -> pd.DataFrame:
+    """The rows of `comparisons_table` for cases (variant, stage, seed, reference, its stage).
+
+    A stage is FINAL_STAGE or SLIDING; both variants must have scored the same text.
+    """
     nats = {SLIDING: _document_nats(results, "nats_before")}
     nats[FINAL_STAGE] = _document_nats(results, "nats_after")
     keys = ["variant", "stage", "seed", "reference_variant", "reference_stage"]
@@ -236,7 +246,8 @@ def comparisons_table(results: Results) -> pd.DataFrame:
             _documents(results, variant)["bytes"].to_numpy(),
         )
         row = dict(zip(keys, (variant, stage, seed, other, other_stage), strict=True))
-        tests = _tests_over_seeds(results, variant, other) if variant != other else {}
+        is_of_scores = variant != other and seed is None and stage == other_stage == FINAL_STAGE
+        tests = _tests_over_seeds(results, variant, other) if is_of_scores else {}
         rows.append({"run": results.run} | row | asdict(found) | tests)
     columns = ["run", *keys, *(field.name for field in fields(DocumentTest)), *SEED_TESTS]
     return pd.DataFrame(rows, columns=columns).astype(COMPARISONS_DTYPES)

@@ -9,7 +9,7 @@ changes the loss by s·Δ²/24 nats a token, where s = g²/U_cc²: g² is the me
 gradient in the row's output (K-FAC: Martens and Grosse, 2015), and 1/U_cc² is the variance of the
 column's input given those that are quantized after it, which is what GPTQ leaves of an error. The
 sum is least for given bits where s·Δ² is the same for every weight: Δ = δ·U_cc/g, with one δ for
-the whole model (reverse water-filling; for columns: Lifar et al., "WaterSIC", 2025).
+the whole model (reverse water-filling; for columns: Lifar et al., "WaterSIC", 2026).
 """
 
 import math

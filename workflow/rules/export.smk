@@ -1,0 +1,36 @@
+rule export:
+    input:
+        get_target("export"),
+    localrule: True
+
+
+rule run_export:
+    input:
+        records=get_records("export"),
+        seeds=get_measured_seeds,
+        products=ancient(get_products("export")),
+    output:
+        **get_outputs("export"),
+    log:
+        get_log("export"),
+    benchmark:
+        get_benchmark("export")
+    conda:
+        get_environment()
+    threads: 1
+    resources:
+        runtime=10,
+        mem_mb=4000,
+    params:
+        settings=get_settings("export"),
+        code=get_code("export"),
+        options=get_options("export"),
+        # Sorted, so that another order of seeds reruns nothing.
+        seeds=sorted(CONFIG.seeds),
+        logs=get_logs("audit"),
+    message:
+        "export: seed {wildcards.seed}, {wildcards.folder}"
+    shell:
+        get_command(
+            "export", more_options=" --seeds {params.seeds} --logs {params.logs}"
+        )

@@ -5,9 +5,9 @@ import json
 import pandas as pd
 import pytest
 
-from fairway.plain import read_yaml
 from fairway.quantization.artifact import read_artifact
 from fairway.settings import merge
+from fairway.yaml_text import read_yaml
 from runs import run_stages, tokenize
 from tiny import ROOT
 

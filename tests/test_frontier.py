@@ -23,6 +23,7 @@ SMALL = {
         "activation_slope": 0.3,
     },
     "train": {"sequence_schedule": [[0.2, 16]], "late_qat_scale": 0.5, "warmdown_steps": None},
+    "data": {"case": "markers"},
     "gptq": {"late_qat_sigmas": {}},
     "evaluation": {"global_updates": {"after": [0.5]}},
     "audit": {"flips": 4, "stream_tokens": 128, "null_tokens": 64},
@@ -36,8 +37,7 @@ def run(tiny_config, tmp_path_factory):
     recipe = read_yaml(ROOT / "config/frontier.yaml")
     switched = {section: recipe[section] for section in ("model", "train", "gptq")}
     config = merge(merge(switched, tiny_config), SMALL)
-    config["variants"] = {"causal": {}}
-    config["data"]["case"] = "markers"
+    config = {**config, "variants": {"causal": {}}}
     file = folder / "frontier.yaml"
     file.write_text(json.dumps(config), encoding="utf-8")
     manifest = tokenize(file, folder / "data")

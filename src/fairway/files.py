@@ -278,17 +278,25 @@ def write_tensors(
     path: str | Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]
 ) -> None:
     """Write safetensors atomically, with a SHA-256 of all that is in it; tensors go to the CPU."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksum = _tensors_sha256(on_cpu, metadata)
     record = json.dumps({**metadata, TENSORS_CHECKSUM: checksum}, sort_keys=True)
     with atomic_path(path) as temporary:
-        try:
-            save_file(on_cpu, temporary, metadata={TENSORS_RECORD: record})
-        except SafetensorError as error:  # it wraps the operating system's error in one of its own
-            raise OSError(str(error)) from error
+        save_tensors(temporary, on_cpu, {TENSORS_RECORD: record})
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write safetensors to a temporary path; tensors go to the CPU. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(on_cpu, path, metadata=metadata)
+    except SafetensorError as error:  # it wraps the operating system's error in one of its own
+        raise OSError(str(error)) from error
 
 
 def read_tensors(path: str | Path, made_by: str) -> tuple[dict[str, "Tensor"], dict[str, str]]:

@@ -15,10 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fairway.claims import remove
-from fairway.files import atomic_folder, read_json, sha256_of, sha256_of_json, write_json
+from fairway.files import (
+    atomic_folder,
+    read_json,
+    save_tensors,
+    sha256_of,
+    sha256_of_json,
+    write_json,
+)
 
 KEPT = 2
 TENSORS, STATE, CHECKSUM = "tensors.safetensors", "state.json", "checksum"
@@ -36,9 +43,8 @@ class Checkpoints:
         Training goes on from the newest intact one, so those of later steps are damaged.
         """
         target = self.folder / f"step-{step:08d}"
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with atomic_folder(target) as folder:
-            save_file(on_cpu, folder / TENSORS)
+            save_tensors(folder / TENSORS, tensors)
             write_json(folder / STATE, {**state, "step": step})
             (folder / CHECKSUM).write_text(self._checksum(folder), encoding="ascii")
         complete = self._complete()

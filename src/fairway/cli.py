@@ -11,24 +11,29 @@ becomes Snakemake, whose status it has.
 """
 
 import argparse
+import importlib
 import sys
+from collections.abc import Sequence
 
-from fairway import check, referee, resume
 from fairway.errors import UserError
-from fairway.report import compare
 
 COMMANDS = {
-    "audit": ("check that an evaluator's scores are causal", referee),
-    "resume": ("go on with the last run, after it was killed", resume),
-    "check": ("tell which files of a run are missing, unfinished or changed", check),
-    "compare": ("hold two finished runs, or two variants, against each other", compare),
+    "audit": ("check that an evaluator's scores are causal", "fairway.referee"),
+    "resume": ("go on with the last run, after it was killed", "fairway.resume"),
+    "check": ("tell which files of a run are missing, unfinished or changed", "fairway.check"),
+    "compare": (
+        "hold two finished runs, or two variants, against each other",
+        "fairway.report.compare",
+    ),
 }
-"""Name → what it does, in a line, and its module."""
+"""Name → what it does, in a line, and its module. Only that of the command that is given is
+imported: some take seconds to load PyTorch, and `resume` should not wait for them."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the command, return the exit status."""
-    parsed = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parsed = _parser(arguments[:1]).parse_args(arguments)
     try:
         return parsed.run(parsed)
     except UserError as error:
@@ -36,13 +41,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fairway", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (help_text, module) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=module.__doc__)
-        module.add_options(command)
-        command.set_defaults(run=module.run)
+    for name, (help_text, module_name) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text)
+        if name in given:
+            module = importlib.import_module(module_name)
+            command.description = module.__doc__
+            module.add_options(command)
+            command.set_defaults(run=module.run)
     return parser
 
 

@@ -188,16 +188,18 @@ def chain(name: str) -> list[Stage]:
     return [stage for stage in STAGES.values() if stage.name in wanted]
 
 
+def stages_of_a_run() -> list[Stage]:
+    """All but those that run on request only, in the order of the table."""
+    return [stage for stage in STAGES.values() if not stage.on_request]
+
+
 def stages_per(per: str, *, on_request: bool = False) -> list[Stage]:
     """The stages that run once a `dataset`, `variant` or `run`, in the order of the table.
 
     on_request: with those that run on request only.
     """
-    return [
-        stage
-        for stage in STAGES.values()
-        if stage.per == per and (on_request or not stage.on_request)
-    ]
+    stages = STAGES.values() if on_request else stages_of_a_run()
+    return [stage for stage in stages if stage.per == per]
 
 
 def made_by(stage: str, *, again: bool = False) -> str:

@@ -26,12 +26,13 @@ from tqdm import tqdm
 from fairway.files import sha256_of
 from fairway.provenance import PROVENANCE
 from fairway.settings import merge
-from fairway.stages import STAGES
+from fairway.stages import STAGES, stages_of_a_run
 from runs import Call, calls
 from tiny import TINY_CONFIG, synthetic_documents, write_jsonl
 from trainings import run_here
 
 LIMIT_SECONDS = 60
+NAMES = [stage.name for stage in stages_of_a_run()]
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "fsync")
 WRITING = os.O_WRONLY | os.O_RDWR
 FORKING = multiprocessing.get_context("forkserver")
@@ -356,7 +357,7 @@ def kill_tries(run: Run, seed: int, count: int) -> Iterator[Try]:
     """Kills at random times and random changes of files, of each stage's script in turn."""
     chance = Random(seed)
     for number in range(count):
-        call = _choose_call(run, [name for name in STAGES if name != "export"][number % 8], chance)
+        call = _choose_call(run, NAMES[number % len(NAMES)], chance)
         ended = run.ended[call.output]
         kills = [
             chance.uniform(0.0, ended.seconds)
@@ -375,9 +376,7 @@ def damage_tries(run: Run, seed: int, count: int) -> Iterator[Try]:
     for number in range(count):
         damage = kinds[number % len(kinds)]
         # Another dataset, whole, is as good to train on.
-        stage = chance.choice(
-            [name for name in STAGES if name != "export"][2 if damage == SWAPPED_FOLDER else 1 :]
-        )
+        stage = chance.choice(NAMES[2 if damage == SWAPPED_FOLDER else 1 :])
         call = _choose_call(run, stage, chance)
         # A finished training reads nothing.
         start = chance.choice(["nothing", "interrupted" if stage == "train" else "finished"])

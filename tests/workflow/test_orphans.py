@@ -12,13 +12,15 @@ import psutil
 import pytest
 
 from checkouts import COMMAND, RESULTS, SEED, make_project
-from fairway.stages import STAGES
+from fairway.stages import STAGES, stages_of_a_run
 from runs import Call, calls
 from tiny import ROOT, SCRIPTS
 from trainings import run_here
 from warm_python import warm_python
 
 pytestmark = pytest.mark.slow
+
+NAMES = [stage.name for stage in stages_of_a_run()]
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
 # Lets no file grow beyond 400 bytes.
@@ -89,7 +91,7 @@ def one_line(process: subprocess.Popen) -> str:
     return output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", [n for n, s in STAGES.items() if not s.on_request])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_frozen_script_that_was_taken_over_writes_nothing(name, scripts, capsys):
     call = scripts[name]
     (call.output / "metrics.json").unlink()  # or train would say that it is finished
@@ -107,7 +109,7 @@ def test_a_frozen_script_that_was_taken_over_writes_nothing(name, scripts, capsy
     assert files(call) == written
 
 
-@pytest.mark.parametrize("name", [n for n, s in STAGES.items() if not s.on_request])
+@pytest.mark.parametrize("name", NAMES)
 def test_too_little_memory_is_one_line(name, scripts):
     call = scripts[name]
     (call.output / "metrics.json").unlink()
@@ -122,7 +124,7 @@ def test_too_little_memory_is_one_line(name, scripts):
         assert process.returncode in (0, 127, -signal.SIGABRT, -signal.SIGSEGV), output
 
 
-@pytest.mark.parametrize("name", [n for n, s in STAGES.items() if not s.on_request])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk_is_one_line(name, scripts):
     call = scripts[name]
     (call.output / "metrics.json").unlink()

@@ -35,7 +35,7 @@ from fairway.recipe import (
     typed_values,
 )
 from fairway.settings import merge
-from fairway.stages import STAGES, stages_per
+from fairway.stages import STAGES, stages_of_a_run, stages_per
 from fairway.stages import (
     chain as stage_chain,
 )  # Snakemake has a `chain` of its own here
@@ -352,8 +352,7 @@ def get_all_files(wildcards):
     Not of those that run on request only.
     """
     extend_to_jobs()
-    stages = [name for name, stage in STAGES.items() if not stage.on_request]
-    return [path for stage in stages for path in get_targets(stage)]
+    return [path for stage in stages_of_a_run() for path in get_targets(stage.name)]
 
 
 def get_stage_files(names):

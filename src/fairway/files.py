@@ -121,6 +121,12 @@ def reading(path: Path, form: str, made_by: str, *errors: type[Exception]) -> It
         ) from error
 
 
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys, atomically; NaN is refused."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)

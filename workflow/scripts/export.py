@@ -17,7 +17,7 @@ from typing import Any
 import fairway.evaluation.standalone  # noqa: F401
 from fairway.data.manifest_fields import read_manifest
 from fairway.export import readme, requirements, submission
-from fairway.files import atomic_path, read_json, sha256_of, write_json
+from fairway.files import atomic_path, read_json, sha256_of, write_bytes, write_json
 from fairway.metrics import read_metrics
 from fairway.packing import evaluation_program, packages
 from fairway.stage import StageRun, run_stage
@@ -40,9 +40,9 @@ def export(stage: StageRun) -> None:
         "requirements.txt": requirements(packages(own["gptq"]["codecs"].values())),
         "log.txt": joined_logs(stage.options.logs),
     }
-    write(stage.product("evaluate.pyz"), program)
+    write_bytes(stage.product("evaluate.pyz"), program)
     for name, text in texts.items():
-        write(stage.product(name), text.encode())
+        write_bytes(stage.product(name), text.encode())
     for source in (artifact, stage.take("tokenize", "tokenizer.model")):
         with atomic_path(stage.product(source.name)) as path:
             shutil.copyfile(source, path)
@@ -70,11 +70,6 @@ def joined_logs(paths: Iterable[Path]) -> str:
     return "\n".join(
         f"== {path.stem} ==\n{path.read_text('utf-8')}" for path in paths if path.is_file()
     )
-
-
-def write(path: Path, content: bytes) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

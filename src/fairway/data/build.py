@@ -19,7 +19,7 @@ from fairway.data.settings import DataSettings
 from fairway.data.shards import TOKEN_TYPE, ShardWriter, read_shard
 from fairway.data.tokenizer import load_tokenizer, train_tokenizer
 from fairway.errors import UserError
-from fairway.files import atomic_path, write_json
+from fairway.files import write_bytes, write_json
 from fairway.progress import progress
 from fairway.provenance import remove_provenance
 
@@ -121,8 +121,7 @@ def _remove_previous(folder: Path, shards: Iterable[str]) -> None:
 
 
 def _write_tokenizer(folder: Path, model: bytes) -> Path:
-    with atomic_path(folder / TOKENIZER) as temporary:
-        temporary.write_bytes(model)
+    write_bytes(folder / TOKENIZER, model)
     return folder / TOKENIZER
 
 

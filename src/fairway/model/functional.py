@@ -25,6 +25,11 @@ def positions_from(x: torch.Tensor, first_position: int) -> torch.Tensor:
     return x[:, first_position:] if first_position else x
 
 
+def document_numbers(config: GPTConfig, tokens: torch.Tensor) -> torch.Tensor | None:
+    """The number of BOS up to each of `tokens` [B, T], int64, where documents are masked."""
+    return (tokens == config.bos_id).cumsum(1) if config.document_masks else None
+
+
 def bigram_bucket(tokens: torch.Tensor, previous: torch.Tensor, buckets: int) -> torch.Tensor:
     """(36313·x_t xor 27191·x_{t−1}) mod (buckets−1); the last bucket where `previous` is −1."""
     hashed = torch.bitwise_xor(36313 * tokens, 27191 * previous) % (buckets - 1)

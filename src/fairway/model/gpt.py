@@ -23,6 +23,7 @@ from torch import nn
 from fairway.model.attention import attend, attend_to_cache
 from fairway.model.functional import (
     bigram_bucket,
+    document_numbers,
     exclude_self,
     positions_from,
     rms_norm,
@@ -160,8 +161,7 @@ class GPT(nn.Module):
         embedding = self._embed(tokens, F.pad(tokens[:, :-1], (1, 0), value=-1))
         x = self._smear(tokens, embedding, F.pad(embedding[:, :-1], (0, 0, 1, 0)))
         rotation = self._rotation(torch.arange(tokens.shape[1], device=tokens.device))
-        is_masked = self.config.document_masks
-        documents = (tokens == self.config.bos_id).cumsum(1) if is_masked else None
+        documents = document_numbers(self.config, tokens)
 
         def attend_step(step, layer, queries, keys, values):
             latest = tuple(part[-queries.shape[1] :] for part in rotation)

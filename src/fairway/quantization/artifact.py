@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fairway.errors import UserError
-from fairway.files import atomic_path, parse_json, reading, require_file
+from fairway.files import parse_json, reading, require_file, write_bytes
 from fairway.model.gpt import GPT
 from fairway.model.spec import GPTConfig, parameters
 from fairway.model.weights import build_model
@@ -149,8 +149,7 @@ def kind_of(tensor: Stored) -> str:
 def write_artifact(path: str | Path, config: GPTConfig, tensors: Mapping[str, Stored]) -> int:
     """Write the artifact atomically; return its size in bytes."""
     data = encode_artifact(config, tensors)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
+    write_bytes(path, data)
     return len(data)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from fairway.data.dataset import Dataset
-from fairway.files import atomic_path
+from fairway.files import write_bytes
 from fairway.model.gpt import GPT
 from fairway.quantization.artifact import (
     Stored,
@@ -53,8 +53,7 @@ def quantize_to_file(
         tensors, layers = stored_at(factor)
         tensors, zeroed = fit_to_limit(model.config, tensors, limit_bytes, quantizer)
         data = encode_artifact(model.config, tensors)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
+    write_bytes(path, data)
     streams = stream_table(data)
     errors = ("error", "error_round_to_nearest")
     return with_code_columns(layers, tensors), {

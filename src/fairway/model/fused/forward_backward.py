@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from fairway.model.attention import attend
-from fairway.model.functional import bigram_bucket, rotary_angles
+from fairway.model.functional import bigram_bucket, document_numbers, rotary_angles
 from fairway.model.fused.embedding import (
     Embed,
     EmbedGatedByInput,
@@ -200,7 +200,7 @@ def hidden(model: GPT, tokens: torch.Tensor, first_position: int = 0) -> torch.T
 def _hidden(model: GPT, tokens: torch.Tensor, first_position: int) -> torch.Tensor:
     config, tokens = model.config, tokens.contiguous()
     rotation = rotary_angles(config, torch.arange(tokens.shape[1], device=tokens.device))
-    documents = (tokens == config.bos_id).cumsum(1) if config.document_masks else None
+    documents = document_numbers(config, tokens)
     trains = torch.is_grad_enabled()
     factors = folded_factors(model)
     spec = PassSpec(

@@ -258,7 +258,7 @@ def test_a_variants_changes_are_its_own():
 def test_a_stage_sees_its_own_sections_only():
     made = config()
     assert set(made.stage_settings("train")) == {"model", "train", "gptq", "runtime"}
-    assert made.stage_settings("train")["gptq"] == {"quantizer": "gptq", "late_qat_sigmas": None}
+    assert made.stage_settings("train")["gptq"] == {"quantizer": "gptq"}
     gptq = made.stage_settings("gptq", "causal")
     assert set(gptq) == {"gptq", "budgets", "runtime"}
     assert gptq["budgets"] == {"artifact_bytes": 16_000_000}

@@ -84,7 +84,7 @@ STAGES = {
         Stage(
             "train",
             "Training, last step",
-            sections=("model", "train", "gptq.quantizer", "gptq.late_qat_sigmas", "runtime"),
+            sections=("model", "train", "gptq.quantizer", "runtime"),
             needs=("tokenize",),
             products=("weights.safetensors", "averages.safetensors", "metrics.parquet"),
             memory=("train.micro_batch_sequences", "model.width"),

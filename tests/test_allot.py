@@ -95,11 +95,10 @@ def test_a_job_on_the_cpu_takes_none(machine):
 
 def test_too_few_are_one_line(machine):
     _, start = machine
-    _, errors = start(3, "a").communicate()
-    assert errors.startswith(
-        b"error: this job needs 3 of the machine's GPUs, found 2 (0, 1): lower"
-    )
-    assert errors.count(b"\n") == 1
+    job = start(3, "a")
+    assert job.wait() == 1
+    (line,) = job.stderr.readlines()
+    assert line.startswith(b"error: this job needs 3 of the machine's GPUs, found 2 (0, 1): lower")
 
 
 def test_a_stage_gets_what_the_section_says():

@@ -25,6 +25,8 @@ from fairway.training.trainer import TrainSettings, check_batch
 from tiny import ROOT, SCRIPTS, run_script
 from trainings import SMALL, run_here, train_arguments
 
+COLUMNS = ["step", "loss", "lr_scale", "seconds", "tokens", "held_out_bpb"]
+
 
 def train(config_file, manifest, folder, seed=7):
     run_here("train.py", *train_arguments(config_file, manifest, folder, seed))
@@ -37,7 +39,7 @@ def changed_config(tiny_config, path, **train):
 
 def test_training_learns_and_reports(trained):
     curve = pd.read_parquet(trained / "metrics.parquet")
-    assert list(curve.columns) == ["step", "loss", "lr_scale", "seconds", "tokens"]
+    assert list(curve.columns) == COLUMNS
     assert curve.step.tolist() == list(range(1, 13))
     assert curve.loss.iloc[-1] < curve.loss.iloc[0] - 0.3
     metrics = json.loads((trained / "metrics.json").read_text())
@@ -100,7 +102,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     for name in ("weights.safetensors", "averages.safetensors"):
         assert sha256_of(tmp_path / "train" / name) == sha256_of(trained / name)
     curve = pd.read_parquet(tmp_path / "train/metrics.parquet")
-    assert list(curve.columns) == ["step", "loss", "lr_scale", "seconds", "tokens"]
+    assert list(curve.columns) == COLUMNS
     assert curve.step.tolist() == list(range(1, 13)) and curve.seconds.is_monotonic_increasing
     assert not list((tmp_path / "checkpoints").iterdir())
     assert not list(tmp_path.rglob(".*"))

@@ -50,7 +50,7 @@ from fairway.runs import (
 )
 from fairway.stages import STAGES, made_by
 from fairway.trackers.base import Tracker
-from fairway.training.curve import LIVE, Curve, Row, read_curve_file, read_curve_table
+from fairway.training.curve import LIVE, TABLE, Curve, Row, read_curve_file, read_curve_table
 
 REFRESH_SECONDS = 1.0
 RATE_ROWS = 20
@@ -175,7 +175,7 @@ def _training(name: str, place: Place, status: Status, faults: dict[str, None]) 
 
 def _curve(folder: Path, status: Status) -> Curve:
     if status.state == FINISHED:
-        return _finished_curve(folder, (folder / PROVENANCE).stat().st_mtime_ns)
+        return _finished_curve(folder, (folder / TABLE).stat().st_mtime_ns)
     files = (folder.parent / ".checkpoints/train").glob(f"*/{LIVE}")
     by_age = sorted(files, key=lambda path: path.stat().st_mtime)
     return read_curve_file(by_age[-1], made_by("train")) if by_age else Curve({}, [])
@@ -185,7 +185,7 @@ def _curve(folder: Path, status: Status) -> Curve:
 def _finished_curve(folder: Path, modified: int) -> Curve:
     again = made_by("train", again=True)
     settings = read_provenance(folder / PROVENANCE, again).settings
-    return Curve(settings, read_curve_table(folder / "metrics.parquet", again))
+    return Curve(settings, read_curve_table(folder / TABLE, again))
 
 
 def _spent(
@@ -291,17 +291,16 @@ def _line_row(line: Line, statuses: dict[str, Status], spent: Spent) -> Shown:
     stage = min(statuses, key=lambda one: URGENCY.index(statuses[one].state))
     state = statuses[stage].state
     finished = sum(one.state == FINISHED for one in statuses.values())
-    used = [
-        NONE if one is None else f"{one:,.0f}" + (f"/{limit:,.0f}" if limit else "")
-        for one, limit in zip(spent, _limits(line), strict=True)
-    ]
+    used = [_used(one, getattr(line.budgets, name, None)) for name, one in spent._asdict().items()]
     now = state if state == FINISHED else f"{stage} {state}"
     cells = [str(line.seed), line.variant, f"{finished}/{len(statuses)}", now, *used]
     return Shown(state, cells)
 
 
-def _limits(line: Line) -> list[float | None]:
-    return [getattr(line.budgets, name, None) for name in Spent._fields]
+def _used(spent: float | None, limit: float | None) -> str:
+    if spent is None or limit is None:
+        return NONE if spent is None else f"{spent:,.0f}"
+    return f"{spent:,.0f}/{limit:,.0f}" + (" over" if spent > limit else "")
 
 
 def _fault(text: str) -> Text:
@@ -396,16 +395,16 @@ def run(parsed: argparse.Namespace) -> int:
     console = Console(width=None if is_terminal else LOG_WIDTH)
     nowhere = nullcontext(lambda trainings: None)
     tracker = handing_on(parsed.tracker, folder.name) if parsed.tracker else nowhere
-    # Where the output is no terminal, the last table alone is printed.
-    live = Live(console=console, auto_refresh=False)
+    live = Live(console=console, auto_refresh=False, transient=True)
+    view = look_at(folder)
     with tracker as hand_on, suppress(KeyboardInterrupt), live:
         while True:
-            view = look_at(folder)
             hand_on(view.trainings.values())
             room = max(LEAST_ROWS, (console.height - AROUND_ROWS) // 3)
-            is_whole = parsed.once or not is_terminal
-            live.update(shown(view, None if is_whole else room), refresh=True)
+            live.update(shown(view, room), refresh=is_terminal)
             if parsed.once or view.report.state == FINISHED:
                 break
             time.sleep(REFRESH_SECONDS)
+            view = look_at(folder)
+    console.print(shown(view))
     return 0

@@ -33,7 +33,7 @@ from fairway.recipe import plugin_files
 from fairway.stage import StageRun, run_stage
 from fairway.stages import made_by
 from fairway.training.checkpoint import Checkpoints
-from fairway.training.curve import COLUMNS, LIVE, CurveFile
+from fairway.training.curve import COLUMNS, LIVE, TABLE, CurveFile
 from fairway.training.trainer import Trainer, check_batch
 
 
@@ -127,7 +127,7 @@ def write_products(stage: StageRun, trainer: Trainer, dataset: Dataset, identity
         stage.product("averages.safetensors"), trainer.averages.state_tensors(), metadata={}
     )
     curve = pd.DataFrame(state.history, columns=COLUMNS).astype({"held_out_bpb": float})
-    write_table(stage.product("metrics.parquet"), curve)
+    write_table(stage.product(TABLE), curve)
     stage.add_seconds("training", state.seconds)
     tokens = state.step * trainer.settings.batch_tokens
     stage.finish(

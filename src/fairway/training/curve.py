@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from fairway.files import atomic_path, read_table, reading, require_file
 
-LIVE = "metrics.jsonl"
+TABLE, LIVE = "metrics.parquet", "metrics.jsonl"
 
 
 class Row(BaseModel):

@@ -124,13 +124,18 @@ class Line:
     places: dict[str, Place]
     budgets: Budgets | None = None
 
-    def statuses(self) -> dict[str, Status]:
-        """By stage. What builds on a stage that is not finished again waits, whatever is there."""
+    def statuses(self, known: dict[Place, Status]) -> dict[str, Status]:
+        """By stage. What builds on a stage that is not finished again waits, whatever is there.
+
+        known: those that were looked at already, for lines that share them; it is added to.
+        """
         found: dict[str, Status] = {}
         redone: set[str] = set()
         for stage, place in self.places.items():
             waits = any(need in redone for need in STAGES[stage].needs)
-            found[stage] = status_of(place, waits)
+            if place not in known:
+                known[place] = status_of(place, waits)
+            found[stage] = known[place]
             if waits or found[stage].state not in (FINISHED, WAITING):
                 redone.add(stage)
         return found

@@ -53,6 +53,8 @@ from fairway.trackers.base import Tracker
 from fairway.training.curve import LIVE, TABLE, Curve, Row, read_curve_file, read_curve_table
 
 REFRESH_SECONDS = 1.0
+MOST_LOAD = 0.2
+"""Share of a processor that looking takes at most: a long sweep is looked at less often."""
 RATE_ROWS = 20
 """Rows of the curve that the speed is taken over."""
 MOST_MARKS = 8
@@ -145,9 +147,10 @@ class View(NamedTuple):
 def look_at(run: Path) -> View:
     """Read how far a run is; UserError where its plan is damaged."""
     faults: dict[str, None] = {}
+    known: dict[Place, Status] = {}
     lines, trainings = [], {}
     for line in lines_of(run):
-        statuses = line.statuses()
+        statuses = line.statuses(known)
         for stage, status in statuses.items():
             if status.note:
                 faults[f"{line.places[stage].folder}: {status.note}"] = None
@@ -396,15 +399,18 @@ def run(parsed: argparse.Namespace) -> int:
     nowhere = nullcontext(lambda trainings: None)
     tracker = handing_on(parsed.tracker, folder.name) if parsed.tracker else nowhere
     live = Live(console=console, auto_refresh=False, transient=True)
-    view = look_at(folder)
+    view = None
     with tracker as hand_on, suppress(KeyboardInterrupt), live:
         while True:
+            began = time.monotonic()
+            view = look_at(folder)
             hand_on(view.trainings.values())
             room = max(LEAST_ROWS, (console.height - AROUND_ROWS) // 3)
             live.update(shown(view, room), refresh=is_terminal)
             if parsed.once or view.report.state == FINISHED:
                 break
-            time.sleep(REFRESH_SECONDS)
-            view = look_at(folder)
-    console.print(shown(view))
+            spent = time.monotonic() - began
+            time.sleep(max(REFRESH_SECONDS, spent / MOST_LOAD - spent))
+    if view:
+        console.print(shown(view))
     return 0

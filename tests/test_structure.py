@@ -17,6 +17,8 @@ from tiny import ROOT, SCRIPTS
 
 LAYERS = (
     "cli",
+    "watch",
+    "trackers",
     "check",
     "resume",
     "referee",
@@ -30,6 +32,7 @@ LAYERS = (
     "data",
     "packing",
     "stage",
+    "runs",
     "metrics",
     "provenance",
     "records",

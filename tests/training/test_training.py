@@ -70,8 +70,13 @@ def test_a_finished_run_is_not_trained_again(tiny_config_file, tiny_dataset, tmp
     train(tiny_config_file, tiny_dataset, tmp_path)
     capsys.readouterr()
     written = (tmp_path / "train/weights.safetensors").stat().st_mtime_ns
+    identity = json.loads((tmp_path / "train/metrics.json").read_text())["identity"]
+    left = tmp_path / "checkpoints" / identity[:16] / "metrics.jsonl"
+    left.parent.mkdir()
+    left.touch()  # as by one that was killed at its very end
     train(tiny_config_file, tiny_dataset, tmp_path)
     assert "remove it to train again" in capsys.readouterr().err
+    assert not left.parent.exists()
     assert (tmp_path / "train/weights.safetensors").stat().st_mtime_ns == written
     (tmp_path / "train/averages.safetensors").unlink()
     train(tiny_config_file, tiny_dataset, tmp_path)

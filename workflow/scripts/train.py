@@ -42,14 +42,16 @@ def train(stage: StageRun) -> None:
     # The first process claims the folder for all of them.
     with claimed(stage.options.checkpoints) if stage.world.is_main else nullcontext():
         identity = run_identity(stage, manifest)
+        checkpoints = Checkpoints(stage.options.checkpoints, identity)
         # An orphan of a killed workflow may have finished this very run in the meantime.
         if any(gather_objects(stage.world, is_finished(stage, identity))):
             print(
                 f"{stage.output} holds this very run already: remove it to train again",
                 file=sys.stderr,
             )
+            if stage.world.is_main:
+                checkpoints.remove()  # it may have been killed before it did
             return
-        checkpoints = Checkpoints(stage.options.checkpoints, identity)
         dataset = load_dataset(manifest)
         with checkpoints.named_in_errors():
             trainer = make_trainer(stage, dataset, checkpoints)

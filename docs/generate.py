@@ -132,7 +132,10 @@ def stages_page() -> str:
             ", ".join(f"`{key}`" for key in stage.memory) or "–",
         )
         rows.append(f"| {' | '.join(cells)} |")
-    text = "Each also writes `metrics.json` and `provenance.json`. [The stages](../stages.md) explains each.\n"
+    text = (
+        "Each also writes `metrics.json` and `provenance.json`.\n"
+        "[The stages](../stages.md) explains each.\n"
+    )
     return "\n".join([NOTE, "# Stages\n", text, *rows, ""])
 
 

@@ -1,7 +1,7 @@
 """What MkDocs does besides, for mkdocs.yml: files outside docs that pages link become pages.
 
-Links are written for the repository, so that they lead somewhere on GitHub and in an editor. On the
-site a file outside docs is a page under `repository`: Markdown as it is, anything else as a listing.
+Links are written for the repository, so that they lead somewhere on GitHub and in an editor. On
+the site a file outside docs is a page under `repository`: Markdown as it is, else a listing.
 """
 
 import os.path

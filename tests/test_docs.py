@@ -216,6 +216,15 @@ def test_every_check_of_the_audit_is_explained():
         assert set(re.findall(r"^\| `(\w+)` \|", table[0], re.MULTILINE)) == checks, name
 
 
+def test_every_entry_of_the_log_has_a_result_a_consequence_and_a_line_in_the_index():
+    index, *entries = re.split(r"^### ", prose(ROOT / "docs/log.md"), flags=re.MULTILINE)
+    names = [re.search(r'<a id="([^"]+)">', entry)[1] for entry in entries]
+    assert sorted(names) == sorted(re.findall(r"^\| \[.*\]\(#([^)]+)\) \|", index, re.MULTILINE))
+    for entry in entries:
+        parts = re.findall(r"^\*\*(Result|Consequence)\.\*\* .", entry, re.MULTILINE)
+        assert parts == ["Result", "Consequence"], entry.splitlines()[0]
+
+
 # What is installed
 
 

@@ -24,7 +24,6 @@ SMALL = {
     },
     "train": {"sequence_schedule": [[0.2, 16]], "late_qat_scale": 0.5, "warmdown_steps": None},
     "data": {"case": "markers"},
-    "gptq": {"late_qat_sigmas": {}},
     "evaluation": {"global_updates": {"after": [0.5]}},
     "audit": {"flips": 4, "stream_tokens": 128, "null_tokens": 64},
 }

@@ -14,15 +14,18 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from fairway.errors import UserError
+from fairway.files import write_json
 from fairway.resume import note_finish, note_start, share_folder
+from fairway.runs import PLAN, plan_of
 
 
 def start_run(run):
-    """Before the first job: set times right, and note what runs, for `fairway resume`."""
+    """Before the first job: set times right, and note what runs, for `fairway resume` and `watch`."""
     if workflow.touch:
         return
     share_folder()  # again, for a `workdir:` may have followed
     set_future_times_right()
+    write_json(f"{RUN}/{PLAN}", plan_of(CONFIG).model_dump(mode="json"))
     settings = workflow.dag_settings
     forced = bool(settings.forceall or settings.forcetargets or settings.forcerun)
     if forced:

@@ -59,7 +59,7 @@ def claimed(folder: str | Path, voucher: str | None = None) -> Iterator[None]:
     Raises UserError where the folder cannot be written.
     """
     folder = Path(os.path.abspath(folder))
-    lock = folder.parent / f".{folder.name}.lock"
+    lock = _lock_of(folder)
     try:
         if folder.exists():
             tempfile.TemporaryFile(dir=folder).close()
@@ -79,6 +79,17 @@ def claimed(folder: str | Path, voucher: str | None = None) -> Iterator[None]:
         if claim.stands():
             lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def claimant(folder: str | Path) -> tuple[str, str] | None:
+    """Host and number of the process that has claimed `folder`, or was killed while it had."""
+    host, process, *_ = [*_read(_lock_of(Path(folder))).decode(errors="replace").split(), "", ""]
+    return (host, process) if process else None
+
+
+def may_live(host: str, process: str) -> bool:
+    """Whether a process runs; those of other hosts cannot be seen, and may."""
+    return host != platform.node() or Path("/proc", process).exists()
 
 
 def before_change(path: str | Path) -> None:
@@ -195,6 +206,10 @@ def _is_stopped(process: str) -> bool:
     except OSError:
         return False
     return status.rpartition(")")[2].split()[0] == "T"
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"
 
 
 def _read(lock: Path) -> bytes:

@@ -1,7 +1,8 @@
-"""The `fairway` command: audits any evaluator, resumes a run, checks results.
+"""The `fairway` command: audits any evaluator, resumes and watches a run, checks results.
 
     fairway audit --evaluator my_script:evaluate --tokens val_000000.bin --vocab-size 1024
     fairway resume
+    fairway watch
     fairway check results/quickstart
     fairway compare quickstart/causal quickstart/leaky
 
@@ -20,6 +21,7 @@ from fairway.errors import UserError
 COMMANDS = {
     "audit": ("check that an evaluator's scores are causal", "fairway.referee"),
     "resume": ("go on with the last run, after it was killed", "fairway.resume"),
+    "watch": ("show how far a run is, while it runs or afterwards", "fairway.watch"),
     "check": ("tell which files of a run are missing, unfinished or changed", "fairway.check"),
     "compare": (
         "hold two finished runs, or two variants, against each other",

@@ -34,7 +34,8 @@ def load(name: str, package: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), class_name, None)
     except ModuleNotFoundError as error:
-        reason = f"No module named {shown(error.name)}{_hint(name)}"
+        hint = _hint(name) if ":" in name else f"; install it with `pip install {error.name}`"
+        reason = f"No module named {shown(error.name)}{hint}"
         raise UserError(f"{shown(name)} could not be imported: {reason}") from error
     except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise UserError(f"{shown(name)} could not be imported: {told(error)}") from error

@@ -50,11 +50,12 @@ SECTIONS = {
     "report": "fairway.report.settings:ReportSettings",
     "export": "fairway.export:ExportSettings",
     "runtime": "fairway.model.settings:RuntimeSettings",
+    "gpus": "fairway.gpus:GpuSettings",
 }
 """The class of each section, by name because the classes lie in packages above this module."""
 
-VARIED = tuple(name for name in SECTIONS if name != "report")
-"""A variant may change these: one report shows all variants."""
+VARIED = tuple(name for name in SECTIONS if name not in ("report", "gpus"))
+"""A variant may change these: one report shows all variants, on the same machines."""
 
 RECIPE_FOLDER = Path("config")
 RESERVED = ("data", "logs")

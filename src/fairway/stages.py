@@ -59,6 +59,11 @@ class Stage:
     """Whether it runs only where its target is named, and not with everything."""
 
     @property
+    def uses_gpu(self) -> bool:
+        """Whether it computes on a GPU where there is one: it reads which device it gets."""
+        return "runtime" in self.sections
+
+    @property
     def script(self) -> str:
         """File name under workflow/scripts; `tokenize.py` would hide the standard library's."""
         return "tokenize_text.py" if self.name == "tokenize" else f"{self.name}.py"
@@ -84,7 +89,7 @@ STAGES = {
         Stage(
             "train",
             "Training, last step",
-            sections=("model", "train", "gptq.quantizer", "gptq.late_qat_sigmas", "runtime"),
+            sections=("model", "train", "gptq.quantizer", "runtime"),
             needs=("tokenize",),
             products=("weights.safetensors", "averages.safetensors", "metrics.parquet"),
             memory=("train.micro_batch_sequences", "model.width"),

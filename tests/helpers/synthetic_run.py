@@ -49,6 +49,7 @@ SHIFTS = {"fast": -0.03} | {variant: 0.004 * index for index, variant in enumera
 BASELINE = {"name": "best submission", "losses": [2.5512, 2.5498, 2.5520]}
 SETTINGS = {"baseline": BASELINE, "minimum_gain_nats": 0.005, "significance": 0.01}
 BUDGETS = {"artifact_bytes": 16_000_000, "training_seconds": 600.0, "evaluation_seconds": 600.0}
+TRAIN = {"max_steps": 298, "max_seconds": None, "batch_tokens": 4096, "held_out_seconds": 10.0}
 PASSING = {
     "flip": "12 tokens were replaced one at a time, and no earlier distribution changed.",
     "lineage": "The artifact's ancestry holds training text only.",
@@ -172,7 +173,7 @@ def write_stage(
     metrics = common_metrics(
         stage, seed, folder.parent.name, losses.get(stage, 2.6) + shift, seconds.get(stage, 9.0)
     )
-    settings = {stage: {"epochs": 2}}
+    settings = {stage: {"epochs": 2} if stage != "train" else TRAIN}
     splits = ["train", "val"] if leaks and stage in FROM_TTT else ["train"]
     if "weights.safetensors" in TABLE[stage].products:
         (folder / "weights.safetensors").write_text(f"{variant} {seed}")  # only its hash is read
@@ -265,6 +266,7 @@ def write_curve(folder: Path, shift: float, generator: np.random.Generator) -> N
         "lr_scale": np.clip((300 - step) / 150, 0, 1),
         "seconds": step * 0.1,
         "tokens": step * 4096,
+        "held_out_bpb": np.where(step % 100 == 0, loss / 2, np.nan),
     }
     pd.DataFrame(curve).to_parquet(folder / "metrics.parquet")
 

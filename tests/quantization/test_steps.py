@@ -56,21 +56,6 @@ def divergence(model, state, tokens):
     return float((exact.exp() * (exact - approximate)).sum(-1).mean())
 
 
-def test_late_training_rounds_to_what_sigmas_store():
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(2, 6, 40, generator=generator) * torch.tensor([0.1, 3.0]).view(2, 1, 1)
-    # Without correlations between inputs GPTQ is rounding to nearest.
-    hessians = {("mlp_up_bank", index): torch.eye(40, dtype=torch.float64) for index in range(2)}
-    changed = SETTINGS.changed(steps="sigmas", sigmas={"mlp": 5.0}, late_qat_sigmas={"mlp": 5.0})
-    quantizer = quantizer_of(changed)
-    stored, _ = quantizer.quantize({"mlp_up_bank": weights}, hessians)
-    weights.requires_grad_()
-    fake = quantizer.fake("mlp_up_bank", weights)
-    assert torch.equal(fake, stored["mlp_up_bank"].dequantize())
-    fake.sum().backward()
-    assert torch.equal(weights.grad, torch.ones_like(weights))
-
-
 @pytest.mark.parametrize(
     ("name", "sigmas", "largest"),
     [("key_value_bank", 13.0, 31), ("mlp_down_bank", 11.5, 31), ("token_embedding", 14.0, 63)],

@@ -1,6 +1,7 @@
 """Training and averaging as stages: learned, resumed, interrupted, distributed."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,16 +15,23 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from fairway.data.dataset import load_dataset
 from fairway.errors import UserError
+from fairway.evaluation import plain
+from fairway.evaluation.plain import SplitScore, evaluate_split
 from fairway.files import sha256_of
 from fairway.model.gpt import GPT
+from fairway.model.weights import load_model
 from fairway.recipe import load_config
 from fairway.settings import validated
 from fairway.training.checkpoint import tensors_under, with_prefix
+from fairway.training.curve import read_curve_file
 from fairway.training.selection import EMASettings, select_average
 from fairway.training.trainer import TrainSettings, check_batch
 from tiny import ROOT, SCRIPTS, run_script
 from trainings import SMALL, run_here, train_arguments
+
+COLUMNS = ["step", "loss", "lr_scale", "seconds", "tokens", "held_out_bpb"]
 
 
 def train(config_file, manifest, folder, seed=7):
@@ -37,7 +45,7 @@ def changed_config(tiny_config, path, **train):
 
 def test_training_learns_and_reports(trained):
     curve = pd.read_parquet(trained / "metrics.parquet")
-    assert list(curve.columns) == ["step", "loss", "lr_scale", "seconds", "tokens"]
+    assert list(curve.columns) == COLUMNS
     assert curve.step.tolist() == list(range(1, 13))
     assert curve.loss.iloc[-1] < curve.loss.iloc[0] - 0.3
     metrics = json.loads((trained / "metrics.json").read_text())
@@ -72,7 +80,9 @@ def test_a_finished_run_is_not_trained_again(tiny_config_file, tiny_dataset, tmp
 
 def start(tiny_config, tiny_dataset, folder):
     """A run with its first checkpoints, and its config."""
-    config = changed_config(tiny_config, folder / "config.json", checkpoint_seconds=0.01)
+    config = changed_config(
+        tiny_config, folder / "config.json", checkpoint_seconds=0.01, held_out_seconds=1e-6
+    )
     arguments = train_arguments(config, tiny_dataset, folder)
     command = [sys.executable, str(SCRIPTS / "train.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -88,9 +98,15 @@ def start(tiny_config, tiny_dataset, folder):
 def test_a_stopped_run_resumes_to_the_same_bytes(
     trained, tiny_config, tiny_dataset, tmp_path, capsys, number
 ):
+    """Nor does held-out text that it measures, which the other run did not, change its weights."""
     process, config = start(tiny_config, tiny_dataset, tmp_path)
+    (live,) = (tmp_path / "checkpoints").glob("*/metrics.jsonl")
+    before = read_curve_file(live, "train").rows
     process.send_signal(number)
     output = process.communicate(timeout=60)[1]
+    so_far = read_curve_file(live, "train")
+    assert so_far.settings["train"]["max_steps"] == 12
+    assert before and before == so_far.rows[: len(before)]
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), output
     assert not (tmp_path / "train/weights.safetensors").exists()
     if number != signal.SIGKILL:
@@ -100,8 +116,9 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     for name in ("weights.safetensors", "averages.safetensors"):
         assert sha256_of(tmp_path / "train" / name) == sha256_of(trained / name)
     curve = pd.read_parquet(tmp_path / "train/metrics.parquet")
-    assert list(curve.columns) == ["step", "loss", "lr_scale", "seconds", "tokens"]
+    assert list(curve.columns) == COLUMNS
     assert curve.step.tolist() == list(range(1, 13)) and curve.seconds.is_monotonic_increasing
+    assert curve.held_out_bpb.notna().all()
     assert not list((tmp_path / "checkpoints").iterdir())
     assert not list(tmp_path.rglob(".*"))
 
@@ -125,14 +142,16 @@ def test_a_frozen_run_that_was_taken_over_writes_nothing(
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_to_the_same_losses(
-    trained, tiny_config_file, tiny_dataset, tmp_path, processes
+    trained, tiny_config, tiny_dataset, tmp_path, processes
 ):
-    arguments = train_arguments(tiny_config_file, tiny_dataset, tmp_path)
+    config = changed_config(tiny_config, tmp_path / "config.json", held_out_seconds=1e-6)
+    arguments = train_arguments(config, tiny_dataset, tmp_path)
     run_script("train.py", *arguments, processes=processes)
     one, many = (
         pd.read_parquet(folder / "metrics.parquet") for folder in (trained, tmp_path / "train")
     )
     np.testing.assert_allclose(many.loss, one.loss, rtol=2e-4)
+    assert one.held_out_bpb.isna().all() and many.held_out_bpb.notna().all()
     metrics = json.loads((tmp_path / "train/metrics.json").read_text())
     assert metrics["processes"] == processes
 
@@ -175,6 +194,42 @@ def test_a_diverging_run_stops_and_names_the_last_good_checkpoint(
     last = output.strip().splitlines()[-1]
     assert last.startswith("error: training loss is nan at step") and "step-0000" in last
     assert "Traceback" not in output
+
+
+def test_held_out_bpb_is_that_of_the_weights_as_they_are(
+    tiny_config, tiny_dataset, tmp_path, capsys
+):
+    config = changed_config(
+        tiny_config, tmp_path / "c.json",
+        held_out_seconds=1e-6, held_out_tokens=300, log_every_steps=100,
+    )  # fmt: skip
+    train(config, tiny_dataset, tmp_path)
+    measured = pd.read_parquet(tmp_path / "train/metrics.parquet").held_out_bpb
+    model = load_model(tmp_path / "train/weights.safetensors", torch.device("cpu"))
+    score = evaluate_split(model, load_dataset(tiny_dataset), "selection", most_tokens=300)
+    assert score.tokens == 299
+    assert len(measured) == 12 and measured.iloc[-1] == score.as_metrics()["val_bpb"]
+    assert "held-out bpb of step 12: " in capsys.readouterr().err
+
+
+def test_held_out_text_is_measured_where_the_clock_passes_a_multiple(
+    tiny_config, tiny_dataset, tmp_path
+):
+    config = changed_config(tiny_config, tmp_path / "c.json", held_out_seconds=0.05)
+    train(config, tiny_dataset, tmp_path)
+    curve = pd.read_parquet(tmp_path / "train/metrics.parquet")
+    marks = curve.seconds // 0.05
+    assert curve.held_out_bpb.notna().tolist() == (marks > marks.shift(fill_value=0)).tolist()
+
+
+def test_a_held_out_bpb_that_is_not_finite_ends_the_training(
+    tiny_config, tiny_dataset, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(plain, "evaluate_split", lambda *_, **__: SplitScore(math.nan, 10, 10))
+    config = changed_config(tiny_config, tmp_path / "c.json", held_out_seconds=1e-6)
+    with pytest.raises(SystemExit):
+        train(config, tiny_dataset, tmp_path)
+    assert "error: held-out bpb is nan at step 1: lower the " in capsys.readouterr().err
 
 
 def test_ema_decay_is_chosen_on_training_text(trained, averaged):

@@ -1,5 +1,6 @@
 """`fairway check`: each file of a finished run that is missing, unfinished or changed is named."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from checkouts import RESULTS, SEED, TEXT
 from fairway.cli import main
 
-UNDECLARED = {"README.md", "tiny.manifest.json"}
+UNDECLARED = {"README.md", "tiny.manifest.json", "plan.json"}
 """No stage's product, or one that Snakemake sees."""
 SHARED = f"{RESULTS}/seed-{SEED}/shared"
 
@@ -89,3 +90,14 @@ def test_what_a_stage_was_made_from_counts(check, spoil, told):
 def test_a_folder_without_results(check, folder):
     told = f"fairway: {folder} holds no stage's files: name a run's, such as results/quickstart"
     assert check(folder) == (2, [told])
+
+
+def test_a_finished_workflow_is_shown_as_such(finished, monkeypatch, capsys):
+    """By the plan that it left, `fairway watch` knows every seed and variant."""
+    monkeypatch.chdir(finished)
+    assert main(["watch"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{RESULTS} at ")
+    assert "stages 11 finished; report finished" in text
+    for variant in ("causal", "leaky"):
+        assert re.search(rf"^ +{SEED} +{variant} +7/7 +finished ", text, re.MULTILINE)

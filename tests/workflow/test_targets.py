@@ -173,9 +173,9 @@ def touch_texts(folder):
         ["--cores", "2", "--config", "recipe=one_gpu"],
         ["--cores", "2", "--config", "recipe=frontier_one_gpu"],
         ["--cores", "2", "--configfile", "config/pr1350.yaml"],
-        ["--workflow-profile", "gpu", "--config", "recipe=pr1350"],
-        ["--workflow-profile", "gpu", "--config", "recipe=frontier"],
-        ["--workflow-profile", "slurm", "--config", "recipe=pr1350"],
+        ["--workflow-profile", "gpu", "--config", "gpus={machine: 8}", "recipe=pr1350"],
+        ["--workflow-profile", "gpu", "--config", "gpus={machine: 8}", "recipe=frontier"],
+        ["--workflow-profile", "slurm", "--config", "gpus={machine: 8}", "recipe=pr1350"],
     ],
     ids=[
         "config",
@@ -197,9 +197,9 @@ def test_every_shipped_configuration_and_profile_plans_its_run(empty, dry_runs, 
     variants = 1 if "frontier" in arguments[-1] else 2
     # 3 seeds of 2 stages and of 4 for each variant; tokenize, report and all.
     assert re.search(rf"^total +{3 * (2 + 4 * variants) + 3}$", output, re.MULTILINE)
-    launched = output.count('torchrun --standalone --nproc_per_node=8 "$FAIRWAY_HOME/')
-    # train once, ttt and slot_eval for each variant.
-    assert launched == (3 * (1 + 2 * variants) if "--workflow-profile" in arguments else 0)
+    launched = output.count('-m fairway.allot 8 "$FAIRWAY_HOME/')
+    # train once, slot_eval for each variant.
+    assert launched == (3 * (1 + variants) if "--workflow-profile" in arguments else 0)
 
 
 def test_profiles_name_the_rules_of_stages():

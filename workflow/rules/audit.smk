@@ -22,8 +22,9 @@ rule run_audit:
         get_benchmark("audit")
     conda:
         get_environment()
-    threads: 1
+    threads: get_threads("audit")
     resources:
+        gpu=get_gpus("audit"),
         runtime=60,
         mem_mb=4000,
     params:

@@ -23,6 +23,7 @@ if not (HOME / "src/fairway").is_dir():
     )
 sys.path.insert(0, str(HOME / "src"))
 
+from fairway.allot import installed_gpus, visible_gpus
 from fairway.code_hash import code_hash
 from fairway.errors import UserError
 from fairway.plugins import search_beside
@@ -134,6 +135,46 @@ def get_environment_variables():
 
 
 os.environ.update(get_environment_variables())
+
+
+def get_machine_gpus():
+    """GPUs that jobs of one machine may have side by side."""
+    return GPUS.machine or len(visible_gpus(installed_gpus()))
+
+
+def get_gpus(stage):
+    """A resources function: the GPUs of a stage's job, 0 where it computes on the CPU.
+
+    A resource, and not a param, for a score may not depend on it: nothing reruns for another.
+    """
+
+    def count(wildcards):
+        device = CONFIG.sections(get_user(stage, wildcards))["runtime"].device
+        if device == "cpu" or (device == "auto" and not MACHINE_GPUS):
+            return 0
+        try:
+            return GPUS.of(stage, MACHINE_GPUS)
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
+
+    return count
+
+
+def get_threads(stage):
+    """A threads function: one on a CPU, whose sums then have one order; a few for each GPU."""
+    return lambda wildcards: max(1, THREADS_PER_GPU * get_gpus(stage)(wildcards))
+
+
+THREADS_PER_GPU = 4
+GPUS = CONFIG.sections(next(iter(CONFIG.variants)))["gpus"]
+MACHINE_GPUS = get_machine_gpus()
+# A cluster has as many as it has; `--resources gpu=2` says it otherwise.
+if (
+    workflow.is_main_process
+    and workflow.resource_settings.nodes is None
+    and "gpu" not in workflow.global_resources
+):
+    workflow.register_resource("gpu", max(MACHINE_GPUS, 1))
 
 
 def get_user(stage, wildcards):
@@ -286,15 +327,16 @@ def get_options(stage):
     return options
 
 
-def get_call(script, launcher="python"):
+def get_call(stage):
     """The first words of a stage's command."""
-    script = f'"$FAIRWAY_HOME/workflow/scripts/{script}"'
-    return f'PYTHONPATH="$FAIRWAY_PYTHONPATH" {launcher} {script} --settings {{params.settings:q}}'
+    script = f'"$FAIRWAY_HOME/workflow/scripts/{STAGES[stage].script}"'
+    allot = " -m fairway.allot {resources.gpu}" if STAGES[stage].uses_gpu else ""
+    return f'PYTHONPATH="$FAIRWAY_PYTHONPATH" python{allot} {script} --settings {{params.settings:q}}'
 
 
-def get_command(stage, launcher="python", more_options=""):
+def get_command(stage, more_options=""):
     """The shell command of a stage that runs once a seed and folder."""
-    call = get_call(STAGES[stage].script, launcher)
+    call = get_call(stage)
     return f"{call} {{params.options}}{more_options}{get_end(stage)}"
 
 

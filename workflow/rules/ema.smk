@@ -16,8 +16,9 @@ rule run_ema:
         get_benchmark("ema")
     conda:
         get_environment()
-    threads: 1
+    threads: get_threads("ema")
     resources:
+        gpu=get_gpus("ema"),
         runtime=30,
         mem_mb=4000,
     params:

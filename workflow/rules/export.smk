@@ -17,8 +17,9 @@ rule run_export:
         get_benchmark("export")
     conda:
         get_environment()
-    threads: 1
+    threads: get_threads("export")
     resources:
+        gpu=get_gpus("export"),
         runtime=10,
         mem_mb=4000,
     params:

@@ -16,8 +16,9 @@ rule run_gptq:
         get_benchmark("gptq")
     conda:
         get_environment()
-    threads: 1
+    threads: get_threads("gptq")
     resources:
+        gpu=get_gpus("gptq"),
         runtime=60,
         mem_mb=4000,
     params:

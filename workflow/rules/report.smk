@@ -38,6 +38,6 @@ rule run_report:
     message:
         "report: {output.page}"
     shell:
-        get_call("report.py") + " --run {params.run:q} --seeds {params.seeds}"
+        get_call("report") + " --run {params.run:q} --seeds {params.seeds}"
         " --variants {params.variants:q} --output {params.run:q}/report"
         + get_end("report")

@@ -16,9 +16,9 @@ rule run_slot_eval:
         get_benchmark("slot_eval")
     conda:
         get_environment()
-    threads: 1
+    threads: get_threads("slot_eval")
     resources:
-        launcher="python",
+        gpu=get_gpus("slot_eval"),
         runtime=60,
         mem_mb=4000,
     params:
@@ -28,4 +28,4 @@ rule run_slot_eval:
     message:
         "slot_eval: seed {wildcards.seed}, {wildcards.folder}"
     shell:
-        get_command("slot_eval", "{resources.launcher}")
+        get_command("slot_eval")

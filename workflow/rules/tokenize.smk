@@ -28,7 +28,7 @@ rule run_tokenize:
     message:
         "tokenize: making the dataset {output.dataset}"
     shell:
-        get_call("tokenize_text.py")
+        get_call("tokenize")
         + " --threads {threads} --output {output.dataset:q}"
         + get_end("tokenize")
         + " && cp {output.dataset:q}/manifest.json {output.manifest:q}"

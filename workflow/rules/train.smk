@@ -16,9 +16,9 @@ rule run_train:
         get_benchmark("train")
     conda:
         get_environment()
-    threads: 1
+    threads: get_threads("train")
     resources:
-        launcher="python",
+        gpu=get_gpus("train"),
         runtime=60,
         mem_mb=4000,
     params:
@@ -30,6 +30,4 @@ rule run_train:
     message:
         "train: seed {wildcards.seed}, {wildcards.folder}; progress in {log}"
     shell:
-        get_command(
-            "train", "{resources.launcher}", " --checkpoints {params.checkpoints:q}"
-        )
+        get_command("train", " --checkpoints {params.checkpoints:q}")

@@ -16,9 +16,9 @@ rule run_ttt:
         get_benchmark("ttt")
     conda:
         get_environment()
-    threads: 1
+    threads: get_threads("ttt")
     resources:
-        launcher="python",
+        gpu=get_gpus("ttt"),
         runtime=60,
         mem_mb=4000,
     params:
@@ -28,4 +28,4 @@ rule run_ttt:
     message:
         "ttt: seed {wildcards.seed}, {wildcards.folder}"
     shell:
-        get_command("ttt", "{resources.launcher}")
+        get_command("ttt")

@@ -20,7 +20,8 @@ from fairway.code_hash import code_hash
 from fairway.data.dataset import Dataset, load_dataset
 from fairway.data.loader import CoprimeLoader
 from fairway.distributed import gather_objects
-from fairway.evaluation.plain import val_metrics
+from fairway.evaluation.bits_per_byte import bits_per_byte
+from fairway.evaluation.plain import evaluate_split, val_metrics
 from fairway.files import sha256_of_json, write_table, write_tensors
 from fairway.metrics import read_metrics
 from fairway.model.gpt import GPT
@@ -32,7 +33,8 @@ from fairway.recipe import plugin_files
 from fairway.stage import StageRun, run_stage
 from fairway.stages import made_by
 from fairway.training.checkpoint import Checkpoints
-from fairway.training.trainer import CURVE, Trainer, check_batch
+from fairway.training.curve import COLUMNS, LIVE, TABLE, CurveFile
+from fairway.training.trainer import Trainer, check_batch
 
 
 def train(stage: StageRun) -> None:
@@ -95,6 +97,7 @@ def make_trainer(stage: StageRun, dataset: Dataset, checkpoints: Checkpoints) ->
         rank=world.rank,
         world_size=world.size,
     )
+    curve_file = CurveFile(checkpoints.folder / LIVE, stage.plain_settings)
     trainer = Trainer(
         model,
         settings,
@@ -102,6 +105,8 @@ def make_trainer(stage: StageRun, dataset: Dataset, checkpoints: Checkpoints) ->
         world,
         checkpoints,
         fake_quantize=quantizer_of(stage.settings.gptq).fake,
+        held_out_bpb=lambda: held_out_bpb(model, dataset, settings.held_out_tokens),
+        curve_file=curve_file if world.is_main else None,
         compile_model=compiles(runtime, model),
         cuda_graphs=captures_graphs(runtime, model),
     )
@@ -110,13 +115,19 @@ def make_trainer(stage: StageRun, dataset: Dataset, checkpoints: Checkpoints) ->
     return trainer
 
 
+def held_out_bpb(model: GPT, dataset: Dataset, tokens: int) -> float:
+    score = evaluate_split(model, dataset, "selection", most_tokens=tokens)
+    return bits_per_byte(score.nats, score.bytes)
+
+
 def write_products(stage: StageRun, trainer: Trainer, dataset: Dataset, identity: str) -> None:
     state, model = trainer.progress, trainer.model
     save_model(stage.product("weights.safetensors"), model)
     write_tensors(
         stage.product("averages.safetensors"), trainer.averages.state_tensors(), metadata={}
     )
-    write_table(stage.product("metrics.parquet"), pd.DataFrame(state.history, columns=CURVE))
+    curve = pd.DataFrame(state.history, columns=COLUMNS).astype({"held_out_bpb": float})
+    write_table(stage.product(TABLE), curve)
     stage.add_seconds("training", state.seconds)
     tokens = state.step * trainer.settings.batch_tokens
     stage.finish(

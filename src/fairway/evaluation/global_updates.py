@@ -15,7 +15,7 @@ documents by length.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 import torch
 import torch.distributed as dist
@@ -35,13 +35,10 @@ class GlobalUpdateSettings(Settings):
     after: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """Shares of the text after which the model is trained on what was scored since the share
     before; [] leaves the model as it is."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW without decay, its second moment's β 0.99; both start anew at
-    each update."""
     learning_rate: float = Field(0.001, gt=0)
-    """At the beginning of each update; a cosine takes it to zero at the end. AdamW wants less."""
+    """SGD's, at the beginning of each update; a cosine takes it to zero at the end."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """SGD's momentum, AdamW's first β."""
+    """SGD's; it starts anew at each update."""
     chunk_tokens: int = Field(32768, ge=1)
     """Tokens of a step, cut in windows; at least one window."""
     gradient_clip: float = Field(1.0, gt=0)
@@ -94,7 +91,9 @@ def train_on(
     inputs = tokens[:whole].view(-1, length).split(rows)
     targets = tokens[1 : whole + 1].view(-1, length).split(rows)
     with _trainable(model) as parameters, deterministic_attention(model), torch.enable_grad():
-        optimizer = _optimizer(parameters, settings)
+        optimizer = torch.optim.SGD(
+            parameters, lr=settings.learning_rate, momentum=settings.momentum
+        )
         for step, chunk in enumerate(zip(inputs, targets, strict=True)):
             cosine = 0.5 * (1 + math.cos(math.pi * step / len(inputs)))
             optimizer.param_groups[0]["lr"] = settings.learning_rate * cosine
@@ -102,15 +101,6 @@ def train_on(
             torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
             optimizer.step()
             optimizer.zero_grad()
-
-
-def _optimizer(
-    parameters: list[torch.nn.Parameter], settings: GlobalUpdateSettings
-) -> torch.optim.Optimizer:
-    rate, momentum = settings.learning_rate, settings.momentum
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=momentum)
-    return torch.optim.AdamW(parameters, lr=rate, betas=(momentum, 0.99), weight_decay=0.0)
 
 
 def take_from_first_rank(model: GPT) -> None:

@@ -34,11 +34,14 @@ class SplitScore:
 
 
 def evaluate_split(
-    model: GPT, dataset: Dataset, split: str, batch_tokens: int | None = None
+    model: GPT, dataset: Dataset, split: str, most_tokens: int | None = None
 ) -> SplitScore:
-    """Score every target of `split` once, at the model's training length."""
-    tokens = read_split(dataset, split)
-    losses = target_losses(model, tokens, batch_tokens)
+    """Score every target of `split` once, at the model's training length.
+
+    most_tokens: of so many tokens at its beginning, at most.
+    """
+    tokens = read_split(dataset, split)[:most_tokens]
+    losses = target_losses(model, tokens)
     counts = byte_counts(load_tokenizer(dataset.tokenizer_path))
     return SplitScore(
         nats=float(losses.sum()),

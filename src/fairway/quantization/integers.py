@@ -109,12 +109,6 @@ def scale_from_magnitude(magnitude: Tensor, bits: int) -> Tensor:
     return scale.clamp(SCALE_MINIMUM, SCALE_MAXIMUM).to(torch.float16)
 
 
-def deviation_scale(weights: Tensor, sigmas: float, bits: int) -> Tensor:
-    """The fp16 scale [..., rows] that maps `sigmas` standard deviations of a row of `weights`
-    [..., rows, columns] on the largest code."""
-    return scale_from_magnitude(sigmas * weights.std(-1, correction=0), bits)
-
-
 def nearest_codes(weights: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Codes nearest to weights / scales, clamped to the range; in the dtype of `weights`.
 
@@ -144,14 +138,9 @@ def fake_quantize(weight: Tensor, bits: int, group_columns: int | None = None) -
 
     For late quantization-aware training; nothing in it waits for a GPU. In the dtype of `weight`.
     """
-    scales = _scales(weight.detach(), bits, group_columns)
-    return fake_quantize_to(weight, _spread(scales, group_columns, weight.shape[-1]), bits)
-
-
-def fake_quantize_to(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """`weight` rounded to the nearest codes for given fp16 scales, which broadcast against it."""
     with torch.no_grad():
-        scales = scales.to(weight.dtype)
+        scales = _scales(weight, bits, group_columns)
+        scales = _spread(scales, group_columns, weight.shape[-1]).to(weight.dtype)
         rounded = nearest_codes(weight, scales, bits) * scales
     return straight_through(weight, rounded)
 

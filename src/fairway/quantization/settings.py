@@ -56,9 +56,6 @@ class GptqSettings(Settings):
     scale_factor: Annotated[float, Field(gt=0)] | Literal["budget"] = 1.0
     """Widens every step. A factor f above 1 saves log2(f) bits a code and increases the error.
     `budget`: the factor with which the artifact fills budgets.artifact_bytes; no code is zeroed."""
-    late_qat_sigmas: Sigmas | None = None
-    """Late quantization-aware training rounds to the steps that `steps: sigmas` has with these;
-    null: to int6 with a row's largest weight at the largest code. Training reads it."""
 
 
 class QuantizerChoice(Choice):

@@ -22,12 +22,10 @@ from fairway.report.format import badge
 from fairway.report.render import render
 from fairway.report.results import SLIDING, Results, read_results
 from fairway.report.tables import read_run
+from fairway.runs import MOST_NAMES, no_such_run, run_folder
 
-RESULTS = Path("results")
 LINE = 100
 """Characters of a line of text; tables may be wider."""
-MOST_NAMES = 12
-"""Of more variants than these a message names the first ones."""
 
 
 class Side(NamedTuple):
@@ -68,21 +66,12 @@ def find_side(name: str) -> Side:
 
 def _find_run(name: str) -> tuple[Path, str | None]:
     """A run's folder and, where `name` has one after it, the variant."""
-    for path in (Path(name), RESULTS / name):
-        if _is_run(path):
-            return path, None
-        if path.name and _is_run(path.parent):
-            return path.parent, path.name
-    known = sorted({path.parent.name for path in RESULTS.glob("*/seed-*")})
-    raise UserError(
-        f"no run {name!r:.120}: expected a folder such as results/quickstart, or its name under "
-        f"{RESULTS}, which has {', '.join(known[:MOST_NAMES]) or 'none'}"
-        f"{did_you_mean(name.partition('/')[0], known)}"
-    )
-
-
-def _is_run(folder: Path) -> bool:
-    return any(folder.glob("seed-*"))
+    path = Path(name)
+    if folder := run_folder(path):
+        return folder, None
+    if path.name and (folder := run_folder(path.parent)):
+        return folder, path.name
+    raise no_such_run(name)
 
 
 def common_seeds(sides: Sequence[Side], wanted: Sequence[int] | None = None) -> list[int]:

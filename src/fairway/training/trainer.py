@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -21,6 +22,7 @@ from fairway.progress import progress
 from fairway.settings import Settings
 from fairway.training.averaging import WeightAverages
 from fairway.training.checkpoint import Checkpoints, tensors_under, with_prefix
+from fairway.training.curve import CurveFile
 from fairway.training.gradients import eager_backward, graphed_backward
 from fairway.training.optimizers import GROUPS, Optimizer
 from fairway.training.schedule import (
@@ -111,6 +113,11 @@ class TrainSettings(Settings):
     """Time between mid-run checkpoints."""
     log_every_steps: int = Field(10, ge=1)
     """Steps between the rows of metrics.parquet."""
+    held_out_seconds: Annotated[float, Field(gt=0)] | None = 120.0
+    """Time on the training clock between measurements of the bits per byte of held-out training
+    text, for which the clock stands still. Null: none."""
+    held_out_tokens: int = Field(131_072, ge=2)
+    """Of that text, the first of data.selection_tokens, at most."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -179,10 +186,6 @@ class Form(NamedTuple):
     late_qat: bool
 
 
-CURVE = ("step", "loss", "lr_scale", "seconds", "tokens")
-"""Columns of metrics.parquet. A checkpoint keeps its rows, but no order of keys."""
-
-
 @dataclass
 class Progress:
     """What a checkpoint must carry besides tensors."""
@@ -190,9 +193,10 @@ class Progress:
     step: int = 0
     """Steps done."""
     seconds: float = 0.0
-    """The training clock; warm-up, checkpoints' writing and interruptions do not count."""
+    """The training clock; warm-up, held-out text, checkpoints' writing and interruptions do not
+    count."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Rows of metrics.parquet, with CURVE's columns."""
+    """Rows of metrics.parquet. A checkpoint keeps them, but no order of keys."""
 
 
 class Interrupted(SystemExit):
@@ -221,7 +225,8 @@ class Trainer:
     """Trains `model` in place; `run` returns once the step or time budget is used up.
 
     fake_quantize: from a bank's name and value [N, R, C] to its straight-through quantized values,
-    for late QAT.
+    for late QAT. held_out_bpb: the present bits per byte of held-out training text; called in the
+    first process, where settings.held_out_seconds asks for it. curve_file: where rows go at once.
     Every process of `world` must call the same methods in the same order.
     """
 
@@ -234,12 +239,15 @@ class Trainer:
         checkpoints: Checkpoints,
         *,
         fake_quantize: Callable[[str, torch.Tensor], torch.Tensor],
+        held_out_bpb: Callable[[], float] | None = None,
+        curve_file: CurveFile | None = None,
         compile_model: bool = False,
         cuda_graphs: bool = False,
     ) -> None:
         self.model, self.settings, self.loader = model, settings, loader
         self.world, self.checkpoints = world, checkpoints
         self.fake_quantize = fake_quantize
+        self.held_out_bpb, self.curve_file = held_out_bpb, curve_file
         self.optimizer = optimizer_of(model, settings, world.rank, world.size)
         self.averages = WeightAverages(
             model, settings.ema_decays, settings.swa_every_steps, settings.swa_scale
@@ -270,8 +278,10 @@ class Trainer:
             number: signal.signal(number, self._note_signal)
             for number in (signal.SIGTERM, signal.SIGINT)
         }
+        file = self.curve_file
         try:
-            self._train()
+            with file.appending(self.progress.history) if file else nullcontext():
+                self._train()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -296,10 +306,10 @@ class Trainer:
                 loss, seconds, save, stop = self._agree(
                     loss(), lambda began=started: time.perf_counter() - began, due
                 )
-                self._check_finite(loss)
+                self._check_finite("training loss", loss, state.step + 1)
                 state.step += 1
                 state.seconds += seconds
-                self._log(bar, loss, scale)
+                self._log(bar, loss, scale, self._measure_held_out(state.seconds - seconds))
                 if save or stop:
                     self._save()
                     last_saved = time.monotonic()
@@ -399,20 +409,41 @@ class Trainer:
         mean, elapsed, save, stop = decisions.tolist()
         return mean, elapsed, bool(save), stop
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _measure_held_out(self, seconds_before: float) -> float | None:
+        """Bits per byte where this step took the clock past a multiple of held_out_seconds.
+
+        In the first process only, whose clock counts: the others wait within their next step.
+        """
+        every, seconds = self.settings.held_out_seconds, self.progress.seconds
+        is_due = every is not None and seconds_before // every < seconds // every
+        if not is_due or self.held_out_bpb is None or not self.world.is_main:
+            return None
+        self.model.fake_quantize = None  # the weights as they are; each step sets its own form
+        bpb = self.held_out_bpb()
+        self._check_finite("held-out bpb", bpb, self.progress.step)
+        print(f"held-out bpb of step {self.progress.step}: {bpb:.4f}", file=sys.stderr, flush=True)
+        return bpb
+
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
             raise UserError(
-                f"training loss is {loss} at step {self.progress.step + 1}: lower the learning "
-                "rates of `train` or its gradient_clip"
+                f"{what} is {value} at step {step}: lower the learning rates of `train` or its "
+                "gradient_clip"
             )
 
-    def _log(self, bar: tqdm, loss: float, scale: float) -> None:
+    def _log(self, bar: tqdm, loss: float, scale: float, held_out_bpb: float | None) -> None:
         settings, state = self.settings, self.progress
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{scale:.2f}", refresh=False)
         bar.update(1)
-        if state.step % settings.log_every_steps == 0 or state.step == 1 or self._is_finished():
+        is_due = state.step % settings.log_every_steps == 0 or state.step == 1
+        if is_due or held_out_bpb is not None or self._is_finished():
             row = {"step": state.step, "loss": loss, "lr_scale": scale, "seconds": state.seconds}
-            state.history.append({**row, "tokens": state.step * settings.batch_tokens})
+            row["tokens"] = state.step * settings.batch_tokens
+            if held_out_bpb is not None:
+                row["held_out_bpb"] = held_out_bpb
+            state.history.append(row)
+            if self.curve_file:
+                self.curve_file.append(row)
 
     def _warm_up(self) -> None:
         """Steps that only compile each form; then everything is as before them."""

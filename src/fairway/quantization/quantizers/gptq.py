@@ -28,9 +28,7 @@ from fairway.quantization.integers import (
     SCALE_MAXIMUM,
     SCALE_MINIMUM,
     QuantizedTensor,
-    deviation_scale,
     fake_quantize,
-    fake_quantize_to,
     largest_code,
     nearest_codes,
     require_finite,
@@ -123,11 +121,7 @@ class Gptq(Quantizer):
 
     def fake(self, name: str, weight: Tensor) -> Tensor:
         """Rounded to the nearest: without Hessians there is nothing better."""
-        if (sigmas := self.settings.late_qat_sigmas) is None:
-            return fake_quantize(weight, BITS)
-        bits = EMBEDDING_BITS if name == EMBEDDING else BITS
-        scales = deviation_scale(weight.detach(), sigmas.of(name), bits)
-        return fake_quantize_to(weight, scales.unsqueeze(-1), bits)
+        return fake_quantize(weight, BITS)
 
     def remedy(self, excess_bits: float) -> str | None:
         """Scales f times as wide save log₂ f bits a code."""

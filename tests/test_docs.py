@@ -20,8 +20,14 @@ from tiny import ROOT
 
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
 TUTORIAL = ROOT / "docs/first_experiment.md"
-SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+SITE = yaml.safe_load(read("mkdocs.yml"))
+PROJECT = tomllib.loads(read("pyproject.toml"))["project"]
 
 
 def anchors(page: Path) -> set[str]:
@@ -85,21 +91,21 @@ def test_the_navigation_has_every_page_once():
     assert all((ROOT / name).is_file() for name in outside)
 
 
+def test_pages_need_no_network():
+    assert not [page for page in PAGES if "mermaid" in dict(blocks(page))]  # its script is loaded
+    assert SITE["theme"]["font"] is False
+
+
 def test_every_name_of_the_api_reference_can_be_imported():
-    page = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^::: (\S+)\.(\w+)$", page, re.MULTILINE)
+    listed = re.findall(r"^::: (\S+)\.(\w+)$", read("docs/reference/api.md"), re.MULTILINE)
     for module, name in listed:
         assert getattr(importlib.import_module(module), name).__doc__, name
-    used = re.findall(r"^from (\S+) import (.+)$", prose_and_code("docs/api.md"), re.MULTILINE)
+    used = re.findall(r"^from (\S+) import (.+)$", read("docs/api.md"), re.MULTILINE)
     assert {name for _, names in used for name in names.split(", ")} <= {name for _, name in listed}
 
 
-def prose_and_code(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
 def test_the_picture_of_the_stages_shows_all_of_them():
-    picture = prose_and_code("docs/images/stages.svg")
+    picture = read("docs/images/stages.svg")
     assert set(re.findall(r"<text x.*?>(\w+)<", picture)) == set(STAGES)
 
 
@@ -154,7 +160,7 @@ def check_python(words: list[str]) -> None:
 
 
 def check_make(words: list[str]) -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    makefile = read("Makefile")
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words)
 
 
@@ -236,8 +242,8 @@ def test_every_dependency_is_in_the_notices():
 
 
 def test_the_citation_names_the_version():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    citation = yaml.safe_load(read("CITATION.cff"))
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
-    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    changes = read("CHANGELOG.md")
     assert f"## {citation['version']} — {citation['date-released']}" in changes

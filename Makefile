@@ -50,8 +50,13 @@ format: setup  ## reformat
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow
 
-docs: setup  ## write what follows from the code: docs/reference and the config's schema
+$(VENV)/docs-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs-ready  ## write docs/reference and the config's schema, build the site in build/site
 	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## remove the environment; results stay
 	rm -rf $(VENV)

@@ -132,21 +132,27 @@ def stages_page() -> str:
             ", ".join(f"`{key}`" for key in stage.memory) or "–",
         )
         rows.append(f"| {' | '.join(cells)} |")
-    text = "Each also writes `metrics.json` and `provenance.json`; ../stages.md explains each.\n"
+    text = (
+        "Each also writes `metrics.json` and `provenance.json`.\n"
+        "[The stages](../stages.md) explains each.\n"
+    )
     return "\n".join([NOTE, "# Stages\n", text, *rows, ""])
 
 
 def _introduction() -> str:
     return (
-        "A config is YAML: what runs, and sections over those of its recipe. `snakemake` reads\n"
-        "config.yaml, then the files of `--configfile`, then `--config`; later ones go over\n"
-        "earlier ones, key by key. Over a list of named entries, as `evaluation.adapters` is, a\n"
-        "mapping changes the entries of those names, and null takes one out.\n"
+        "A config is YAML: what runs, and sections over those of its recipe.\n"
+        "`snakemake` reads config.yaml, then the files of `--configfile`, then `--config`; "
+        "later ones go over earlier ones, key by key.\n"
+        "Over a list of named entries, such as `evaluation.adapters`, a mapping changes the "
+        "entries of those names, and null takes one out.\n"
         "\n"
-        "A file is UTF-8 and has each key once. Whole numbers are written without a point: `2`,\n"
-        "not `2.0`. Text that looks like a number with a point, such as `'1.50'`, is quoted.\n"
-        "What else a config can't mean is refused in one line before any work. Snakemake opens\n"
-        "the files of `--configfile` first, and says itself which of them it cannot read.\n"
+        "A file is UTF-8 and has each key once.\n"
+        "Whole numbers are written without a point: `2`, not `2.0`.\n"
+        "Text that looks like a number with a point, such as `'1.50'`, is quoted.\n"
+        "Anything else that a config cannot mean is refused in one line before any work.\n"
+        "Snakemake opens the files of `--configfile` first, and says itself which of them it "
+        "cannot read.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""docs/examples/recorded_scripts.py, audited from the command line as docs/audit.md says."""
+"""docs/examples/recorded_scripts.py, audited as docs/guides/audit_a_script.md says."""
 
 import json
 import shutil

@@ -168,23 +168,24 @@ def audit(
     Raises UserError where the text does not fit the vocabulary, or the evaluator's answer has not
     the form that `fairway.audit.interface` describes.
 
-    >>> import torch
-    >>> from fairway.audit.runner import AuditSettings, audit
-    >>> model = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
-    >>> def next_token(prefix):
-    ...     return torch.log_softmax(model[prefix[-1]], dim=-1)
-    >>> def honest(tokens):  # row i is the distribution that predicted tokens[i + 1]
-    ...     return torch.stack([next_token(tokens[: i + 1]) for i in range(len(tokens) - 1)])
-    >>> def leaking(tokens):  # its bias was fitted on the text that it scores
-    ...     counts = torch.bincount(tokens[1:], minlength=16) + 1.0
-    ...     return torch.log_softmax(honest(tokens) + counts.log(), dim=-1)
-    >>> tokens = torch.arange(200) % 16
-    >>> quick = AuditSettings(flips=8, null_tokens=100)
-    >>> audit(honest, tokens, vocab_size=16, next_token=next_token, settings=quick).verdict
-    'PASS'
-    >>> result = audit(leaking, tokens, vocab_size=16, next_token=next_token, settings=quick)
-    >>> result.verdict, result.names("FAIL")
-    ('FAIL', ['flip', 'self_influence'])
+    Examples:
+        >>> import torch
+        >>> from fairway.audit.runner import AuditSettings, audit
+        >>> model = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+        >>> def next_token(prefix):
+        ...     return torch.log_softmax(model[prefix[-1]], dim=-1)
+        >>> def honest(tokens):  # row i is the distribution that predicted tokens[i + 1]
+        ...     return torch.stack([next_token(tokens[: i + 1]) for i in range(len(tokens) - 1)])
+        >>> def leaking(tokens):  # its bias was fitted on the text that it scores
+        ...     counts = torch.bincount(tokens[1:], minlength=16) + 1.0
+        ...     return torch.log_softmax(honest(tokens) + counts.log(), dim=-1)
+        >>> tokens = torch.arange(200) % 16
+        >>> quick = AuditSettings(flips=8, null_tokens=100)
+        >>> audit(honest, tokens, vocab_size=16, next_token=next_token, settings=quick).verdict
+        'PASS'
+        >>> result = audit(leaking, tokens, vocab_size=16, next_token=next_token, settings=quick)
+        >>> result.verdict, result.names("FAIL")
+        ('FAIL', ['flip', 'self_influence'])
     """
     settings = settings or AuditSettings()
     if isinstance(tokens, np.ndarray):  # shards are unsigned and read-only

@@ -192,11 +192,12 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
     A file from a stranger is safe to load. Raises UserError as `read_artifact` does, and where the
     weights are not those of a model of its configuration.
 
-    >>> from fairway.quantization.artifact import load_artifact
-    >>> model = load_artifact("artifact.bin")
-    >>> tokens = torch.tensor([[1, 7, 5]])  # int64 [sequences, positions]
-    >>> model(tokens).shape == (1, 3, model.config.vocab_size)  # logits, float32
-    True
+    Examples:
+        >>> from fairway.quantization.artifact import load_artifact
+        >>> model = load_artifact("artifact.bin")
+        >>> tokens = torch.tensor([[1, 7, 5]])  # int64 [sequences, positions]
+        >>> model(tokens).shape == (1, 3, model.config.vocab_size)  # logits, float32
+        True
     """
     config, state = read_artifact(path)
     try:

@@ -14,6 +14,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from fairway.errors import UserError
+from fairway.report.kept import keep
 from fairway.resume import note_finish, note_start, share_folder
 
 
@@ -23,6 +24,7 @@ def start_run(run):
         return
     share_folder()  # again, for a `workdir:` may have followed
     set_future_times_right()
+    keep_older_report()
     settings = workflow.dag_settings
     forced = bool(settings.forceall or settings.forcetargets or settings.forcerun)
     if forced:
@@ -37,6 +39,19 @@ def start_run(run):
             )
         except UserError as error:
             raise WorkflowError(str(error)) from None
+
+
+def keep_older_report():
+    """Copy the report that is about to be made again: Snakemake deletes it before the job."""
+    if JOB_RULES["report"] in {job.rule.name for job in workflow.dag.needrun_jobs()}:
+        try:
+            kept = keep(Path(RUN) / "report")
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
+        if kept:
+            logger.info(
+                f"{RUN}/report is made again: a copy stays in {kept} if the new one says otherwise"
+            )
 
 
 def finish_run(run):
@@ -59,6 +74,25 @@ def tell_errors(run):
             home = shlex.quote(str(HOME / "src"))
             command = f"PYTHONPATH={home} python -m fairway.resume"
         logger.error(f"To go on with what is left: {command}")
+    tell_other_seeds()
+
+
+def tell_other_seeds():
+    """How the seeds that did not fail come to a report, which then names those that it lacks."""
+    failed = {
+        int(job.wildcards.seed)
+        for job in workflow.scheduler.failed
+        if "seed" in job.wildcards.keys()
+    }
+    others = [seed for seed in CONFIG.seeds if seed not in failed]
+    if failed and others:
+        seeds = f"seeds=[{','.join(map(str, others))}]"
+        typed = [one for one in workflow.config_settings.config_args or []]
+        words = shlex.join([*typed, seeds])
+        logger.error(
+            f"For a report of the other seeds, which says that {', '.join(map(str, sorted(failed)))} "
+            f"is missing: the same command with --config {words}"
+        )
 
 
 def is_typed():

@@ -87,8 +87,9 @@ def tell_other_seeds():
     others = [seed for seed in CONFIG.seeds if seed not in failed]
     if failed and others:
         seeds = f"seeds=[{','.join(map(str, others))}]"
-        typed = [one for one in workflow.config_settings.config_args or []]
-        words = shlex.join([*typed, seeds])
+        typed = workflow.config_settings.config_args or []
+        kept = [one for one in typed if not one.startswith("seeds=")]
+        words = shlex.join([*kept, seeds])
         logger.error(
             f"For a report of the other seeds, which says that {', '.join(map(str, sorted(failed)))} "
             f"is missing: the same command with --config {words}"

@@ -198,3 +198,32 @@ def test_words_are_joined():
 
 def test_a_tiny_difference_has_no_sign():
     assert (signed(-0.00001), signed(-0.0021), signed(0.3)) == ("0.0000", "−0.0021", "+0.3000")
+
+
+def luminance(color):
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_text_has_enough_contrast_in_light_and_dark(finished):
+    """WCAG's 4.5, of failed and muted numbers too, on each ground that they stand on."""
+    style = (finished[1] / "report.html").read_text(encoding="utf-8").partition("</style>")[0]
+    light, dark = (
+        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
+        for block in re.findall(r":root {(.*?)}", style)
+    )
+    texts = set(re.findall(r"(?<![a-z-])color: var\(--([a-z-]+)\)", style))
+    assert texts >= {"ink", "muted", "pass", "fail", "link"}
+    assert not re.findall(r"(?<![a-z-])color: (?!var|inherit)", style)
+    assert re.search(r"\ns { color: var\(--muted\)", style)
+    for colors in (light, dark):
+        grounds = {name: ("paper", "faint") for name in texts}
+        grounds |= {name: ("paper", "faint", f"{name}-back") for name in ("pass", "fail")}
+        grounds["muted"] = ("paper", "faint", "open-back")
+        for name, others in grounds.items():
+            for other in others:
+                pair = sorted(luminance(colors[one]) for one in (name, other))
+                assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (name, other)

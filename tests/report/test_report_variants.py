@@ -198,7 +198,7 @@ def test_a_sweep_is_a_row_a_variant_the_best_first_and_what_failed_last(sweep):
         assert row["#Evaluation, s"] == f"{used.mean()[variant, 'evaluation_seconds']:,.1f}"
         assert row["#Artifact, bytes"] == f"{used.max()[variant, 'artifact_bytes']:,.0f}"
         estimate = signed(between.loc[variant, "estimate"])
-        assert row[f"#Against {against}"].startswith(estimate + " ")
+        assert row["#Difference"].startswith(estimate + " ")
     assert "not a valid score" in rows["leaky"]["#val_bpb"]
 
 

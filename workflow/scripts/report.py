@@ -26,7 +26,7 @@ def report(stage: StageRun) -> None:
     results, settings = read_results(stage.options.run, folders, seeds), stage.settings.report
     tables = make_tables(results, settings)
     keep(stage.output)  # of a run of Snakemake, its start has done so
-    kept = drop_equal(stage.output, said := about(results, tables))
+    kept = drop_equal(stage.output, said := about(results, tables, settings))
     products = write_report(stage.output, results, tables, settings, typed_command(), kept)
     stage.taken |= results.files
     stage.finish(said, products=[str(path.relative_to(stage.output)) for path in products])

@@ -125,8 +125,18 @@ def _differences(results: Results) -> tuple[Table, Table]:
             "B minus A in nats per token (none where their tokens differ), and two-sided tests of "
             "the seeds’ val_bpb: Welch’s takes all runs for independent, the paired t-test "
             "compares seed by seed.",
-            ["#Nats per token", "#Welch’s t", "#df", "#p", "#Paired t", "#df", "#p", "Note"],
-            [Group([[*tests, note]])],
+            [
+                "Seeds",
+                "#Nats per token",
+                "#Welch’s t",
+                "#df",
+                "#p",
+                "#Paired t",
+                "#df",
+                "#p",
+                "Note",
+            ],
+            [Group([[str(len(results.seeds)), *tests, note]])],
         ),
     )
 

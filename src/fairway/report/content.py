@@ -7,6 +7,7 @@ import pandas as pd
 
 from fairway.audit.lineage import Overlap
 from fairway.data.manifest import ENOUGH_DOCUMENTS
+from fairway.files import sha256_of_json
 from fairway.report.audits import (
     attribution_table,
     audit_line,
@@ -136,8 +137,9 @@ def summary_markdown(results: Results, tables: RunTables, settings: ReportSettin
     return "\n".join(lines) + "\n"
 
 
-def about(results: Results, tables: RunTables) -> dict[str, Any]:
+def about(results: Results, tables: RunTables, settings: ReportSettings) -> dict[str, Any]:
     """What the report adds to its metrics.json."""
+    own = settings.model_dump(mode="json")
     return {
         "seeds": sorted(results.seeds),
         "scores": {
@@ -145,7 +147,7 @@ def about(results: Results, tables: RunTables) -> dict[str, Any]:
             for variant in sorted(results.variants)
         },
         "verdicts": {variant: results.verdict(variant) for variant in sorted(results.variants)},
-        "settings_sha256": identity(results)["settings_sha256"],
+        "settings_sha256": sha256_of_json([identity(results)["settings_sha256"], own]),
     }
 
 

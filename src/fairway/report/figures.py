@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ from fairway.audit.interface import FAIL
 from fairway.files import atomic_path
 from fairway.report.format import compact, signed
 from fairway.report.quantization import ROUNDED, quantized_runs
-from fairway.report.results import Results
+from fairway.report.results import FEW_VARIANTS, Results
 from fairway.report.tables import (
     ALL_ADAPTERS,
     RunTables,
@@ -40,6 +41,7 @@ WIDTH_INCHES = 5.2
 other."""
 NAME_CHARACTERS = 26
 """A longer name of a variant goes on over several lines."""
+LEGEND_LINE_INCHES = 0.17
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#9aa5b1",
@@ -63,6 +65,7 @@ STYLE = {
     "xtick.color": MUTED,
     "ytick.color": MUTED,
 }
+NO_DATE = {"Date": None, "Creator": None}
 BUDGET_PANELS = {
     "artifact_bytes": ("Artifact with code", "MB", 1e6),
     "training_seconds": ("Training", "s", 1.0),
@@ -86,7 +89,7 @@ def write_figures(folder: Path, results: Results, tables: RunTables) -> dict[str
         for name, draw in drawings.items():
             paths[name] = folder / f"{name}.svg"
             with atomic_path(paths[name]) as temporary:
-                draw().savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+                draw().savefig(temporary, format="svg", transparent=True, metadata=NO_DATE)
     return paths
 
 
@@ -94,7 +97,7 @@ def bpb_by_stage(results: Results) -> Figure:
     """val_bpb after each stage: seeds as points, their mean as a line, one line per variant."""
     order = results.score_stages
     many = not results.has_few_variants
-    figure, (axes,) = _new_figure(max(3.6, 0.36 * len(results.variants)))
+    figure, (axes,) = _new_figure(3.6 + many * LEGEND_LINE_INCHES * len(results.variants))
     values = {variant: _bpb(results, variant) for variant in results.variants}
     for sharers in results.stages_by_sharers():
         here = [
@@ -108,11 +111,17 @@ def bpb_by_stage(results: Results) -> Figure:
     ends = [values[variant][-1].mean() for variant in results.variants]
     labels = [_final_label(results, *one) for one in zip(results.variants, ends, strict=True)]
     axes.set_xticks(range(len(order)), order, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_xlim(-0.3, len(order) + (3.4 if many else 1.6))
+    axes.set_xlim(-0.3, len(order) - 0.7 if many else len(order) + 1.6)
     axes.set_ylabel("val_bpb, lower is better")
     axes.margins(y=0.12)
     colors = [_color(results, variant) for variant in results.variants]
-    _label_ends(axes, len(order) - 1 + 0.15, ends, labels, colors)
+    if many:
+        failed = [results.failed(variant) for variant in results.variants]
+        best_first = np.lexsort([ends, failed])
+        handles = [Patch(color=colors[index]) for index in best_first]
+        _legend_below(figure, handles, [labels[index] for index in best_first])
+    else:
+        _label_ends(axes, len(order) - 1 + 0.15, ends, labels, colors)
     return figure
 
 
@@ -145,14 +154,17 @@ def training_curves(results: Results) -> Figure:
 def layers(results: Results) -> Figure:
     """Error and bits of every quantized matrix, one line per run of gptq, mean over seeds."""
     runs = quantized_runs(results)
-    figure, (error, spent) = _new_figure(2.4, 2.2, sharex=True)
+    many = len(runs) > FEW_VARIANTS
+    figure, (error, spent) = _new_figure(
+        2.4, 2.2 + many * LEGEND_LINE_INCHES * len(runs), sharex=True
+    )
     keys = list(dict.fromkeys(key for table in runs.values() for key in table.index))
     banks = pd.Series([bank for bank, _ in keys], dtype=str)
     for sharers, table in runs.items():
         color = INK if len(sharers) > 1 else _color(results, sharers[0])
         rows = table.reindex(keys)
         for index, at in enumerate(banks.groupby(banks, sort=False).groups.values()):
-            label = _wrapped(results.name_of(sharers, "gptq")) if index == 0 else None
+            label = results.name_of(sharers, "gptq") if index == 0 else None
             style = {"color": color, "linewidth": 1.3, "markersize": 3}
             error.plot(at, rows["error"].iloc[at], "o-", label=label, **style)
             spent.plot(at, rows["bits_per_code"].iloc[at], "o-", **style)
@@ -163,8 +175,10 @@ def layers(results: Results) -> Figure:
             axes.axvline(at - 0.5, color="#9aa5b1", linewidth=0.7)
     error.set_yscale("log")
     error.set_ylabel("error")
-    if len(runs) > 1:
-        error.legend(fontsize=8, ncols=2 if len(runs) > 4 else 1)
+    if many:
+        _legend_below(figure, *error.get_legend_handles_labels())
+    elif len(runs) > 1:
+        error.legend(fontsize=8)
     spent.set_ylabel("bits a code")
     centers = [np.mean(at) for at in banks.groupby(banks, sort=False).groups.values()]
     names = [name.removesuffix("_bank").replace("_", "\n") for name in dict.fromkeys(banks)]
@@ -187,7 +201,8 @@ def gain_by_position(results: Results, gains: pd.DataFrame) -> Figure:
             [v for v in results.variants if results.failed(v) == fails] for fails in (False, True)
         ]
         rows = [row for row in split if row]
-    figure, panels = _new_figure(*[2.3] * len(rows), *[1.7] * len(rows))
+    below = 0.0 if results.has_few_variants else LEGEND_LINE_INCHES * len(results.variants)
+    figure, panels = _new_figure(*[2.3] * len(rows), *[1.7 + below / len(rows)] * len(rows))
     documents, texts = panels[: len(rows)], panels[len(rows) :]
     for document, text, row in zip(documents, texts, rows, strict=True):
         for variant in row:
@@ -200,12 +215,16 @@ def gain_by_position(results: Results, gains: pd.DataFrame) -> Figure:
         if results.has_few_variants:
             document.set_title(_name(results, row[0]))
             text.set_title(_name(results, row[0]))
-        document.legend(loc="best", fontsize=8.5 if results.has_few_variants else 7)
+        if results.has_few_variants:
+            document.legend(loc="best", fontsize=8.5)
         for axes in (document, text):
             axes.set_ylabel("gain (nats a token)")
             _zero_line(axes)
         _label_bins(document, gains)
         text.set_xlabel("position in the validation text (%)")
+    if not results.has_few_variants:
+        known = [axes.get_legend_handles_labels() for axes in documents]
+        _legend_below(figure, *map(sum, zip(*known, strict=True), ([], [])))
     return figure
 
 
@@ -233,7 +252,7 @@ def leak(results: Results) -> Figure:
     if few:
         reach.legend(handles, labels, loc="upper right")
     else:
-        figure.legend(handles, labels, loc="outside lower left", fontsize=8)
+        _legend_below(figure, handles, labels)
     return figure
 
 
@@ -293,6 +312,11 @@ def _new_figure(*heights: float, sharex: bool = False) -> tuple[Figure, Sequence
     figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
     grid = figure.subplots(len(heights), 1, height_ratios=heights, sharex=sharex, squeeze=False)
     return figure, grid[:, 0]
+
+
+def _legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """For many names, a line each."""
+    figure.legend(handles, labels, loc="outside lower left", fontsize=8)
 
 
 def _color(results: Results, variant: str) -> str:

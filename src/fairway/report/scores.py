@@ -72,19 +72,23 @@ def headline_table(
         rows = [_headline(results, tables, settings, reference, variant) for variant in variants]
         heading = Cell(f"On {results.datasets[reference]}") if len(ranked) > 1 else None
         groups.append(Group(rows, heading))
-    heads = ["Variant", "Audit", "#val_bpb", "95 % interval"]
+    heads = ["Variant", "Audit", "#val_bpb"]
     if len(results.variants) > 1:
-        heads.append(f"#Against {against}" if len(ranked) == 1 else "#Against the first")
+        heads.append("#Difference")
     heads += ["#Without adapters", "#Training, s", "#Evaluation, s", "#Artifact, bytes"]
     if settings.baseline:
-        heads += ["#Against baseline, nats", "#p"]
-    order = " Variants are sorted by score, those that failed their audit last."
+        heads.append("#Against baseline, nats")
+    whose = against if len(ranked) == 1 else f"{against}, or the first variant on the same text"
+    order = (
+        f" Difference: from {whose}, and its 95 % interval over documents. Variants are sorted by "
+        "score, those that failed their audit last."
+    )
     return Table(
         "Result",
         "Validation bits per byte of the artifact with adaptation, lower is better: mean ± "
-        "standard deviation over seeds, each seed’s under it, and the 95 % Student-t interval of "
-        "the mean. Without adapters: the plain sliding window of the same artifact. Seconds that "
-        "count towards the budgets, mean over seeds; the largest artifact, with its code."
+        "standard deviation over seeds, and under it the mean’s 95 % Student-t interval and each "
+        "seed’s score. Without adapters: the plain sliding window of the same artifact. Seconds "
+        "that count towards the budgets, mean over seeds; the largest artifact, with its code."
         + (order if len(results.variants) > 1 else ""),
         heads,
         groups,
@@ -97,6 +101,9 @@ def _headline(
     score = summary_row(tables.summary, variant, "val_bpb")
     failed = results.failed(variant)
     seeds = [stage_bpb(results, variant, seed, FINAL_STAGE) for seed in results.seeds]
+    told = [interval(score["ci_low"], score["ci_high"])] if len(seeds) > 1 else []
+    if 1 < len(seeds) <= MOST_SEEDS_BESIDE:
+        told.append(" ".join(map(bits, seeds)))
     row = [
         variant,
         Cell(verdict=results.verdict(variant), detail=", ".join(results.tracks(variant))),
@@ -104,9 +111,8 @@ def _headline(
             mean_and_std(score["mean"], score["std"]),
             struck=failed,
             warning=INVALID if failed else "",
-            detail=" ".join(map(bits, seeds)) if 1 < len(seeds) <= MOST_SEEDS_BESIDE else "",
+            detail="; ".join(told),
         ),
-        Cell(interval(score["ci_low"], score["ci_high"]), struck=failed),
     ]
     if len(results.variants) > 1:
         row.append(_against(results, tables.comparisons, variant, reference))
@@ -120,8 +126,8 @@ def _headline(
     if settings.baseline:
         loss = summary_row(tables.summary, variant, "val_loss")
         beats = " ✓" if loss["welch_p"] < settings.significance else ""
-        difference = [signed(loss["difference_nats"]), probability(loss["welch_p"]) + beats]
-        row += [NONE, NONE] if failed else difference
+        p = f"p {probability(loss['welch_p'])}{beats}"
+        row.append(NONE if failed else Cell(signed(loss["difference_nats"]), detail=p))
     return row
 
 

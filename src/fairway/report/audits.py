@@ -1,6 +1,7 @@
 """What the report says of the audits: verdicts, how thorough they were, and where a leak sits."""
 
 import math
+from typing import Any
 
 from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, UNDECIDED
 from fairway.audit.result import GRAVITY, AuditRecord
@@ -32,20 +33,27 @@ def verdict_sentence(results: Results, variant: str) -> str:
 def thoroughness(audit: AuditRecord) -> str:
     """Flips, tokens, windows and probes of one audit, and the least leak that they would show."""
     asked = audit.parameters
-    flips = {check.name: check for check in audit.checks}["flip"].evidence.get("flips")
-    targets, geometry = asked.get("excerpt_targets"), asked.get("geometry")
+    flips = [one.evidence.get("flips") for one in audit.checks if one.name == "flip"]
+    targets, drawn = asked.get("excerpt_targets"), asked.get("null_tokens")
     told = []
-    if flips and targets:
-        text = f"{count(flips)} tokens replaced in {count(targets)} targets"
-        if geometry:
-            later = max(0, targets - geometry["window_tokens"])
-            text += f", {count(1 + math.ceil(later / geometry['stride_tokens']))} windows"
-        told.append(text)
+    if targets and flips and all(isinstance(one, int) for one in (targets, *flips)):
+        text = f"{count(sum(flips))} tokens replaced in {count(targets)} targets"
+        told.append(text + _windows(targets, asked.get("geometry")))
     if audit.detectable_leak_rate_99 is not None:
         told.append(f"a leak at {audit.detectable_leak_rate_99:.0%} of tokens would have shown")
-    if asked.get("null_tokens"):
-        told.append(f"{count(asked['null_tokens'])} tokens drawn for the null test")
+    if drawn and isinstance(drawn, int):
+        told.append(f"{count(drawn)} tokens drawn for the null test")
     return "; ".join(told) or "nothing says how thorough"
+
+
+def _windows(targets: int, geometry: Any) -> str:
+    """How many there are, where the evaluator said how it cuts the text."""
+    if not isinstance(geometry, dict):
+        return ""
+    window, stride = (geometry.get(f"{name}_tokens") for name in ("window", "stride"))
+    if not (isinstance(window, int) and isinstance(stride, int) and stride > 0):
+        return ""
+    return f", {count(1 + math.ceil(max(0, targets - window) / stride))} windows"
 
 
 def verdict_notes(results: Results, variant: str) -> list[str]:

@@ -15,6 +15,7 @@ from snakemake.logging import logger
 
 from fairway.errors import UserError
 from fairway.files import write_json
+from fairway.report.kept import keep
 from fairway.resume import note_finish, note_start, share_folder
 from fairway.runs import PLAN, plan_of
 
@@ -26,6 +27,7 @@ def start_run(run):
     share_folder()  # again, for a `workdir:` may have followed
     set_future_times_right()
     write_json(f"{RUN}/{PLAN}", plan_of(CONFIG).model_dump(mode="json"))
+    keep_older_report()
     settings = workflow.dag_settings
     forced = bool(settings.forceall or settings.forcetargets or settings.forcerun)
     if forced:
@@ -40,6 +42,19 @@ def start_run(run):
             )
         except UserError as error:
             raise WorkflowError(str(error)) from None
+
+
+def keep_older_report():
+    """Copy the report that is about to be made again: Snakemake deletes it before the job."""
+    if JOB_RULES["report"] in {job.rule.name for job in workflow.dag.needrun_jobs()}:
+        try:
+            kept = keep(Path(RUN) / "report")
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
+        if kept:
+            logger.info(
+                f"{RUN}/report is made again: a copy stays in {kept} if the new one says otherwise"
+            )
 
 
 def finish_run(run):
@@ -62,6 +77,26 @@ def tell_errors(run):
             home = shlex.quote(str(HOME / "src"))
             command = f"PYTHONPATH={home} python -m fairway.resume"
         logger.error(f"To go on with what is left: {command}")
+    tell_other_seeds()
+
+
+def tell_other_seeds():
+    """How the seeds that did not fail come to a report, which then names those that it lacks."""
+    failed = {
+        int(job.wildcards.seed)
+        for job in workflow.scheduler.failed
+        if "seed" in job.wildcards.keys()
+    }
+    others = [seed for seed in CONFIG.seeds if seed not in failed]
+    if failed and others:
+        seeds = f"seeds=[{','.join(map(str, others))}]"
+        typed = workflow.config_settings.config_args or []
+        kept = [one for one in typed if not one.startswith("seeds=")]
+        words = shlex.join([*kept, seeds])
+        logger.error(
+            f"For a report of the other seeds, which says that {', '.join(map(str, sorted(failed)))} "
+            f"is missing: the same command with --config {words}"
+        )
 
 
 def is_typed():

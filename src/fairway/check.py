@@ -37,6 +37,8 @@ def check(folder: Path) -> dict[Path, str]:
         parents = (Path(parent).parent for parent in record.parents)
         waiting += [parent for parent in parents if parent not in waiting]
     for stage_folder, record in records.items():
+        if record.stage == "report" and stage_folder.name != "report":
+            continue  # an older one, kept: what it was made from may be another by now
         # After the products, for a product's own fault is none of the stages that took it.
         faults |= _input_faults(stage_folder, record, faults)
     return faults

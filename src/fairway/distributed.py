@@ -5,9 +5,10 @@ import platform
 import re
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,7 +107,17 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's marketing name, or the processor's architecture and thread count."""
+    """The GPU's marketing name, or the processor's name, architecture and thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    told = [processor_name(), platform.machine(), f"{torch.get_num_threads()} threads"]
+    return f"cpu ({', '.join(filter(None, told))})"
+
+
+def processor_name() -> str:
+    """What the processor calls itself; nothing where the system does not say."""
+    with suppress(OSError):  # Linux only
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+            return " ".join(found[1].split())
+    return platform.processor() if platform.processor() != platform.machine() else ""

@@ -33,7 +33,7 @@ class Metrics(BaseModel):
     evaluation_seconds: float = 0.0
     """Of them, seconds of evaluation; slot_eval's count towards budgets.evaluation_seconds."""
     device: str
-    """Name of the GPU, or the processor's architecture and number of threads."""
+    """Name of the GPU, or the processor's name, architecture and number of threads."""
     processes: int
     """Processes that worked together."""
     peak_memory_bytes: int
@@ -220,6 +220,21 @@ class ExportMetrics(Metrics):
     """With artifact.bin, which the limit is about."""
 
 
+class ReportMetrics(Metrics):
+    """Of report: what the page is about, by which a later one is told from it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seeds: list[int]
+    """Seeds of the run."""
+    scores: dict[str, float]
+    """Variant → mean val_bpb over the seeds."""
+    verdicts: dict[str, str]
+    """Variant → its audits' gravest verdict."""
+    settings_sha256: str
+    """SHA-256 of all settings of all stages."""
+
+
 METRICS: dict[str, type[Metrics]] = {
     "tokenize": TokenizeMetrics,
     "train": TrainMetrics,
@@ -228,6 +243,7 @@ METRICS: dict[str, type[Metrics]] = {
     "gptq": GptqMetrics,
     "slot_eval": SlotEvalMetrics,
     "audit": AuditMetrics,
+    "report": ReportMetrics,
     "export": ExportMetrics,
 }
 

@@ -65,6 +65,8 @@ MAXIMUM_RUNS = 2000
 """Seeds times variants: Snakemake makes a list of all their jobs at every start."""
 MAXIMUM_SWEPT = 6
 """Keys of a sweep: names of folders are found among all subsets of them."""
+MOST_NAMES = 12
+"""Of more variants than these a message names the first ones."""
 DEFAULT_VARIANTS: dict[str, dict] = {"causal": {}}
 
 
@@ -123,12 +125,7 @@ class Config:
 
     def sections(self, variant: str) -> Mapping[str, Settings]:
         """The sections as `variant` sees them; UserError where there is no such variant."""
-        if variant not in self.variants:
-            raise UserError(
-                f"no variant {shown(variant)}: the config has {', '.join(self.variants)}"
-                f"{did_you_mean(variant, self.variants)}"
-            )
-        return self.variants[variant].sections
+        return self.variants[known_variant(variant, self.variants)].sections
 
     def stage_settings(self, stage: str, variant: str | None = None) -> dict[str, Any]:
         """What `stage` may read, as plain values; variant None: the first."""
@@ -184,6 +181,17 @@ class Config:
                     f"variants: two variants would share {folder}/{stage}: rename one of them"
                 )
             taken.add((stage, folder.casefold()))
+
+
+def known_variant(name: str, variants: Iterable[str], whose: str = "") -> str:
+    """The name, where there is such a variant; else a UserError. whose: the key that has it."""
+    variants = list(variants)
+    if name not in variants:
+        most = ", ".join(variants[:MOST_NAMES]) + (" …" if len(variants) > MOST_NAMES else "")
+        raise UserError(
+            f"{whose}no variant {shown(name)}: the config has {most}{did_you_mean(name, variants)}"
+        )
+    return name
 
 
 def canonical(value: Any) -> str:
@@ -271,6 +279,8 @@ def complete(values: Mapping[str, Any], home: Path | None = None) -> Config:
             prefix = f"variants.{name}: " if any(part.changes for part in parts) else ""
             raise UserError(f"{prefix}{error}") from None
     _check_datasets(variants)
+    if against := next(iter(variants.values())).sections["report"].against:
+        known_variant(against, variants, "report.against: ")
     name = settings.run or (Path(settings.recipe).stem if settings.recipe else "run")
     if not is_name(name):
         raise UserError(f"run: the recipe's name {shown(name)} is no name of a folder: set run")

@@ -103,6 +103,12 @@ def note_start(arguments: Sequence[str], folder: str, *, forced: bool, resumed: 
     return run.mark
 
 
+def typed_command() -> str | None:
+    """The command of the run that this process is a job of; None outside of one."""
+    mark = os.environ.get(MARK)
+    return next((run.command for run in read_runs() if run.mark == mark), None)
+
+
 def note_finish(mark: str) -> None:
     """Note that a run has done all of its jobs."""
     with _changed_runs() as runs:

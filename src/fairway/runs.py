@@ -16,14 +16,12 @@ from fairway.claims import claimant, may_live
 from fairway.errors import UserError
 from fairway.plugins import did_you_mean
 from fairway.provenance import PROVENANCE
-from fairway.recipe import Config
+from fairway.recipe import MOST_NAMES, Config
 from fairway.records import read_record
 from fairway.stages import STAGES, Budgets, stages_per
 
 RESULTS = Path("results")
 PLAN = "plan.json"
-MOST_NAMES = 12
-"""Of more names than these a message gives the first ones."""
 
 RUNNING, FAILED, STOPPED, WAITING, FINISHED = (
     "running", "failed", "stopped", "waiting", "finished",

@@ -153,6 +153,8 @@ STAGES = {
             needs=("tokenize", "train", "ema", "ttt", "gptq", "slot_eval", "audit"),
             products=(
                 "report.html",
+                "summary.md",
+                "config.yaml",
                 "stages.parquet",
                 "summary.parquet",
                 "comparisons.parquet",

@@ -184,6 +184,7 @@ def write_stage(
         metrics["code_bytes"] = 123_456
         metrics["total_bytes"] = metrics["artifact_bytes"] + metrics["code_bytes"]
         (folder / "artifact.bin").write_bytes(generator.bytes(100))
+        write_layers(folder, shift)
     if stage == "slot_eval":
         settings = {"evaluation": evaluation_settings(variant)}
         metrics |= write_tokens(folder, variant, seed)
@@ -271,6 +272,17 @@ def write_curve(folder: Path, shift: float, generator: np.random.Generator) -> N
     pd.DataFrame(curve).to_parquet(folder / "metrics.parquet")
 
 
+def write_layers(folder: Path, shift: float) -> None:
+    """layers.parquet of two banks, as GPTQ has it; another run of it differs by its shift."""
+    banks = {"attention_bank": 8, "mlp_up_bank": 4}
+    rows = [(bank, matrix) for bank, number in banks.items() for matrix in range(number)]
+    error = np.array([0.1 * 0.8**matrix for _, matrix in rows]) * (1 + abs(shift))
+    layers = pd.DataFrame(rows, columns=["bank", "matrix"]).assign(
+        error=error, error_round_to_nearest=3 * error, zeros=200, bits_per_code=5.5 + shift
+    )
+    layers.to_parquet(folder / "layers.parquet")
+
+
 def evaluation_settings(variant: str) -> dict:
     scope = {"scope": "batch" if variant == "leaky" else "window", "batch_windows": 32}
     adapters = [{name: scope if name == "slot" else {}} for name in adapters_of(variant)]
@@ -344,9 +356,11 @@ def make_report(
     seeds=SEEDS,
     folders: Mapping[str, Mapping[str, str]] = QUICKSTART,
     settings: Mapping = SETTINGS,
+    **more: object,
 ) -> Path:
-    """Write the report of a run that `make_run` made; return its folder."""
+    """Write the report of a run that `make_run` made; return its folder. more: `write_report`'s."""
     folder = root / "results" / "quickstart" / "report"
-    written = write_report(folder, load_results(root, seeds, folders), ReportSettings(**settings))
+    results, chosen = load_results(root, seeds, folders), ReportSettings(**settings)
+    written = write_report(folder, results, make_tables(results, chosen), chosen, **more)
     _vouch(folder, written)
     return folder

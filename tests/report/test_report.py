@@ -270,6 +270,7 @@ def test_the_report_tells_what_it_read_and_wrote(finished):
 
 def test_the_settings_are_complete_and_checked():
     assert ReportSettings().model_dump() == {
+        "against": None,
         "baseline": None,
         "minimum_gain_nats": 0.005,
         "significance": 0.01,

@@ -126,7 +126,7 @@ def test_an_adapter_is_called_by_the_title_that_it_gives_itself(tmp_path):
     rewrite_json(metrics, adapters=listed)
     folder = make_report(tmp_path, seeds=(42,))
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert ">Adapted by Unigram cache and SLOT <" in page and ">Unigram cache</th>" in page
+    assert ">Adapted by Unigram cache and SLOT <" in page and ">+ Unigram cache</th>" in page
     stages = pd.read_parquet(folder / "stages.parquet")
     assert "gain_cache_bpb" in set(stages["metric"])
 
@@ -147,7 +147,7 @@ def test_the_track_is_named_beside_its_verdict(tmp_path, track, told):
         rewrite_json(base / "slot_eval/metrics.json", val_loss=loss, adapters=[])
         rewrite_json(base / "audit/audit.json", track=track)
     page = (make_report(tmp_path, seeds=(42,)) / "report.html").read_text(encoding="utf-8")
-    assert re.search(rf"PASS</span><br><span class=\"track\">{track}</span>", page)
+    assert re.search(rf"PASS</span> <span class=\"detail\">{track}</span>", page)
     assert (">Without adapters <" in page) == (track == "fixed")
     assert f"Track: {told}." in page
 

@@ -91,7 +91,7 @@ def test_a_dataset_that_says_nothing_is_spoken_for(finished):
 class PageReader(HTMLParser):
     """Collects text with the elements that are open around it, and checks that they nest."""
 
-    VOID = ("meta", "img", "br", "link")
+    VOID = ("meta", "img", "br", "wbr", "link")
 
     def __init__(self):
         super().__init__()
@@ -135,20 +135,24 @@ def test_a_valid_score_stands_beside_its_verdict(finished):
     losses = [make_tokens("causal", seed) for seed in SEEDS]
     values = [one["nll_after"].sum() / math.log(2) / one["bytes"].sum() for one in losses]
     with_score = [row for row in rows if f"{np.mean(values):.4f}" in row]
-    assert len(with_score) == 2
+    assert len(with_score) == 3  # the headline, of its stage, of its last adapter
     assert all("PASS" in row for row in with_score)
 
 
-def test_the_page_needs_nothing_but_itself(page):
+def test_the_page_needs_nothing_but_itself_and_leads_to_what_it_is_made_from(finished, page):
     tags = {tag for tag, _ in page.attributes}
     assert not tags & {"script", "link", "iframe"}
     images = [attributes for tag, attributes in page.attributes if tag == "img"]
-    assert len(images) == 6
+    assert len(images) == 7
     for image in images:
         assert image["src"].startswith("data:image/svg+xml;base64,") and image["alt"]
     links = [attributes["href"] for tag, attributes in page.attributes if tag == "a"]
     anchors = {attributes.get("id") for _, attributes in page.attributes}
-    assert all(link.startswith("#") and link[1:] in anchors for link in links)
+    assert all(link[1:] in anchors for link in links if link.startswith("#"))
+    files = {link for link in links if not link.startswith("#")}
+    assert all((finished[1] / link).is_file() for link in files)
+    names = {link.rpartition("/")[2] for link in files}
+    assert names >= {"audit.json", "provenance.json", "metrics.json", "summary.md", "config.yaml"}
 
 
 def test_the_same_results_give_the_same_bytes(finished):
@@ -194,3 +198,32 @@ def test_words_are_joined():
 
 def test_a_tiny_difference_has_no_sign():
     assert (signed(-0.00001), signed(-0.0021), signed(0.3)) == ("0.0000", "−0.0021", "+0.3000")
+
+
+def luminance(color):
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_text_has_enough_contrast_in_light_and_dark(finished):
+    """WCAG's 4.5, of failed and muted numbers too, on each ground that they stand on."""
+    style = (finished[1] / "report.html").read_text(encoding="utf-8").partition("</style>")[0]
+    light, dark = (
+        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
+        for block in re.findall(r":root {(.*?)}", style)
+    )
+    texts = set(re.findall(r"(?<![a-z-])color: var\(--([a-z-]+)\)", style))
+    assert texts >= {"ink", "muted", "pass", "fail", "link"}
+    assert not re.findall(r"(?<![a-z-])color: (?!var|inherit)", style)
+    assert re.search(r"\ns { color: var\(--muted\)", style)
+    for colors in (light, dark):
+        grounds = {name: ("paper", "faint") for name in texts}
+        grounds |= {name: ("paper", "faint", f"{name}-back") for name in ("pass", "fail")}
+        grounds["muted"] = ("paper", "faint", "open-back")
+        for name, others in grounds.items():
+            for other in others:
+                pair = sorted(luminance(colors[one]) for one in (name, other))
+                assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (name, other)

@@ -52,6 +52,10 @@ def project(checkout):
         ({"train": {"matrix_learning_rate": "fast"}}, "found 'fast', expected a number"),
         ({"run": 1.5}, "run: found the number 1.5, expected text: quote it"),
         ({"variants": {"causal": None, "leaky": None}}, "variants: none is left"),
+        (
+            {"report": {"against": "leeky"}},
+            "report.against: no variant 'leeky': the config has causal, leaky; did you mean leaky?",
+        ),
         ({"model": {"heads": 3}}, "model.heads 3 does not divide model.width 32"),
         ({"evaluation": {"stride_tokens": 33}}, "evaluation.stride_tokens"),
         ({"ttt": {"frozen_blocks": 4}}, "ttt.frozen_blocks"),

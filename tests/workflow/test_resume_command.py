@@ -105,6 +105,18 @@ def test_the_command_is_given_again_and_forces_nothing(
     assert resumed() == (0, told, expected)
 
 
+def test_a_job_knows_what_was_typed(started, monkeypatch):
+    started("--config", "run=a b")
+    started("--config", "run=other", finished=True)
+    mark = os.environ[resume.MARK]
+    assert resume.typed_command() == "snakemake --config run=other"
+    started("--config", "run=third")
+    assert resume.typed_command() == "snakemake --config run=third"
+    for gone in (mark, ""):
+        monkeypatch.setenv(resume.MARK, gone)
+        assert resume.typed_command() is None
+
+
 def test_the_last_run_is_resumed_unless_it_finished(started, resumed):
     started("--config", "run=first")
     started("--config", "run=second")

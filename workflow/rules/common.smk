@@ -411,6 +411,7 @@ def get_report_files():
         "metrics.json",
         "metrics.parquet",
         "artifact.bin",
+        "layers.parquet",
         "tokens.parquet",
         "audit.json",
         "reach.parquet",

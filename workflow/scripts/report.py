@@ -11,21 +11,29 @@ from pydantic import TypeAdapter, ValidationError
 
 from fairway.errors import UserError
 from fairway.recipe import load_config
-from fairway.report.content import cautions
+from fairway.report.content import about, cautions
+from fairway.report.kept import drop_equal, keep
 from fairway.report.page import write_report
 from fairway.report.results import read_results
+from fairway.report.tables import make_tables
+from fairway.resume import typed_command
 from fairway.settings import explain
 from fairway.stage import StageRun, run_stage
 
 
 def report(stage: StageRun) -> None:
     folders, seeds = layout(stage.options)
-    results = read_results(stage.options.run, folders, seeds)
-    products = write_report(stage.output, results, stage.settings.report)
+    results, settings = read_results(stage.options.run, folders, seeds), stage.settings.report
+    tables = make_tables(results, settings)
+    keep(stage.output)  # of a run of Snakemake, its start has done so
+    kept = drop_equal(stage.output, said := about(results, tables, settings))
+    products = write_report(stage.output, results, tables, settings, typed_command(), kept)
     stage.taken |= results.files
-    stage.finish({}, products=[str(path.relative_to(stage.output)) for path in products])
+    stage.finish(said, products=[str(path.relative_to(stage.output)) for path in products])
     verdicts = ", ".join(f"{variant} {results.verdict(variant)}" for variant in folders)
     print(f"{stage.output / 'report.html'}: {verdicts}", *cautions(results), sep="\n  ")
+    for one in kept:
+        print(f"  an older report is kept in {one.folder}")
 
 
 def layout(options: argparse.Namespace) -> tuple[dict[str, dict[str, str]], list[int]]:

@@ -8,7 +8,6 @@ stages, at what cost, and which settings differ. Every difference is B minus A.
 """
 
 import argparse
-import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +15,14 @@ from typing import NamedTuple
 
 from fairway.errors import UserError
 from fairway.plugins import did_you_mean
-from fairway.report.comparison import SIDES, Table, comparison, side_by_side
+from fairway.recipe import MOST_NAMES
+from fairway.report.comparison import SIDES, comparison, side_by_side
 from fairway.report.content import cautions
-from fairway.report.format import badge
 from fairway.report.render import render
 from fairway.report.results import SLIDING, Results, read_results
+from fairway.report.table import as_text
 from fairway.report.tables import read_run
-from fairway.runs import MOST_NAMES, no_such_run, run_folder
-
-LINE = 100
-"""Characters of a line of text; tables may be wider."""
+from fairway.runs import no_such_run, run_folder
 
 
 class Side(NamedTuple):
@@ -101,21 +98,6 @@ def read_sides(sides: Sequence[Side], seeds: Sequence[int]) -> Results:
     return side_by_side(found)
 
 
-def table_text(table: Table) -> str:
-    """A table for a terminal: numbers to the right, everything else to the left."""
-    heads = [head.removeprefix("#") for head in table.heads]
-    widths = [max(map(len, column)) for column in zip(heads, *table.rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if head.startswith("#") else cell.ljust(width)
-            for cell, width, head in zip(row, widths, table.heads, strict=True)
-        ).rstrip()
-        for row in ([heads, *table.rows] if table.rows else [])
-    ]
-    caption = textwrap.fill(table.caption, LINE)
-    return "\n".join(filter(None, (f"\n{table.title}", caption, *lines)))
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `fairway compare`."""
     for name in SIDES:
@@ -135,10 +117,9 @@ def run(parsed: argparse.Namespace) -> int:
     facts = [*zip(SIDES, map(str, sides), strict=True), ("Seeds", ", ".join(map(str, seeds)))]
     tables, notes = comparison(results), cautions(results)
     print(*(f"{name:<5}  {text}" for name, text in facts), *notes, sep="\n")
-    print(*map(table_text, tables), sep="\n")
+    print(*map(as_text, tables), sep="\n")
     if parsed.html:
-        badges = {verdict: badge(verdict) for verdict in map(results.verdict, SIDES)}
-        content = {"facts": facts, "tables": tables, "cautions": notes, "badges": badges}
+        content = {"facts": facts, "tables": tables, "cautions": notes}
         render(parsed.html, "compare.html.j2", content)
         print(f"\n{parsed.html}")
     return 0

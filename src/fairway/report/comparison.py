@@ -3,53 +3,38 @@
 Every difference is B minus A, so negative is better. A score stands beside its audit's verdict.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from fairway.errors import UserError
-from fairway.provenance import PROVENANCE, Provenance, read_provenance
-from fairway.report.content import BUDGET_TITLES, identity, over_documents, stage_title
+from fairway.provenance import Provenance
+from fairway.report.configuration import changed_keys, dataset_record, resolved, value_text
+from fairway.report.content import BUDGET_TITLES
 from fairway.report.format import (
     NONE,
     bits,
     count,
-    decimals,
     interval,
     joined,
     mean_and_std,
     plural,
-    probability,
     quantity,
     signed,
 )
+from fairway.report.origin import identity
 from fairway.report.results import FINAL_STAGE, SLIDING, Results
+from fairway.report.scores import INVALID, over_documents, over_seeds, stage_title
 from fairway.report.statistics import describe
-from fairway.report.tables import (
-    TEST_FIELDS,
-    budgets_table,
-    compared,
-    stage_bpb,
-    variants_by_text,
-)
-from fairway.stages import STAGES, made_by
+from fairway.report.table import Cell, Group, Row, Table
+from fairway.report.tables import budgets_table, compared, stage_bpb, variants_by_text
+from fairway.stages import STAGES
 
 A, B = SIDES = ("A", "B")
 BY_VARIANT = ("folders", "manifests")
-BY_VARIANT_AND_SEED = ("metrics", "provenance", "curves", "tokens", "audits", "reach")
+BY_VARIANT_AND_SEED = ("metrics", "provenance", "curves", "layers", "tokens", "audits", "reach")
 """The fields of Results whose keys are a variant, or begin with a variant and a seed."""
-
-
-class Table(NamedTuple):
-    """A name that begins with # heads a column of numbers."""
-
-    title: str
-    caption: str
-    heads: Sequence[str]
-    rows: list[list[str]]
 
 
 def side_by_side(sides: Mapping[str, tuple[Results, str]]) -> Results:
@@ -66,7 +51,9 @@ def side_by_side(sides: Mapping[str, tuple[Results, str]]) -> Results:
             found[field] |= {(name, *key[1:]): one for key, one in values if key[0] == variant}
     every = [results for results, _ in sides.values()]
     files = {path: digest for results in every for path, digest in results.files.items()}
-    return Results(run=joined(sides), seeds=every[0].seeds, files=files, **found)
+    return Results(
+        run=joined(sides), path=every[0].path, seeds=every[0].seeds, files=files, **found
+    )
 
 
 def comparison(results: Results) -> list[Table]:
@@ -95,16 +82,18 @@ def _scores(results: Results) -> Table:
     rows = []
     for side in SIDES:
         score = describe([stage_bpb(results, side, seed, FINAL_STAGE) for seed in results.seeds])
-        note = "not a valid score" if results.failed(side) else ""
-        spread = interval(score.ci_low, score.ci_high)
-        mean = mean_and_std(score.mean, score.std)
-        rows.append([side, results.verdict(side), mean, spread, str(score.n), note])
+        failed = results.failed(side)
+        spread = Cell(interval(score.ci_low, score.ci_high), struck=failed)
+        mean = Cell(mean_and_std(score.mean, score.std), struck=failed)
+        verdict = Cell(verdict=results.verdict(side))
+        note = Cell(warning=INVALID if failed else "")
+        rows.append([side, verdict, mean, spread, str(score.n), note])
     return Table(
         "Scores",
         "Validation bits per byte with adaptation, lower is better; mean ± standard deviation over "
         "seeds, 95 % Student-t interval of the mean.",
-        ["", "Audit", "#val_bpb", "95 % interval", "#Seeds", "Note"],
-        rows,
+        ["Result", "Audit", "#val_bpb", "95 % interval", "#Seeds", "Note"],
+        [Group(rows)],
     )
 
 
@@ -116,39 +105,45 @@ def _differences(results: Results) -> tuple[Table, Table]:
     every = "all seeds" if seeds else f"seed {results.seeds[0]}"
     labels = [*(f"seed {seed}" for seed in seeds), every, f"{every}, without adapters"]
     failed = [side for side in SIDES if results.failed(side)]
-    note = f"{joined(failed)} failed the audit" if failed else "valid"
+    note = Cell(warning=f"{joined(failed)} failed the audit") if failed else Cell("valid")
     text = [
         [label, *over_documents(row, "p", sides=2).values(), note]
         for label, row in zip(labels, found, strict=True)
     ]
-    last = found[-2]
-    tests = [signed(last["difference_nats"])]
-    for kind in ("welch", "paired"):
-        t, degrees, p = (last[f"{kind}_{name}"] for name in TEST_FIELDS)
-        tests += [decimals(t, 2), decimals(degrees, 1), probability(p)]
+    tests = over_seeds(found[-2])
     return (
         Table(
             "Difference over the text",
             "B minus A in bits per byte, paired by document; p is two-sided, ≤ marks the least "
             "that the test gives for so many documents. All seeds: of their mean losses. The "
             "interval is about the choice of text, not of the seed.",
-            ["", "#Bits per byte", "#Std. error", "95 % interval", "#p", "#Documents", "Note"],
-            text,
+            ["Seeds", "#Bits per byte", "#Std. error", "95 % interval", "#p", "#Documents", "Note"],
+            [Group(text)],
         ),
         Table(
             "Difference over the seeds",
             "B minus A in nats per token (none where their tokens differ), and two-sided tests of "
             "the seeds’ val_bpb: Welch’s takes all runs for independent, the paired t-test "
             "compares seed by seed.",
-            ["#Nats per token", "#Welch’s t", "#df", "#p", "#Paired t", "#df", "#p", "Note"],
-            [[*tests, note]],
+            [
+                "Seeds",
+                "#Nats per token",
+                "#Welch’s t",
+                "#df",
+                "#p",
+                "#Paired t",
+                "#df",
+                "#p",
+                "Note",
+            ],
+            [Group([[str(len(results.seeds)), *tests, note]])],
         ),
     )
 
 
 def _stages(results: Results) -> Table:
     """Where the scores part, and why."""
-    dataset = {side: _dataset_record(results, side) for side in SIDES}
+    dataset = {side: dataset_record(results, side) for side in SIDES}
     rows = [["Tokens and splits", NONE, NONE, NONE, *_sharing(results, "tokenize", dataset), ""]]
     for stage in [*results.score_stages, "audit"]:
         scores = [NONE] * 3
@@ -161,14 +156,14 @@ def _stages(results: Results) -> Table:
         records = {side: results.provenance[side, results.seeds[0], _made(stage)] for side in SIDES}
         title = stage_title(results, B, stage) if stage == SLIDING else STAGES[stage].title
         tainted = [side for side in SIDES if stage != "audit" and results.is_tainted(side, stage)]
-        note = f"{joined(tainted)} saw validation text" if tainted else ""
+        note = Cell(warning=f"{joined(tainted)} saw validation text" if tainted else "")
         rows.append([title, *scores, *_sharing(results, _made(stage), records), note])
     return Table(
         "Stages",
         "val_bpb, mean over seeds. Shared: one run serves both, or both made the same bytes. "
         "Otherwise, what their records say differs.",
         ["Stage", "#A", "#B", "#B − A", "Shared", "Differs in", "Note"],
-        rows,
+        [Group(rows)],
     )
 
 
@@ -201,13 +196,6 @@ def _same_product(results: Results, stage: str) -> bool:
         for side in SIDES
     ]
     return made[0] == made[1] and None not in made[0]
-
-
-def _dataset_record(results: Results, side: str) -> Provenance:
-    """provenance.json of the dataset that was scored."""
-    inputs = map(Path, results.provenance[side, results.seeds[0], FINAL_STAGE].inputs)
-    manifest = next(path for path in inputs if path.name == "manifest.json")
-    return read_provenance(manifest.with_name(PROVENANCE), made_by("tokenize", again=True))
 
 
 def _seconds(results: Results) -> Table:
@@ -248,7 +236,7 @@ def _seconds(results: Results) -> Table:
         f"Wall-clock seconds, mean over seeds; the most memory of any seed. A ran on {devices[A]}, "
         f"B on {devices[B]}.",
         ["Stage", "#A, s", "#B, s", "#B − A, s", "#A, GiB", "#B, GiB"],
-        rows,
+        [Group(rows)],
     )
 
 
@@ -265,62 +253,21 @@ def _budgets(results: Results) -> Table:
         "Budgets",
         "The largest use of any seed.",
         ["Budget", "#A", "#B", "#B − A", "#Limit"],
-        rows,
+        [Group(rows)],
     )
 
 
 def _settings(results: Results) -> Table:
     """Every key that differs, and the commits and versions."""
-    ours, theirs = (_resolved(results, side) for side in SIDES)
-    rows = [[key, _shown(a), _shown(b)] for key, a, b in changed_keys(ours, theirs)]
+    ours, theirs = (_settings_and_code(results, side) for side in SIDES)
+    rows: list[Row] = [
+        [key, value_text(a), value_text(b)] for key, a, b in changed_keys(ours, theirs)
+    ]
     caption = "" if rows else "A and B have the same settings, commits and versions."
-    return Table("What differs", caption, ["Key", "A", "B"], rows)
+    return Table("What differs", caption, ["Key", "A", "B"], [Group(rows)])
 
 
-def _resolved(results: Results, side: str) -> dict[str, Any]:
-    """All settings that the stages were told, by section; and what code ran."""
-    records = [_dataset_record(results, side)]
-    records += [results.provenance[side, results.seeds[0], stage] for stage in results.stages]
-    sections: dict[str, dict] = {}
-    for record in records:
-        for name, values in record.settings.items():
-            sections.setdefault(name, {}).update(values)
+def _settings_and_code(results: Results, side: str) -> dict[str, Any]:
     code = identity(side_by_side({side: (results, side)}))
-    return sections | {"commit": ", ".join(code["commits"]), "version": code["versions"]}
-
-
-ABSENT = object()
-"""In place of the value of a key that one side does not have."""
-
-
-def changed_keys(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(`section.key`, A's value, B's) wherever two plain values differ; ABSENT for none.
-
-    Lists of named entries, as `evaluation.adapters` is, are compared name by name, and as a list of
-    their names.
-    """
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        for key in dict.fromkeys((*a, *b)):
-            inner = f"{path}.{key}" if path else key
-            yield from changed_keys(a.get(key, ABSENT), b.get(key, ABSENT), inner)
-    elif _is_named(a) and _is_named(b):
-        ours, theirs = ({key: one[key] for one in side for key in one} for side in (a, b))
-        if [*ours] != [*theirs]:
-            yield path, [*ours], [*theirs]
-        for name in (name for name in ours if name in theirs):
-            yield from changed_keys(ours[name], theirs[name], f"{path}.{name}")
-    elif a != b:
-        yield path, a, b
-
-
-def _is_named(value: Any) -> bool:
-    entries = isinstance(value, list) and all(
-        isinstance(one, Mapping) and len(one) == 1 for one in value
-    )
-    return entries and len({key for one in value for key in one}) == len(value)
-
-
-def _shown(value: Any) -> str:
-    if value is ABSENT:
-        return NONE
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    told = {"commit": ", ".join(code["commits"]), "version": code["versions"]}
+    return resolved(results, side) | told

@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -21,7 +22,8 @@ from matplotlib.patches import Patch
 from fairway.audit.interface import FAIL
 from fairway.files import atomic_path
 from fairway.report.format import compact, signed
-from fairway.report.results import Results
+from fairway.report.quantization import ROUNDED, quantized_runs
+from fairway.report.results import FEW_VARIANTS, Results
 from fairway.report.tables import (
     ALL_ADAPTERS,
     RunTables,
@@ -34,9 +36,12 @@ from fairway.report.token_sums import TEXT_PARTS, gain_nats
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, MUTED, FAINT = "#1f2933", "#5f6b7a", "#d9dee5"
-WIDTH_INCHES = 8.2
+WIDTH_INCHES = 5.2
+"""Text of 9 points stays readable where the page is 400 pixels wide; so panels stand one under the
+other."""
 NAME_CHARACTERS = 26
 """A longer name of a variant goes on over several lines."""
+LEGEND_LINE_INCHES = 0.17
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#9aa5b1",
@@ -60,6 +65,7 @@ STYLE = {
     "xtick.color": MUTED,
     "ytick.color": MUTED,
 }
+NO_DATE = {"Date": None, "Creator": None}
 BUDGET_PANELS = {
     "artifact_bytes": ("Artifact with code", "MB", 1e6),
     "training_seconds": ("Training", "s", 1.0),
@@ -72,6 +78,7 @@ def write_figures(folder: Path, results: Results, tables: RunTables) -> dict[str
     drawings: dict[str, Callable[[], Figure]] = {
         "bpb_by_stage": lambda: bpb_by_stage(results),
         "training_curves": lambda: training_curves(results),
+        "layers": lambda: layers(results),
         "gain_by_position": lambda: gain_by_position(results, tables.gains),
         "leak": lambda: leak(results),
         "budgets": lambda: budgets_used(results, tables.budgets),
@@ -82,7 +89,7 @@ def write_figures(folder: Path, results: Results, tables: RunTables) -> dict[str
         for name, draw in drawings.items():
             paths[name] = folder / f"{name}.svg"
             with atomic_path(paths[name]) as temporary:
-                draw().savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+                draw().savefig(temporary, format="svg", transparent=True, metadata=NO_DATE)
     return paths
 
 
@@ -90,7 +97,7 @@ def bpb_by_stage(results: Results) -> Figure:
     """val_bpb after each stage: seeds as points, their mean as a line, one line per variant."""
     order = results.score_stages
     many = not results.has_few_variants
-    figure, (axes,) = _new_figure(1, height=max(4.0, 0.42 * len(results.variants)))
+    figure, (axes,) = _new_figure(3.6 + many * LEGEND_LINE_INCHES * len(results.variants))
     values = {variant: _bpb(results, variant) for variant in results.variants}
     for sharers in results.stages_by_sharers():
         here = [
@@ -103,19 +110,24 @@ def bpb_by_stage(results: Results) -> Figure:
             _line_with_points(axes, range(first, here[-1] + 1), line, skip=here[0] - first, **style)
     ends = [values[variant][-1].mean() for variant in results.variants]
     labels = [_final_label(results, *one) for one in zip(results.variants, ends, strict=True)]
-    axes.set_xticks(range(len(order)), order)
-    axes.set_xlim(-0.3, len(order) + (1.6 if many else 0.7))
-    axes.set_ylabel("val_bpb (bits per byte), lower is better")
+    axes.set_xticks(range(len(order)), order, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.3, len(order) - 0.7 if many else len(order) + 1.6)
+    axes.set_ylabel("val_bpb, lower is better")
     axes.margins(y=0.12)
     colors = [_color(results, variant) for variant in results.variants]
-    _label_ends(axes, len(order) - 1 + 0.15, ends, labels, colors)
+    if many:
+        failed = [results.failed(variant) for variant in results.variants]
+        best_first = np.lexsort([ends, failed])
+        handles = [Patch(color=colors[index]) for index in best_first]
+        _legend_below(figure, handles, [labels[index] for index in best_first])
+    else:
+        _label_ends(axes, len(order) - 1 + 0.15, ends, labels, colors)
     return figure
 
 
 def training_curves(results: Results) -> Figure:
     """Training loss over tokens for each training run and seed, above the learning-rate scale."""
-    figure = Figure(figsize=(WIDTH_INCHES, 4.2), layout="constrained")
-    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    figure, (loss, rate) = _new_figure(2.8, 0.9, sharex=True)
     runs = dict.fromkeys(results.sharers(variant, "train") for variant in results.variants)
     for sharers in runs:
         curves = [results.curves[sharers[0], seed] for seed in results.seeds]
@@ -139,12 +151,48 @@ def training_curves(results: Results) -> Figure:
     return figure
 
 
+def layers(results: Results) -> Figure:
+    """Error and bits of every quantized matrix, one line per run of gptq, mean over seeds."""
+    runs = quantized_runs(results)
+    many = len(runs) > FEW_VARIANTS
+    figure, (error, spent) = _new_figure(
+        2.4, 2.2 + many * LEGEND_LINE_INCHES * len(runs), sharex=True
+    )
+    keys = list(dict.fromkeys(key for table in runs.values() for key in table.index))
+    banks = pd.Series([bank for bank, _ in keys], dtype=str)
+    for sharers, table in runs.items():
+        color = INK if len(sharers) > 1 else _color(results, sharers[0])
+        rows = table.reindex(keys)
+        for index, at in enumerate(banks.groupby(banks, sort=False).groups.values()):
+            label = results.name_of(sharers, "gptq") if index == 0 else None
+            style = {"color": color, "linewidth": 1.3, "markersize": 3}
+            error.plot(at, rows["error"].iloc[at], "o-", label=label, **style)
+            spent.plot(at, rows["bits_per_code"].iloc[at], "o-", **style)
+            if ROUNDED in rows:
+                error.plot(at, rows[ROUNDED].iloc[at], "_", **(style | {"markersize": 6}))
+    for axes in (error, spent):
+        for at in np.flatnonzero(banks.ne(banks.shift()))[1:]:
+            axes.axvline(at - 0.5, color="#9aa5b1", linewidth=0.7)
+    error.set_yscale("log")
+    error.set_ylabel("error")
+    if many:
+        _legend_below(figure, *error.get_legend_handles_labels())
+    elif len(runs) > 1:
+        error.legend(fontsize=8)
+    spent.set_ylabel("bits a code")
+    centers = [np.mean(at) for at in banks.groupby(banks, sort=False).groups.values()]
+    names = [name.removesuffix("_bank").replace("_", "\n") for name in dict.fromkeys(banks)]
+    spent.set_xticks(centers, names, fontsize=8.5)
+    spent.tick_params(axis="x", length=0)
+    return figure
+
+
 def gain_by_position(results: Results, gains: pd.DataFrame) -> Figure:
     """Nats per token that adaptation saves, by position in the document and in the text.
 
-    One row of panels per variant, each on its own scale: an honest gain is a hundred times smaller
-    than a leak, and would be invisible beside it. Many variants have two rows: those that failed
-    their audit, and the others.
+    A panel of each per variant, each variant on its own scale: an honest gain is a hundred times
+    smaller than a leak, and would be invisible beside it. Of many variants there are two of each:
+    those that failed their audit, and the others.
     """
     if results.has_few_variants:
         rows = [[variant] for variant in results.variants]
@@ -153,11 +201,10 @@ def gain_by_position(results: Results, gains: pd.DataFrame) -> Figure:
             [v for v in results.variants if results.failed(v) == fails] for fails in (False, True)
         ]
         rows = [row for row in split if row]
-    figure = Figure(figsize=(WIDTH_INCHES, 0.8 + 2.4 * len(rows)), layout="constrained")
-    grid = figure.subplots(
-        len(rows), 2, sharex="col", sharey="row", squeeze=False, width_ratios=(3, 2)
-    )
-    for (document, text), row in zip(grid, rows, strict=True):
+    below = 0.0 if results.has_few_variants else LEGEND_LINE_INCHES * len(results.variants)
+    figure, panels = _new_figure(*[2.3] * len(rows), *[1.7 + below / len(rows)] * len(rows))
+    documents, texts = panels[: len(rows)], panels[len(rows) :]
+    for document, text, row in zip(documents, texts, rows, strict=True):
         for variant in row:
             own = gains[gains["variant"] == variant]
             _draw_document_gains(document, results, variant, own)
@@ -167,19 +214,24 @@ def gain_by_position(results: Results, gains: pd.DataFrame) -> Figure:
             _line_with_points(text, percent, by_part.to_numpy(), **_style(results, variant))
         if results.has_few_variants:
             document.set_title(_name(results, row[0]))
-        document.legend(loc="best", fontsize=8.5 if results.has_few_variants else 7)
-        document.set_ylabel("gain (nats per token)")
-        _zero_line(document)
-        _zero_line(text)
-    _label_bins(document, gains)
-    text.set_xlabel("position in the validation text (%)")
+            text.set_title(_name(results, row[0]))
+        if results.has_few_variants:
+            document.legend(loc="best", fontsize=8.5)
+        for axes in (document, text):
+            axes.set_ylabel("gain (nats a token)")
+            _zero_line(axes)
+        _label_bins(document, gains)
+        text.set_xlabel("position in the validation text (%)")
+    if not results.has_few_variants:
+        known = [axes.get_legend_handles_labels() for axes in documents]
+        _legend_below(figure, *map(sum, zip(*known, strict=True), ([], [])))
     return figure
 
 
 def leak(results: Results) -> Figure:
     """Gain of targets in their own delta's loss and of the others; reach of the flips."""
     few = results.has_few_variants
-    figure, (gain, reach) = _new_figure(2, height=3.6 if few else 4.4 + 0.1 * len(results.variants))
+    figure, (gain, reach) = _new_figure(2.8, 2.8 if few else 3.4 + 0.25 * len(results.variants))
     groups = {True: "in the loss of\ntheir own delta", False: "not in\nthat loss"}
     width = 0.8 / len(results.variants)
     for index, variant in enumerate(results.variants):
@@ -200,13 +252,13 @@ def leak(results: Results) -> Figure:
     if few:
         reach.legend(handles, labels, loc="upper right")
     else:
-        figure.legend(handles, labels, loc="outside lower left", ncols=2, fontsize=8)
+        _legend_below(figure, handles, labels)
     return figure
 
 
 def budgets_used(results: Results, budgets: pd.DataFrame) -> Figure:
     """Bytes and seconds of every variant against the limits."""
-    figure, panels = _new_figure(3, height=0.9 + 0.4 * len(results.variants), sharey=True)
+    figure, panels = _new_figure(*[0.6 + 0.3 * len(results.variants)] * 3)
     for axes, (budget, (title, unit, scale)) in zip(panels, BUDGET_PANELS.items(), strict=True):
         rows = budgets[budgets["budget"] == budget].groupby("variant")[["used", "limit"]].max()
         rows = rows.loc[list(results.variants)] / scale
@@ -222,8 +274,8 @@ def budgets_used(results: Results, budgets: pd.DataFrame) -> Figure:
         axes.set_xticks(limits, [words.format(limit, unit) for limit in limits])
         axes.set_title(title)
         axes.grid(False)
-    panels[0].set_yticks(range(len(results.variants)), map(_wrapped, results.variants))
-    panels[0].invert_yaxis()
+        axes.set_yticks(range(len(results.variants)), map(_wrapped, results.variants))
+        axes.invert_yaxis()
     return figure
 
 
@@ -235,7 +287,7 @@ def stage_times(results: Results) -> Figure:
         for stage in stages
     ]
     few = len(rows) <= 24
-    figure, (axes,) = _new_figure(1, height=0.8 + (0.3 if few else 0.19) * len(rows))
+    figure, (axes,) = _new_figure(0.8 + (0.3 if few else 0.19) * len(rows))
     size = 8.5 if few else 7.5
     for index, (sharers, stage) in enumerate(rows):
         seconds = [results.metrics[sharers[0], seed, stage]["seconds"] for seed in results.seeds]
@@ -255,10 +307,16 @@ def stage_times(results: Results) -> Figure:
     return figure
 
 
-def _new_figure(columns: int, height: float, sharey: bool = False) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of one row of panels, and the panels. height: inches."""
-    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-    return figure, figure.subplots(1, columns, sharey=sharey, squeeze=False)[0]
+def _new_figure(*heights: float, sharex: bool = False) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with panels one under the other, and the panels. heights: of each, inches."""
+    figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(heights), 1, height_ratios=heights, sharex=sharex, squeeze=False)
+    return figure, grid[:, 0]
+
+
+def _legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """For many names, a line each."""
+    figure.legend(handles, labels, loc="outside lower left", fontsize=8)
 
 
 def _color(results: Results, variant: str) -> str:

@@ -1,40 +1,52 @@
-"""report.html, one page that needs nothing but itself, and the tables and figures beside it."""
+"""A report's files: tables, figures, a summary, a config, and one page that needs nothing else."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
-from fairway.report.content import page_content
+from fairway.files import write_bytes
+from fairway.report.configuration import CONFIG, config_of, config_text, resolved
+from fairway.report.content import page_content, summary_markdown
 from fairway.report.figures import write_figures
+from fairway.report.kept import Kept
 from fairway.report.render import render
 from fairway.report.results import Results
 from fairway.report.settings import ReportSettings
-from fairway.report.tables import RunTables, make_tables
+from fairway.report.tables import RunTables
 
 
-def write_report(folder: Path, results: Results, settings: ReportSettings) -> list[Path]:
-    """Write the tables, figures/*.svg and report.html into `folder`; returns all paths."""
-    tables = make_tables(results, settings)
-    paths = tables.write(folder)
-    figures = write_figures(folder / "figures", results, tables)
-    page = folder / "report.html"
-    write_page(page, results, tables, figures, settings)
-    return [*paths, *figures.values(), page]
-
-
-def write_page(
-    path: Path,
+def write_report(
+    folder: Path,
     results: Results,
     tables: RunTables,
-    figures: Mapping[str, Path],
     settings: ReportSettings,
-) -> None:
-    """Render the page to `path`. figures: the SVG files by name, embedded as they are."""
-    content = page_content(results, tables, settings) | {
-        "figures": {name: _data_uri(figure) for name, figure in figures.items()},
-        "report_path": path.as_posix(),
+    command: str | None = None,
+    kept: Sequence[Kept] = (),
+) -> list[Path]:
+    """Write everything into `folder`; returns all paths.
+
+    command: what started the run, where it is known. kept: older reports.
+    """
+    figures = write_figures(folder / "figures", results, tables)
+    sections = {variant: resolved(results, variant) for variant in results.variants}
+    config = config_text(
+        config_of(results.run, results.seeds, sections)
+        | {"report": settings.model_dump(mode="json")}
+    )
+    written = {
+        CONFIG: config,
+        "summary.md": summary_markdown(results, tables, settings),
     }
-    render(path, "page.html.j2", content)
+    for name, text in written.items():
+        write_bytes(folder / name, text.encode())
+    content = page_content(results, tables, settings, kept) | {
+        "figures": {name: _data_uri(figure) for name, figure in figures.items()},
+        "config": config,
+        "command": command,
+    }
+    page = folder / "report.html"
+    render(page, "page.html.j2", content)
+    return [*tables.write(folder), *figures.values(), *(folder / one for one in written), page]
 
 
 def _data_uri(figure: Path) -> str:

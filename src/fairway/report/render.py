@@ -8,6 +8,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from fairway.files import atomic_path
+from fairway.report.format import badge
+from fairway.report.table import cells
 
 
 def render(path: Path, template: str, content: Mapping[str, Any]) -> None:
@@ -20,6 +22,7 @@ def render(path: Path, template: str, content: Mapping[str, Any]) -> None:
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = lambda name: escape(name).replace("_", Markup("_<wbr>"))
+    environment.filters |= {"badge": badge, "cells": cells}
     page = environment.get_template(template).render(content)
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -22,7 +22,7 @@ from fairway.audit.interface import FAIL, Check
 from fairway.audit.result import GRAVITY, AuditRecord, read_audit
 from fairway.data.manifest_fields import Manifest, read_manifest
 from fairway.errors import UserError
-from fairway.files import read_table, require_file, sha256_of
+from fairway.files import open_table, read_table, require_file, sha256_of
 from fairway.metrics import read_metrics
 from fairway.provenance import PROVENANCE, Provenance, check_product, read_provenance
 from fairway.report.token_sums import TokenSums, read_token_sums, saved_nats
@@ -34,7 +34,7 @@ SLIDING = "sliding"
 """The final stage's windows before adaptation: scored there, shown as a stage of their own."""
 FILES_READ = {
     "train": ("metrics.parquet",),
-    "gptq": ("artifact.bin",),
+    "gptq": ("artifact.bin", "layers.parquet"),
     FINAL_STAGE: ("tokens.parquet",),
     "audit": ("audit.json", "reach.parquet"),
 }
@@ -47,6 +47,12 @@ CURVE_COLUMNS = {
     "lr_scale": "float64",
     "seconds": "float64",
     "tokens": "int64",
+}
+LAYER_COLUMNS = {
+    "matrix": "int64",
+    "error": "float64",
+    "zeros": "int64",
+    "bits_per_code": "float64",
 }
 REACH_COLUMNS = {
     "distance_tokens": "int64",
@@ -66,6 +72,8 @@ class Results:
     """All that a run's files say; keys are (variant, seed, stage) or (variant, seed)."""
 
     run: str
+    path: Path
+    """The run's folder."""
     seeds: tuple[int, ...]
     folders: Mapping[str, Mapping[str, str]]
     """By variant and stage: the folder under seed-<s> that holds the stage for the variant."""
@@ -79,6 +87,8 @@ class Results:
     """provenance.json."""
     curves: Mapping[tuple[str, int], pd.DataFrame]
     """CURVE_COLUMNS; the loss is in nats per token."""
+    layers: Mapping[tuple[str, int], pd.DataFrame]
+    """`bank`, LAYER_COLUMNS and the quantizer's own columns, one row for each matrix."""
     tokens: Mapping[tuple[str, int], TokenSums]
     """tokens.parquet, summed."""
     audits: Mapping[tuple[str, int], AuditRecord]
@@ -88,7 +98,7 @@ class Results:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """In the order given: the first is the one that many others are compared with."""
+        """In the order given."""
         return tuple(self.folders)
 
     @property
@@ -234,6 +244,7 @@ def read_results(
     manifests = read(_checked_manifest, evaluations)
     results = Results(
         run=run_folder.name,
+        path=run_folder,
         seeds=tuple(seeds),
         folders=folders,
         manifests={
@@ -248,6 +259,7 @@ def read_results(
         metrics=read(_read_metrics, paths),
         provenance=read(lambda folder: folder.record, paths),
         curves=read(_table_reader("metrics.parquet", CURVE_COLUMNS), of_stage("train")),
+        layers=read(_read_layers, of_stage("gptq")),
         tokens=read(lambda folder: read_token_sums(folder.path / "tokens.parquet"), evaluations),
         audits=read(_read_audit, audits),
         reach=read(_table_reader("reach.parquet", REACH_COLUMNS), audits),
@@ -334,6 +346,11 @@ def _require_place(path: Path, seed: int | None, name: str | None, folder: _Fold
 
 def _table_reader(name: str, columns: Mapping[str, str]) -> Callable[[_Folder], pd.DataFrame]:
     return lambda folder: read_table(folder.path / name, folder.made_by, columns)
+
+
+def _read_layers(folder: _Folder) -> pd.DataFrame:
+    open_table(folder.path / "layers.parquet", folder.made_by, ["bank"])  # text of either width
+    return _table_reader("layers.parquet", LAYER_COLUMNS)(folder)
 
 
 def _require_agreement(path: Path, sums: TokenSums, metrics: Mapping[str, Any]) -> None:

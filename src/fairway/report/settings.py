@@ -17,8 +17,10 @@ class Baseline(Settings):
 
 
 class ReportSettings(Settings):
-    """The test against a published score (section `report`); variants are compared without it."""
+    """What scores are held against (section `report`)."""
 
+    against: str | None = None
+    """The variant that the others are compared with; null: the first."""
     baseline: Baseline | None = None
     """A published score to beat; null: no such test."""
     minimum_gain_nats: float = Field(0.005, ge=0)

@@ -1,8 +1,7 @@
 """The tables of a finished run: all its numbers, tidy, for the page and for Python."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from fairway.errors import UserError
 from fairway.evaluation.bits_per_byte import bits_per_byte
 from fairway.files import read_table, require_file, write_table
 from fairway.provenance import check_product
+from fairway.recipe import known_variant
 from fairway.report.results import FINAL_STAGE, SLIDING, Results
 from fairway.report.settings import ReportSettings
 from fairway.report.statistics import (
@@ -39,8 +39,6 @@ SEED_TESTS = (
 """The columns of the comparisons that are of seeds, not of documents."""
 COMPARISONS_DTYPES = {"seed": "Int64"}
 """It is null where a comparison is of all seeds."""
-MOST_FOR_ALL_PAIRS = 5
-"""So many variants are compared each with each; of more, each with the first."""
 UNITS = {
     "val_loss": "nats/token",
     "val_bpb": "bits/byte",
@@ -103,7 +101,7 @@ def read_run(folder: str | Path) -> RunTables:
 
 def make_tables(results: Results, settings: ReportSettings) -> RunTables:
     """All of them, from one run's results."""
-    comparisons = comparisons_table(results)
+    comparisons = comparisons_table(results, reference_of(results, settings))
     stages = stages_table(results, comparisons)
     return RunTables(
         stages=stages,
@@ -164,6 +162,20 @@ def gain_bpb(sums: TokenSums, adapter: str | None = None) -> float:
     return bits_per_byte(saved_nats(total, adapter), total["bytes"])
 
 
+def gain_per_token(sums: TokenSums, adapter: str | None = None) -> float:
+    """The same in nats per token."""
+    total = sums.total()
+    return saved_nats(total, adapter) / total["tokens"]
+
+
+def scores_by_adapter(sums: TokenSums) -> list[float]:
+    """val_bpb without an adapter, with the first, with the first two, and so on."""
+    total = sums.total()
+    saved = np.cumsum([0.0, *(saved_nats(total, adapter) for adapter in sums.adapters[:-1])])
+    nats = [*(total["nats_before"] - saved), *([total["nats_after"]] if sums.adapters else [])]
+    return [bits_per_byte(one, total["bytes"]) for one in nats]
+
+
 def stage_bpb(results: Results, variant: str, seed: int, stage: str) -> float:
     """val_bpb of one of the results' score stages."""
     if stage == SLIDING:
@@ -204,7 +216,14 @@ def _test_columns(prefix: str, test: SeedTest) -> dict[str, float]:
     return {f"{prefix}_{name}": getattr(test, name) for name in TEST_FIELDS}
 
 
-def comparisons_table(results: Results) -> pd.DataFrame:
+def reference_of(results: Results, settings: ReportSettings) -> str:
+    """The variant that the others are held against; UserError where there is none of the name."""
+    if settings.against is None:
+        return results.variants[0]
+    return known_variant(settings.against, results.variants, "report.against: ")
+
+
+def comparisons_table(results: Results, against: str) -> pd.DataFrame:
     """Differences in bits per byte: of each variant's adaptation, and between variants.
 
     Columns: run, variant, stage, seed, reference_variant, reference_stage; those of
@@ -214,17 +233,22 @@ def comparisons_table(results: Results) -> pd.DataFrame:
 
     Each variant's final stage against its own `sliding`: a row of each seed, and one of all
     (`seed` null). Its final stage against another variant's: one row of all seeds. Where it is of
-    all seeds, losses are averaged per document first, so the interval is about the text. Only
-    variants that scored the same text are compared (`variants_by_text`), up to MOST_FOR_ALL_PAIRS
-    each with each, of more each with the first. Where two vocabularies cut the same text,
-    difference_nats is null: their tokens are not the same.
+    all seeds, losses are averaged per document first, so the interval is about the text. Each
+    variant is compared with `against`, if both scored the same text, else with the first that
+    scored its own (`variants_by_text`). Where two vocabularies cut the same text, difference_nats
+    is null: their tokens are not the same.
     """
     cases = [
         (variant, FINAL_STAGE, seed, variant, SLIDING)
         for variant in results.variants
         for seed in (*results.seeds, None)
     ]
-    pairs = [(one, FINAL_STAGE, None, other, FINAL_STAGE) for one, other in _pairs(results)]
+    pairs = [
+        (variant, FINAL_STAGE, None, reference, FINAL_STAGE)
+        for reference, variants in references(results, against).items()
+        for variant in variants
+        if variant != reference
+    ]
     return compared(results, cases + pairs)
 
 
@@ -272,13 +296,15 @@ def _tests_over_seeds(results: Results, variant: str, reference: str) -> dict[st
     )
 
 
-def _pairs(results: Results) -> Iterator[tuple[str, str]]:
-    """(variant, reference) of each comparison between variants."""
-    for variants in variants_by_text(results):
-        if len(variants) <= MOST_FOR_ALL_PAIRS:
-            yield from ((second, first) for first, second in combinations(variants, 2))
-        else:
-            yield from ((variant, variants[0]) for variant in variants[1:])
+def references(results: Results, against: str) -> dict[str, list[str]]:
+    """The variants by the one that they are held against: best score first, failed ones last."""
+
+    def rank(variant: str) -> tuple[bool, float]:
+        scores = [stage_bpb(results, variant, seed, FINAL_STAGE) for seed in results.seeds]
+        return results.failed(variant), float(np.mean(scores))
+
+    groups = variants_by_text(results)
+    return {against if against in group else group[0]: sorted(group, key=rank) for group in groups}
 
 
 def variants_by_text(results: Results) -> list[list[str]]:

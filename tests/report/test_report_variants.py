@@ -48,7 +48,7 @@ def read_page(folder):
 @pytest.fixture(scope="module")
 def two_trainings(tmp_path_factory):
     root = make_run(tmp_path_factory.mktemp("run"), TWO_SEEDS, TWO_TRAININGS)
-    return make_report(root, TWO_SEEDS, TWO_TRAININGS, settings={})
+    return make_report(root, TWO_SEEDS, TWO_TRAININGS, settings={}, figures=False)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_shared_stage_stands_once_on_the_page_and_counts_once(tmp_path):
         ("leaky",): ["ttt", "gptq", "slot_eval", "audit"],
     }
     assert results.tokens["a", 42] is results.tokens["b", 42]
-    page = read_page(make_report(root, TWO_SEEDS, folders))
+    page = read_page(make_report(root, TWO_SEEDS, folders, figures=False))
     assert "Shared by all variants, not audited by itself" in page
     assert "Shared by 3 variants in shared, not audited by itself" in page
     assert page.count(">Training, last step<") == 1
@@ -124,7 +124,7 @@ def test_a_shared_stage_stands_once_on_the_page_and_counts_once(tmp_path):
 
 def test_variants_of_another_text_are_shown_but_not_compared(tmp_path):
     root = make_run(tmp_path, TWO_SEEDS, OTHER_TEXT)
-    folder = make_report(root, TWO_SEEDS, OTHER_TEXT)
+    folder = make_report(root, TWO_SEEDS, OTHER_TEXT, figures=False)
     comparisons = pd.read_parquet(folder / "comparisons.parquet")
     assert pairs(comparisons) == {("leaky", "causal")}
     assert set(comparisons["variant"]) == set(OTHER_TEXT)
@@ -173,7 +173,7 @@ def test_a_few_variants_are_compared_each_with_each_and_many_with_the_first(swee
 
 def test_a_page_of_many_variants_folds_the_audits_that_passed(sweep):
     page = read_page(sweep[1])
-    assert page.count("<details>") == 8 and page.count("<details open>") == 1
+    assert page.count("<details>") == 5 and page.count("<details open>") == 1
     assert re.search(r"<details open>\s*<summary>leaky", page)
     figures = {path.stem for path in (sweep[1] / "figures").iterdir()}
     assert len(figures) == 6
@@ -189,7 +189,7 @@ def test_what_does_not_apply_is_neither_failing_nor_missing(tmp_path):
         audit["checks"][-1]["verdict"] = "NOT APPLICABLE"
         path.write_text(json.dumps(audit))
         reseal(path)
-    page = read_page(make_report(tmp_path, TWO_SEEDS, QUICKSTART))
+    page = read_page(make_report(tmp_path, TWO_SEEDS, QUICKSTART, figures=False))
     assert "and passed every check of its audit.</li>" in page
     assert page.count("Not run: Null test.") == 1  # of leaky
     assert page.count(">NOT APPLICABLE</span>") == len(TWO_SEEDS)
@@ -217,7 +217,7 @@ def test_a_stage_of_the_users_own_is_reported_by_its_row_alone(tmp_path, pruning
     results = load_results(root, TWO_SEEDS, folders)
     scored = ["train", "ema", "ttt", "gptq", "prune", "sliding", "slot_eval"]
     assert results.score_stages == scored
-    folder = make_report(root, TWO_SEEDS, folders)
+    folder = make_report(root, TWO_SEEDS, folders, figures=False)
     page = read_page(folder)
     assert page.count(">Pruned artifact<") == len(folders)
     stages = read_run(folder.parent).stages

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -166,13 +167,26 @@ def test_a_dry_run_notes_nothing(empty, dry_runs):
 @pytest.mark.slow
 def test_a_failed_stages_line_and_how_to_go_on_come_last(tmp_path):
     project = make_project(tmp_path / "project", data={"vocab_size": 5000})
-    done = snakemake(project, "tokenize", check=False)
-    assert done.returncode == 1
-    end = done.stderr.splitlines()[-8:]
-    assert any("tokenize_tiny.log: error: " in line and "data.vocab_size" in line for line in end)
-    assert any("fairway resume" in line for line in end)
+    folder = tmp_path / "a shell's folder"
+    folder.mkdir()
+    for is_found in (False, True):
+        if is_found:
+            (folder / "fairway").symlink_to(Path(sys.executable).with_name("fairway"))
+        shell = {"PATH": f"{folder}:/usr/bin:/bin"}
+        done = snakemake(project, "tokenize", check=False, **shell)
+        assert done.returncode == 1
+        end = "\n".join(done.stderr.splitlines()[-8:])
+        error = re.search("tokenize_tiny.log: error: .*data.vocab_size.*", end)[0]
+        command = re.search("To go on with what is left: (.*)", end)[1]
+        assert (command == "fairway resume") == is_found
+        # What is told can be typed.
+        again = subprocess.run(
+            command, shell=True, cwd=project, env={**ENVIRONMENT, **shell}, text=True, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert again.stdout.startswith("resuming: snakemake ") and error in again.stdout
     (run,) = json.loads((project / RUNS).read_text())
-    assert run["arguments"][-3:] == ["tokenize", "--configfile", CONFIG_FILE]
+    assert {"tokenize", "--configfile", CONFIG_FILE} <= set(run["arguments"])
     assert not run["finished"]
 
 

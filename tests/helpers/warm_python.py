@@ -122,9 +122,7 @@ def become(request: dict[str, Any], path: list[str], own: dict[str, bytes]) -> N
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    arguments, flags = request["arguments"], set()
-    while arguments[0] in ("-u", "-P"):  # torchrun's, and that of `fairway resume`
-        flags.add(arguments.pop(0))
+    arguments = [one for one in request["arguments"] if one != "-u"]  # torchrun's
     option = arguments.pop(0) if arguments[0] in ("-m", "-c") else None
     name, sys.argv = arguments[0], [option or arguments[0], *arguments[1:]]
     given = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
@@ -133,7 +131,7 @@ def become(request: dict[str, Any], path: list[str], own: dict[str, bytes]) -> N
         for module in [one for one in sys.modules if one.split(".")[0] == "fairway"]:
             del sys.modules[module]
     first = os.getcwd() if option else str(Path(name).resolve().parent)
-    sys.path[:] = [*([] if "-P" in flags else [first]), *given, *path]
+    sys.path[:] = [first, *given, *path]
     if option == "-c":
         exec(compile(name, "<string>", "exec"), {"__name__": "__main__"})
     elif option == "-m":

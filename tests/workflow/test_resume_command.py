@@ -19,7 +19,6 @@ import pytest
 
 from checkouts import (
     COMMAND,
-    CONFIG_FILE,
     ENVIRONMENT,
     RESULTS,
     SEED,
@@ -167,27 +166,31 @@ def test_a_dry_run_notes_nothing(empty, dry_runs):
 @pytest.mark.slow
 def test_a_failed_stages_line_and_how_to_go_on_come_last(tmp_path):
     project = make_project(tmp_path / "project", data={"vocab_size": 5000})
-    folder = tmp_path / "a shell's folder"
-    folder.mkdir()
-    for is_found in (False, True):
-        if is_found:
-            (folder / "fairway").symlink_to(Path(sys.executable).with_name("fairway"))
-        shell = {"PATH": f"{folder}:/usr/bin:/bin"}
-        done = snakemake(project, "tokenize", check=False, **shell)
-        assert done.returncode == 1
-        end = "\n".join(done.stderr.splitlines()[-8:])
-        error = re.search("tokenize_tiny.log: error: .*data.vocab_size.*", end)[0]
-        command = re.search("To go on with what is left: (.*)", end)[1]
-        assert (command == "fairway resume") == is_found
-        # What is told can be typed.
-        again = subprocess.run(
-            command, shell=True, cwd=project, env={**ENVIRONMENT, **shell}, text=True, check=False,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        assert again.stdout.startswith("resuming: snakemake ") and error in again.stdout
+    shell = {**ENVIRONMENT, "PATH": "/usr/bin:/bin"}  # where there is no `fairway`
+    done = subprocess.run(
+        [*COMMAND, "tokenize"], cwd=project, env=shell, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    error, command = last_lines(done.stderr)
+    assert "data.vocab_size" in error
     (run,) = json.loads((project / RUNS).read_text())
-    assert {"tokenize", "--configfile", CONFIG_FILE} <= set(run["arguments"])
-    assert not run["finished"]
+    assert run["arguments"][-1] == "tokenize" and not run["finished"]
+    # What is told can be typed.
+    again = subprocess.run(
+        command, shell=True, cwd=project, env=shell, capture_output=True, text=True, check=False
+    )
+    assert again.stdout.startswith("resuming: snakemake ")
+    assert last_lines(again.stderr) == (error, command)
+    (tmp_path / "fairway").symlink_to(Path(sys.executable).with_name("fairway"))
+    done = snakemake(project, "tokenize", check=False, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert last_lines(done.stderr) == (error, "fairway resume")
+
+
+def last_lines(output: str) -> tuple[str, str]:
+    """The stage's error, and the command that goes on."""
+    end = "\n".join(output.splitlines()[-8:])
+    error = re.search("tokenize_tiny.log: error: .*", end)
+    return error[0], re.search("To go on with what is left: (.*)", end)[1]
 
 
 # --- for real -----------------------------------------------------------------------------------

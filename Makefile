@@ -9,7 +9,7 @@ SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 # In the order of their names: as pytest-xdist would have it, files of one long test come last.
 SHARED_OUT := -n $(CORES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup run resume check test test-all lint format docs clean help
+.PHONY: setup run resume check test test-slow test-all lint format docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,9 +34,12 @@ check: setup  ## which results are missing, unfinished or changed
 	$(BIN)/fairway check
 
 test: setup  ## the tests
-	$(BIN)/python -m pytest -q -m 'not slow' $(SHARED_OUT) --durations=15
+	$(BIN)/python -m pytest -q -m 'not slow and not many' $(SHARED_OUT) --durations=15
 
-test-all: setup  ## the tests, slow ones too
+test-slow: setup  ## the slow tests: whole runs, also killed ones
+	$(BIN)/python -m pytest -q -m slow $(SHARED_OUT) --durations=25
+
+test-all: setup  ## all tests, those too that make more tries of the same
 	$(BIN)/python -m pytest -q $(SHARED_OUT) --durations=25
 
 lint: setup  ## formatting and lint of Python and Snakemake

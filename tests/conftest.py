@@ -2,10 +2,12 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from runs import run_stages, tokenize
 from tiny import TINY_CONFIG, synthetic_documents, write_jsonl
@@ -14,11 +16,31 @@ from tiny import TINY_CONFIG, synthetic_documents, write_jsonl
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# A busy machine is no fault.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
+
+LONGEST = ("test_resume.py", "test_resume_command.py", "test_killed_workflow.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes come first, or one process would end with them alone."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """One thread, as in the workflow: sums in another order are other bytes."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_interpreter():
+    """Where a collected test runs kernels in it."""
+    if "triton.runtime.interpreter" in sys.modules and os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter
+
+        interpreter.hasten()
 
 
 @pytest.fixture(scope="session")

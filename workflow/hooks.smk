@@ -73,9 +73,9 @@ def tell_errors(run):
         logger.error(f"{path}: {told}")
     if "mark" in run:
         command = "fairway resume"
-        if not shutil.which("fairway"):
-            home = shlex.quote(str(HOME / "src"))
-            command = f"PYTHONPATH={home} python -m fairway.resume"
+        if not shutil.which("fairway", path=USERS_PATH):
+            home, python = shlex.quote(str(HOME / "src")), shlex.quote(sys.executable)
+            command = f"PYTHONPATH={home} {python} -m fairway.resume"
         logger.error(f"To go on with what is left: {command}")
     tell_other_seeds()
 

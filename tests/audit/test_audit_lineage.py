@@ -215,7 +215,7 @@ def test_a_loop_of_ancestors_ends(tmp_path):
     assert check_lineage(provenance).verdict == FAIL
 
 
-@pytest.mark.parametrize("length", [1100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [1100, pytest.param(3000, marks=pytest.mark.many)])
 def test_a_long_chain_is_followed_to_its_end(tmp_path, length):
     """Each file as a stage writes it, but for the commit, which takes a process each."""
     path = first = make_chain(tmp_path)

@@ -67,7 +67,7 @@ def test_a_leak_too_faint_to_gain_anything_is_still_felt_by_the_flips(name):
 
 
 @pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(one, marks=pytest.mark.slow) for one in (1, 2, 3))]
+    "seed", [0, *(pytest.param(one, marks=pytest.mark.many) for one in (1, 2, 3))]
 )
 @pytest.mark.parametrize(
     "name", [name for name, mutant in MUTANTS.items() if "flip" in mutant.caught_by]
@@ -116,7 +116,7 @@ def toys(draw) -> tuple[Toy, str, int]:
     return toy, draw(st.sampled_from(sorted(HONEST))), draw(st.integers(2, 90))
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.many)])
 def test_no_false_alarm_over_honest_configurations(count):
     settings(
         max_examples=count,

@@ -5,7 +5,7 @@ import pytest
 from malformed_data import run
 
 
-@pytest.mark.parametrize("count", [240, pytest.param(6_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [240, pytest.param(6_000, marks=pytest.mark.many)])
 def test_damage_is_refused_in_one_line_or_makes_a_dataset(tmp_path, count):
     counts = run(tmp_path, seed=count, count=count)
     print(dict(counts))

@@ -70,7 +70,7 @@ def count(tokenizer: SentencePieceProcessor, texts: list[str]) -> tuple[int, int
     return counted, sum(len(text.encode()) for text in decoded)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(documents)
 def test_bytes_of_tokens_are_bytes_of_decoded_text(texts):
     counted, decoded = count(TOKENIZER, texts)
@@ -100,7 +100,7 @@ def test_other_tokenizers_count_as_well(kind, texts):
     assert counted == decoded
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=75)
 @given(documents)
 def test_with_case_markers_and_no_normalization_the_original_is_kept_and_counted(texts):
     _, decoded = encode_documents(LOSSLESS, texts, threads=1)

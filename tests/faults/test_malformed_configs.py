@@ -50,7 +50,7 @@ def test_a_sample_of_configs_is_accepted_or_refused_in_one_line():
     assert counted["accepted"] > 20 and counted["refused"] > 150
 
 
-@pytest.mark.slow
+@pytest.mark.many
 @pytest.mark.parametrize("seed", [1, 2])
 def test_many_configs_are_accepted_or_refused_in_one_line(seed):
     counted = outcomes(seed, 2000)

@@ -79,9 +79,13 @@ def finished_jobs(output: str) -> set[str]:
 
 
 def products(project: Path) -> dict[str, str]:
-    """Whatever holds no seconds, and hidden files."""
+    """Whatever holds no seconds, and hidden files.
+
+    A folder is none: that of train's checkpoints is there, and empty, once one was written.
+    """
     return {
         name: digest
         for name, digest in contents(project / "results").items()
-        if (name.endswith(PRODUCTS) and "/report/" not in name) or "/." in name
+        if (project / "results" / name).is_file()
+        and ((name.endswith(PRODUCTS) and "/report/" not in name) or "/." in name)
     }

@@ -197,7 +197,10 @@ def additions(model: GPT, projections=("up",), **changes) -> BatchedLora:
     return found
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=pytest.mark.slow if "every" in one else ()) for one in ADAPTED],
+)
 def test_rows_own_additions_and_their_gradients_are_the_plain_ones(name):
     tokens, targets = batch()
     share, found = torch.full((3, 2), 0.5, device=DEVICE), {}

@@ -172,7 +172,9 @@ def test_comparisons_parquet_pairs_the_documents(tables):
 
 def test_one_seed_and_no_baseline_are_null_not_a_crash(tmp_path):
     make_run(tmp_path, seeds=(42,))
-    folder = make_report(tmp_path, seeds=(42,), settings=SETTINGS | {"baseline": None})
+    folder = make_report(
+        tmp_path, seeds=(42,), settings=SETTINGS | {"baseline": None}, figures=False
+    )
     summary = pd.read_parquet(folder / "summary.parquet")
     assert (summary["n"] == 1).all()
     empty = ["std", "standard_error", "ci_low", "ci_high", "difference_nats", "welch_t", "welch_p"]

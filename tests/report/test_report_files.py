@@ -157,7 +157,7 @@ def shown(root: Path) -> bytes:
 
 
 def test_the_tables_are_read_as_the_report_wrote_them(root):
-    report = make_report(root, SEEDS)
+    report = make_report(root, SEEDS, figures=False)
     path = report / "gains.parquet"
     with kept(path):
         shutil.copy(report / "budgets.parquet", path)
@@ -186,7 +186,7 @@ def test_the_script_says_it_in_one_line_and_loses_nothing(tiny_run, name, capsys
     assert before == {path: path.read_bytes() for path in report.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("tries", [150, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [150, pytest.param(4000, marks=pytest.mark.many)])
 def test_damage_is_refused_or_changes_nothing(tiny_run, tries):
     found = list(malformed_products.tries(tiny_run, seed=tries, count=tries))
     assert not [one for one in found if one.outcome not in ("right", "refused")]

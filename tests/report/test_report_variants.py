@@ -50,7 +50,7 @@ def read_page(folder):
 @pytest.fixture(scope="module")
 def two_trainings(tmp_path_factory):
     root = make_run(tmp_path_factory.mktemp("run"), TWO_SEEDS, TWO_TRAININGS)
-    return make_report(root, TWO_SEEDS, TWO_TRAININGS, settings={})
+    return make_report(root, TWO_SEEDS, TWO_TRAININGS, settings={}, figures=False)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_shared_stage_stands_once_on_the_page_and_counts_once(tmp_path):
         ("leaky",): ["ttt", "gptq", "slot_eval", "audit"],
     }
     assert results.tokens["a", 42] is results.tokens["b", 42]
-    page = read_page(make_report(root, TWO_SEEDS, folders))
+    page = read_page(make_report(root, TWO_SEEDS, folders, figures=False))
     assert "Shared by all variants, not audited by itself" in page
     assert "Shared by 3 variants in shared, not audited by itself" in page
     assert page.count(">Training, last step<") == 1
@@ -126,7 +126,7 @@ def test_a_shared_stage_stands_once_on_the_page_and_counts_once(tmp_path):
 
 def test_variants_of_another_text_are_shown_but_not_compared(tmp_path):
     root = make_run(tmp_path, TWO_SEEDS, OTHER_TEXT)
-    folder = make_report(root, TWO_SEEDS, OTHER_TEXT)
+    folder = make_report(root, TWO_SEEDS, OTHER_TEXT, figures=False)
     comparisons = pd.read_parquet(folder / "comparisons.parquet")
     assert pairs(comparisons) == {("leaky", "causal")}
     assert set(comparisons["variant"]) == set(OTHER_TEXT)
@@ -236,7 +236,7 @@ def test_what_does_not_apply_is_neither_failing_nor_missing(tmp_path):
         audit["checks"][-1]["verdict"] = "NOT APPLICABLE"
         path.write_text(json.dumps(audit))
         reseal(path)
-    page = read_page(make_report(tmp_path, TWO_SEEDS, QUICKSTART))
+    page = read_page(make_report(tmp_path, TWO_SEEDS, QUICKSTART, figures=False))
     assert "and passed every check of its audit (a leak at 54% of tokens would" in page
     assert page.count("Not run: Null test.") == 1  # of leaky
     assert page.count(">NOT APPLICABLE</span>") == len(TWO_SEEDS)
@@ -264,7 +264,7 @@ def test_a_stage_of_the_users_own_is_reported_by_its_row_alone(tmp_path, pruning
     results = load_results(root, TWO_SEEDS, folders)
     scored = ["train", "ema", "ttt", "gptq", "prune", "sliding", "slot_eval"]
     assert results.score_stages == scored
-    folder = make_report(root, TWO_SEEDS, folders)
+    folder = make_report(root, TWO_SEEDS, folders, figures=False)
     page = read_page(folder)
     assert page.count(">Pruned artifact<") == len(folders)
     stages = read_run(folder.parent).stages

@@ -99,7 +99,14 @@ def start(tiny_config, tiny_dataset, folder):
     return process, config
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_resumes_to_the_same_bytes(
     trained, tiny_config, tiny_dataset, tmp_path, capsys, number
 ):
@@ -128,6 +135,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     assert not list(tmp_path.rglob(".*"))
 
 
+@pytest.mark.slow
 def test_a_frozen_run_that_was_taken_over_writes_nothing(
     trained, tiny_config, tiny_dataset, tmp_path, capsys
 ):

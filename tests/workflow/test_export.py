@@ -106,6 +106,7 @@ def test_what_is_missing_is_told_in_one_line(exported, tmp_path):
     assert done.returncode == 1
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_a_missing_shard_is_told_in_one_line(exported, packages, tmp_path):
     done = evaluate(exported / "evaluate.pyz", "no.bin", packages=str(packages), folder=tmp_path)
     assert done.returncode == 1

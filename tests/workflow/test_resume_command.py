@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -18,7 +19,6 @@ import pytest
 
 from checkouts import (
     COMMAND,
-    CONFIG_FILE,
     ENVIRONMENT,
     RESULTS,
     SEED,
@@ -178,14 +178,31 @@ def test_a_dry_run_notes_nothing(empty, dry_runs):
 @pytest.mark.slow
 def test_a_failed_stages_line_and_how_to_go_on_come_last(tmp_path):
     project = make_project(tmp_path / "project", data={"vocab_size": 5000})
-    done = snakemake(project, "tokenize", check=False)
+    shell = {**ENVIRONMENT, "PATH": "/usr/bin:/bin"}  # where there is no `fairway`
+    done = subprocess.run(
+        [*COMMAND, "tokenize"], cwd=project, env=shell, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
-    end = done.stderr.splitlines()[-8:]
-    assert any("tokenize_tiny.log: error: " in line and "data.vocab_size" in line for line in end)
-    assert any("fairway resume" in line for line in end)
+    error, command = last_lines(done.stderr)
+    assert "data.vocab_size" in error
     (run,) = json.loads((project / RUNS).read_text())
-    assert run["arguments"][-3:] == ["tokenize", "--configfile", CONFIG_FILE]
-    assert not run["finished"]
+    assert run["arguments"][-1] == "tokenize" and not run["finished"]
+    # What is told can be typed.
+    again = subprocess.run(
+        command, shell=True, cwd=project, env=shell, capture_output=True, text=True, check=False
+    )
+    assert again.stdout.startswith("resuming: snakemake ")
+    assert last_lines(again.stderr) == (error, command)
+    (tmp_path / "fairway").symlink_to(Path(sys.executable).with_name("fairway"))
+    done = snakemake(project, "tokenize", check=False, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert last_lines(done.stderr) == (error, "fairway resume")
+
+
+def last_lines(output: str) -> tuple[str, str]:
+    """The stage's error, and the command that goes on."""
+    end = "\n".join(output.splitlines()[-8:])
+    error = re.search("tokenize_tiny.log: error: .*", end)
+    return error[0], re.search("To go on with what is left: (.*)", end)[1]
 
 
 # --- for real -----------------------------------------------------------------------------------

@@ -134,6 +134,7 @@ def get_environment_variables():
     return {**variables, "FAIRWAY_PYTHONPATH": os.pathsep.join(python_path)}
 
 
+USERS_PATH = os.environ.get("PATH", os.defpath)
 os.environ.update(get_environment_variables())
 
 

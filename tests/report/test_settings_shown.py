@@ -9,7 +9,7 @@ import yaml
 
 from fairway.recipe import complete, load_config
 from fairway.report.audits import thoroughness, verdict_sentence
-from fairway.report.configuration import config_of, config_text
+from fairway.report.configuration import config_of, config_text, own_modules
 from fairway.report.content import summary_markdown
 from fairway.report.origin import seeds_left_out
 from fairway.report.settings import ReportSettings
@@ -50,6 +50,13 @@ def test_the_config_that_a_report_leaves_tells_every_stage_the_same(name, tmp_pa
         config.run, config.seeds, list(config.variants),
     )  # fmt: skip
     assert {variant: as_told(again, variant) for variant in again.variants} == sections
+
+
+def test_modules_of_the_users_own_are_found_in_a_config():
+    adapters = [{"my.cache:Cache": {"weight": 0.1}}, {"slot": {"scope": "window"}}]
+    sections = {"evaluation": {"adapters": adapters}, "gptq": {"quantizer": "int4:Group"}}
+    text = config_text(config_of("mine", [1], {"causal": sections}))
+    assert own_modules(text) == ["int4", "my.cache"]
 
 
 def test_the_page_has_the_config_and_the_started_command(finished):

@@ -5,6 +5,7 @@ from them, by the config.yaml that the report leaves.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ def config_text(config: Mapping[str, Any]) -> str:
     """The YAML of a config."""
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=96)
     return HEADER.format(run=config["run"]) + text
+
+
+def own_modules(text: str) -> list[str]:
+    """The modules of the user's own, `module:Name`, that a config's YAML names."""
+    return sorted(set(re.findall(r"\b([A-Za-z_][\w.]*):[A-Za-z_]", text)))
 
 
 def changed_keys(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

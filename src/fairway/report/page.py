@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairway.files import write_bytes
-from fairway.report.configuration import CONFIG, config_of, config_text, resolved
+from fairway.report.configuration import CONFIG, config_of, config_text, own_modules, resolved
 from fairway.report.content import page_content, summary_markdown
 from fairway.report.figures import write_figures
 from fairway.report.kept import Kept
@@ -42,6 +42,7 @@ def write_report(
     content = page_content(results, tables, settings, kept) | {
         "figures": {name: _data_uri(figure) for name, figure in figures.items()},
         "config": config,
+        "own_modules": own_modules(config),
         "command": command,
     }
     page = folder / "report.html"

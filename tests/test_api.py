@@ -29,15 +29,18 @@ def made(tiny_run, tiny_dataset, tmp_path_factory):
     return names
 
 
+@pytest.mark.slow
 def test_every_example_ran(made):
     assert len(BLOCKS) == 4
     assert {"model", "table", "result", "tables"} <= set(made)
 
 
+@pytest.mark.slow
 def test_an_artifact_is_a_model(made):
     assert made["model"].config.vocab_size == made["tokenizer"].vocab_size()
 
 
+@pytest.mark.slow
 def test_a_text_is_scored_token_by_token(made):
     table = made["table"]
     text = "To be, or not to be: that is the question."
@@ -47,6 +50,7 @@ def test_a_text_is_scored_token_by_token(made):
     assert abs((table["nll_before"] - table["nll_after"] - gains).sum()) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_audit_passes_what_is_causal(made):
     result = made["result"]
     assert isinstance(result, AuditResult)
@@ -54,6 +58,7 @@ def test_the_audit_passes_what_is_causal(made):
     assert {"flip", "self_influence", "normalization"} <= set(result.names("PASS"))
 
 
+@pytest.mark.slow
 def test_a_runs_tables_are_read(made):
     tables = made["tables"]
     assert set(tables.stages["variant"]) == {"causal"}

@@ -112,6 +112,7 @@ def names(stage: str, **changes) -> set[str]:
     return {str(path.relative_to(PACKAGE)) for path in closure if PACKAGE in path.parents}
 
 
+@pytest.mark.slow
 def test_the_closure_is_what_python_imports():
     """Whatever of Fairway is loaded by importing a script is in its closure; packages are empty."""
     scripts = [str(SCRIPTS / name) for name in STAGE_SCRIPTS]

@@ -43,12 +43,14 @@ def run(tiny_config, tmp_path_factory):
     return run_stages(file, manifest, folder / "run") / "seed-7/shared"
 
 
+@pytest.mark.slow
 def test_the_audit_passes_it_in_the_declared_order(run):
     audit = json.loads((run / "audit/audit.json").read_text())
     assert audit["verdict"] == "PASS", audit["checks"]
     assert json.loads((run / "slot_eval/metrics.json").read_text())["order"] == "text"
 
 
+@pytest.mark.slow
 def test_absent_parts_take_no_bytes_and_steps_follow_sensitivity(run):
     config, tensors = read_artifact(run / "gptq/artifact.bin")
     assert not [name for name in tensors if name.startswith(("bigram", "value"))]

@@ -14,6 +14,8 @@ from provenance_chain import edit
 from tiny import run_script
 from trainings import run_here
 
+pytestmark = pytest.mark.slow
+
 AUDIT = {"flips": 14, "stream_tokens": 280, "null_tokens": 300, "noise_repeats": 1}
 
 

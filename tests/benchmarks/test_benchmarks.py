@@ -66,6 +66,7 @@ def finished(tiny_dataset, overlays, tmp_path_factory):
     return done, json.loads(output.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_gives_figures_and_agrees(finished, stage):
     _, document = finished
@@ -78,6 +79,7 @@ def test_a_stage_gives_figures_and_agrees(finished, stage):
     assert all(check["difference"] <= check["tolerance"] for check in agreements)
 
 
+@pytest.mark.slow
 def test_the_run_says_what_it_ran_on(finished):
     done, document = finished
     assert document["device"] == "CPU" and document["failed_stages"] == []
@@ -89,6 +91,7 @@ def test_the_run_says_what_it_ran_on(finished):
     assert "DISAGREES" not in table and "not judged here" in table
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_the_submissions_is_measured_without_a_baseline(
     tiny_dataset, overlays, tmp_path
 ):
@@ -106,6 +109,7 @@ def test_a_model_that_is_not_the_submissions_is_measured_without_a_baseline(
     assert refused.returncode == 1 and "has other parts" in refused.stdout
 
 
+@pytest.mark.slow
 def test_every_adapter_is_measured_alone_and_with_the_others(finished):
     _, document = finished
     rows = [row for row in document["rows"] if row["stage"] == "adapters"]

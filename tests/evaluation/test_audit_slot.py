@@ -161,11 +161,11 @@ def test_lora_that_learns_before_it_scores_fails():
         SETTINGS,
         adapters=("faulty_adapters:LearnsFirst",),
         projections=tuple(PROJECTIONS),
-        steps=3,
+        steps=2,
         chunk_tokens=8,
         context_tokens=32,
     )
-    findings, failed = audit(settings, model=random_model(32), flips=6)
+    findings, failed = audit(settings, num_targets=100, model=random_model(32), flips=6)
     assert {"flip", "self_influence", "null"} <= failed
     reached = findings.reach[findings.reach["changed"] > 0]["distance_tokens"]
     assert reached.max() < settings.window_tokens  # scored by the lane's first window

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def preload() -> None:
     from snakemake.cli import get_argument_parser
 
     get_argument_parser()  # imports plugins
+    import_module("smart_open")  # else only when Snakemake looks for a file
     for script in (ROOT / "workflow/scripts").glob("*.py"):
         runpy.run_path(str(script), run_name="imported")
 

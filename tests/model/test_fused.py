@@ -151,7 +151,7 @@ class AttentionHeads(TorchFunctionMode):
 
 
 def test_evaluation_shares_keys():
-    model, (tokens, targets) = random_model(CONFIG, "fused"), batch()
+    model, (tokens, targets) = random_model(CONFIG, "fused"), batch(rows=1)
     model.key_copies = 2
     with AttentionHeads() as training:
         model.loss(tokens, targets)
@@ -256,7 +256,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def test_evaluation_keeps_no_activations():
-    model, (tokens, targets) = random_model(CONFIG, "fused"), batch()
+    model, (tokens, targets) = random_model(CONFIG, "fused"), batch(rows=1)
     activation = tokens.numel(), CONFIG.mlp_width
     qkv = tokens.numel(), CONFIG.width + 2 * CONFIG.kv_width
     with LiveTensors() as training:

@@ -29,6 +29,7 @@ def copied(tiny_run, tiny_dataset, tmp_path):
     return run, data / "manifest.json", tiny_run.parents[1] / "tiny.yaml"
 
 
+@pytest.mark.slow
 def test_a_rerun_never_leaves_the_old_provenance_beside_new_files(copied, monkeypatch):
     run, manifest, config = copied
     for path in run.glob("*/*/train/metrics.json"):

@@ -13,6 +13,7 @@ becomes Snakemake, whose status it has.
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +35,8 @@ imported: some take seconds to load PyTorch, and `resume` should not wait for th
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the command, return the exit status."""
+    # A reader that closes the pipe early (`fairway compare … | head`) is no fault.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     arguments = sys.argv[1:] if arguments is None else arguments
     parsed = _parser(arguments[:1]).parse_args(arguments)
     try:

@@ -4,6 +4,7 @@ PYTHON ?= python3
 CORES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+SLOW ?= slow
 READY := $(VENV)/ready
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 # In the order of their names: as pytest-xdist would have it, files of one long test come last.
@@ -37,7 +38,7 @@ test: setup  ## the tests
 	$(BIN)/python -m pytest -q -m 'not slow and not many' $(SHARED_OUT) --durations=15
 
 test-slow: setup  ## the slow tests: whole runs, also killed ones
-	$(BIN)/python -m pytest -q -m slow $(SHARED_OUT) --durations=25
+	$(BIN)/python -m pytest -q -m '$(SLOW)' $(SHARED_OUT) --durations=25
 
 test-all: setup  ## all tests, those too that make more tries of the same
 	$(BIN)/python -m pytest -q $(SHARED_OUT) --durations=25

@@ -13,7 +13,7 @@ from pages import blocks, commands, shown_file
 from tiny import ROOT, synthetic_documents, write_jsonl
 from warm_python import warm_python
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 FOLLOWED = ["first_experiment", "guides/compare", "guides/hand_over", "guides/own_text"]
 """Pages in the order in which a reader may take them: later ones use what earlier ones made."""

@@ -44,9 +44,13 @@ def start_run(run):
             raise WorkflowError(str(error)) from None
 
 
+# As a workflow that uses this one as a module names it.
+REPORT_RULE = workflow.modifier.modify_rulename("run_report")
+
+
 def keep_older_report():
     """Copy the report that is about to be made again: Snakemake deletes it before the job."""
-    if JOB_RULES["report"] in {job.rule.name for job in workflow.dag.needrun_jobs()}:
+    if REPORT_RULE in {job.rule.name for job in workflow.dag.needrun_jobs()}:
         try:
             kept = keep(Path(RUN) / "report")
         except UserError as error:

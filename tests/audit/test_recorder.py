@@ -250,6 +250,7 @@ def stops(tokens):
 
 
 @pytest.mark.slow  # half a dozen processes that import torch
+@pytest.mark.nightly
 def test_a_new_process_for_each_call_shows_what_a_memory_hides(tmp_path, monkeypatch):
     (tmp_path / "stateful.py").write_text(STATEFUL)
     monkeypatch.chdir(tmp_path)

@@ -67,6 +67,7 @@ def finished(tiny_dataset, overlays, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_gives_figures_and_agrees(finished, stage):
     _, document = finished
@@ -80,6 +81,7 @@ def test_a_stage_gives_figures_and_agrees(finished, stage):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_run_says_what_it_ran_on(finished):
     done, document = finished
     assert document["device"] == "CPU" and document["failed_stages"] == []
@@ -92,6 +94,7 @@ def test_the_run_says_what_it_ran_on(finished):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_that_is_not_the_submissions_is_measured_without_a_baseline(
     tiny_dataset, overlays, tmp_path
 ):
@@ -110,6 +113,7 @@ def test_a_model_that_is_not_the_submissions_is_measured_without_a_baseline(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_adapter_is_measured_alone_and_with_the_others(finished):
     _, document = finished
     rows = [row for row in document["rows"] if row["stage"] == "adapters"]

@@ -16,7 +16,10 @@ DAMAGED = {FEW: 11, MANY: 44}
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(FEW, marks=pytest.mark.slow), pytest.param(MANY, marks=pytest.mark.many)],
+    params=[
+        pytest.param(FEW, marks=[pytest.mark.slow, pytest.mark.nightly]),
+        pytest.param(MANY, marks=pytest.mark.many),
+    ],
 )
 def tries(request) -> str:
     return request.param

@@ -343,6 +343,7 @@ def test_norm_of_any_number_of_rows_against_float64(rows):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_kernel_compiles_for_hopper_without_spilling():
     """In its own process: the interpreter must not have replaced the compiler."""
     command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py")]

@@ -13,7 +13,7 @@ from checkouts import COMMAND, ENVIRONMENT, RESULTS, SEED, make_project, parse_j
 from fairway.claims import claimed
 from fairway.files import sha256_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 # Long enough to be caught in the middle, with checkpoints to be caught between.
 TRAIN = {"max_steps": 600, "warmdown_steps": 300, "checkpoint_seconds": 0.25}

@@ -18,7 +18,7 @@ from tiny import ROOT, SCRIPTS
 from trainings import run_here
 from warm_python import warm_python
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 NAMES = [stage.name for stage in stages_of_a_run()]
 

@@ -284,6 +284,7 @@ def test_make_resume_goes_on_after_a_kill_and_a_clock_that_was_ahead(environment
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_is_stopped_in_every_stage_ends_in_the_same_bytes(finished, tmp_path):
     """By Ctrl-C and by a kill in turn."""
     project = make_project(tmp_path / "project", variants={"leaky": None})

@@ -17,7 +17,7 @@ from fairway.errors import UserError
 from fairway.files import write_json
 from fairway.report.kept import keep
 from fairway.resume import note_finish, note_start, share_folder
-from fairway.runs import PLAN, plan_of
+from fairway.runs import PLAN, error_lines, plan_of
 
 
 def start_run(run):
@@ -70,9 +70,9 @@ def tell_errors(run):
     """The failed stages' own lines, after all of Snakemake's, and how to go on."""
     logs = [path for job in workflow.scheduler.failed for path in job.log]
     for path in filter(os.path.exists, logs):
-        lines = Path(path).read_text(errors="replace").split("\n")
-        errors = [line for line in lines if line.startswith("error")]
-        last = next(filter(str.strip, reversed(lines)), "nothing")
+        text = Path(path).read_text(errors="replace")
+        errors = error_lines(text)
+        last = next(filter(str.strip, reversed(text.split("\n"))), "nothing")
         told = errors[-1] if errors else f"ends without an error line, with: {last}"
         logger.error(f"{path}: {told}")
     if "mark" in run:

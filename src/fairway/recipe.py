@@ -183,13 +183,18 @@ class Config:
             taken.add((stage, folder.casefold()))
 
 
+def first_names(variants: Sequence[str]) -> str:
+    """Names for a message; of many the first ones."""
+    return ", ".join(variants[:MOST_NAMES]) + (" …" if len(variants) > MOST_NAMES else "")
+
+
 def known_variant(name: str, variants: Iterable[str], whose: str = "") -> str:
     """The name, where there is such a variant; else a UserError. whose: the key that has it."""
     variants = list(variants)
     if name not in variants:
-        most = ", ".join(variants[:MOST_NAMES]) + (" …" if len(variants) > MOST_NAMES else "")
         raise UserError(
-            f"{whose}no variant {shown(name)}: the config has {most}{did_you_mean(name, variants)}"
+            f"{whose}no variant {shown(name)}: the config has {first_names(variants)}"
+            f"{did_you_mean(name, variants)}"
         )
     return name
 

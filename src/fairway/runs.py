@@ -182,6 +182,11 @@ def _place(run: Path, seed: int, folder: str, stage: str) -> Place:
     return Place(run / beside, run / f"logs/{beside}.log")
 
 
+def error_lines(log: str) -> list[str]:
+    """The lines of a stage's log in which it says what its user can mend."""
+    return [line for line in log.split("\n") if line.startswith("error")]
+
+
 def status_of(place: Place, waits: bool = False) -> Status:
     """waits: for a stage before it, so that what lies there is an earlier run's."""
     holder = claimant(place.folder)
@@ -193,11 +198,10 @@ def status_of(place: Place, waits: bool = False) -> Status:
         return Status(FINISHED)
     try:
         age = time.time() - place.log.stat().st_mtime
-        lines = place.log.read_text(encoding="utf-8", errors="replace").split("\n")
+        log = place.log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return Status(STOPPED if holder else WAITING)
-    said = list(filter(str.strip, lines))
-    errors = [line for line in said if line.startswith("error")]
+    said, errors = list(filter(str.strip, log.split("\n"))), error_lines(log)
     if errors or any(line.startswith("Traceback") for line in said):
         return Status(FAILED, [*said, *errors][-1])
     # The log is there before Python is, which makes the claim.

@@ -248,10 +248,14 @@ def _title(view: View) -> Text:
         for line, found, _ in view.lines
         for stage, status in found.items()
     }
-    counts = Counter(statuses.values())
-    told = ", ".join(f"{counts[state]} {state}" for state in URGENCY if counts[state])
+    told = _counted(statuses.values())
     now = time.strftime("%H:%M:%S")
     return Text(f"{view.run} at {now}: stages {told or 'none'}; report {view.report.state}")
+
+
+def _counted(states: Iterable[str]) -> str:
+    counts = Counter(states)
+    return ", ".join(f"{counts[state]} {state}" for state in URGENCY if counts[state])
 
 
 TRAINING = ("training", "state", "#step", "#loss", "#tokens/s", "#time left", "#held-out bpb")
@@ -317,8 +321,7 @@ def _table(title: str, heads: Sequence[str], rows: list[Shown], room: int | None
         table.add_column(head.removeprefix("#"), justify=justify)
     if room is not None and len(rows) > room:
         rows = sorted(rows, key=lambda row: URGENCY.index(row.state))
-        counts = Counter(row.state for row in rows[room:])
-        rest = ", ".join(f"{counts[state]} {state}" for state in URGENCY if counts[state])
+        rest = _counted(row.state for row in rows[room:])
         table.caption, table.caption_justify = f"and {rest} more", "left"
     for state, cells in rows[:room]:
         table.add_row(*(Text(cell, style=STYLES.get(state, "")) for cell in cells))

@@ -98,6 +98,10 @@ USERS = {
     for stage, folder in folders.items()
 }
 DATASETS = {CONFIG.dataset(variant): variant for variant in reversed(CONFIG.variants)}
+GPUS = CONFIG.sections(next(iter(CONFIG.variants)))["gpus"]
+# Of one machine, for jobs side by side.
+MACHINE_GPUS = GPUS.machine or len(visible_gpus(installed_gpus()))
+THREADS_PER_GPU = 4
 # A stage's target → the rule of its jobs, as a workflow that uses this one as a module names them.
 JOB_RULES = {
     workflow.modifier.modify_rulename(stage): workflow.modifier.modify_rulename(
@@ -138,11 +142,6 @@ USERS_PATH = os.environ.get("PATH", os.defpath)
 os.environ.update(get_environment_variables())
 
 
-def get_machine_gpus():
-    """GPUs that jobs of one machine may have side by side."""
-    return GPUS.machine or len(visible_gpus(installed_gpus()))
-
-
 def get_gpus(stage):
     """A resources function: the GPUs of a stage's job, 0 where it computes on the CPU.
 
@@ -166,9 +165,6 @@ def get_threads(stage):
     return lambda wildcards: max(1, THREADS_PER_GPU * get_gpus(stage)(wildcards))
 
 
-THREADS_PER_GPU = 4
-GPUS = CONFIG.sections(next(iter(CONFIG.variants)))["gpus"]
-MACHINE_GPUS = get_machine_gpus()
 # A cluster has as many as it has; `--resources gpu=2` says it otherwise.
 if (
     workflow.is_main_process

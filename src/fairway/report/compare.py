@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from fairway.errors import UserError
 from fairway.plugins import did_you_mean
-from fairway.recipe import MOST_NAMES
+from fairway.recipe import first_names
 from fairway.report.comparison import SIDES, comparison, side_by_side
 from fairway.report.content import cautions
 from fairway.report.render import render
@@ -51,9 +51,8 @@ def find_side(name: str) -> Side:
         (variant,) = variants
     if variant not in variants:
         found = f"no variant {variant!r:.80}" if variant else f"{len(variants)} variants"
-        names = ", ".join(variants[:MOST_NAMES]) + (" …" if len(variants) > MOST_NAMES else "")
         raise UserError(
-            f"{run} has {found}: name one of {names}, as in {run / variants[0]}"
+            f"{run} has {found}: name one of {first_names(variants)}, as in {run / variants[0]}"
             f"{did_you_mean(variant or '', variants)}"
         )
     own = stages[(stages["variant"] == variant) & (stages["stage"] != SLIDING)]

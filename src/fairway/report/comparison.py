@@ -24,8 +24,8 @@ from fairway.report.format import (
     signed,
 )
 from fairway.report.origin import identity
-from fairway.report.results import FINAL_STAGE, SLIDING, Results
-from fairway.report.scores import INVALID, over_documents, over_seeds, stage_title
+from fairway.report.results import FINAL_STAGE, SLIDING, Results, stage_of
+from fairway.report.scores import INVALID, TAINTED, over_documents, over_seeds, stage_title
 from fairway.report.statistics import describe
 from fairway.report.table import Cell, Group, Row, Table
 from fairway.report.tables import budgets_table, compared, stage_bpb, variants_by_text
@@ -153,11 +153,13 @@ def _stages(results: Results) -> Table:
                 for side in SIDES
             )
             scores = [bits(a), bits(b), signed(b - a)]
-        records = {side: results.provenance[side, results.seeds[0], _made(stage)] for side in SIDES}
+        records = {
+            side: results.provenance[side, results.seeds[0], stage_of(stage)] for side in SIDES
+        }
         title = stage_title(results, B, stage) if stage == SLIDING else STAGES[stage].title
         tainted = [side for side in SIDES if stage != "audit" and results.is_tainted(side, stage)]
-        note = Cell(warning=f"{joined(tainted)} saw validation text" if tainted else "")
-        rows.append([title, *scores, *_sharing(results, _made(stage), records), note])
+        note = Cell(warning=f"{joined(tainted)} {TAINTED}" if tainted else "")
+        rows.append([title, *scores, *_sharing(results, stage_of(stage), records), note])
     return Table(
         "Stages",
         "val_bpb, mean over seeds. Shared: one run serves both, or both made the same bytes. "
@@ -165,10 +167,6 @@ def _stages(results: Results) -> Table:
         ["Stage", "#A", "#B", "#B − A", "Shared", "Differs in", "Note"],
         [Group(rows)],
     )
-
-
-def _made(stage: str) -> str:
-    return FINAL_STAGE if stage == SLIDING else stage
 
 
 def _sharing(results: Results, stage: str, records: Mapping[str, Provenance]) -> list[str]:

@@ -16,9 +16,6 @@ from fairway.files import atomic_folder, sha256_of
 from fairway.metrics import read_metrics
 from fairway.provenance import PROVENANCE
 
-ABOUT = ("seeds", "scores", "verdicts", "settings_sha256")
-"""Two reports with the same values of these keys in their metrics.json say the same."""
-
 
 class Kept(NamedTuple):
     """An older report. about: its metrics.json; nothing where an earlier version made it."""
@@ -58,7 +55,7 @@ def drop_equal(report: Path, about: Mapping[str, Any]) -> list[Kept]:
     """Take away the copies that say what `about` does; return the others."""
     others = []
     for one in kept_reports(report):
-        if one.about and all(one.about[key] == about[key] for key in ABOUT):
+        if one.about and all(one.about[key] == value for key, value in about.items()):
             remove(one.folder)
         else:
             others.append(one)

@@ -12,8 +12,9 @@ from fairway.files import sha256_of_json
 from fairway.provenance import PROVENANCE
 from fairway.report.format import bits
 from fairway.report.kept import Kept
-from fairway.report.results import FINAL_STAGE, SLIDING, Results
+from fairway.report.results import Results, stage_of
 from fairway.report.table import Cell, Group, Table
+from fairway.runs import error_lines
 
 MOST_VARIANTS = 4
 """Of more variants of an older report than these, the others are counted."""
@@ -23,8 +24,7 @@ MOST_SEEDS = 8
 
 def file_link(results: Results, variant: str, seed: int, stage: str, name: str) -> str:
     """A file of a stage's folder."""
-    stage_folder = FINAL_STAGE if stage == SLIDING else stage
-    return f"../seed-{seed}/{results.folder(variant, stage)}/{stage_folder}/{name}"
+    return f"../seed-{seed}/{results.folder(variant, stage)}/{stage_of(stage)}/{name}"
 
 
 def log_link(results: Results, variant: str, seed: int, stage: str) -> str:
@@ -125,8 +125,7 @@ def _left_out(results: Results, seed_folder: Path) -> str:
         for folder in dict.fromkeys(own[stage] for own in results.folders.values()):
             if not (seed_folder / folder / stage / PROVENANCE).exists():
                 log = results.path / "logs" / seed_folder.name / folder / f"{stage}.log"
-                lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-                errors = [line for line in lines if line.startswith("error")]
+                errors = error_lines(log.read_text(errors="replace")) if log.exists() else []
                 return f"its {stage} ended with “{errors[-1]}”" if errors else f"no {stage} of it"
     return "it is finished, but was not asked for"
 

@@ -67,6 +67,11 @@ FEW_VARIANTS = 4
 Read = TypeVar("Read")
 
 
+def stage_of(stage: str) -> str:
+    """The stage itself; of SLIDING the one that scored it."""
+    return FINAL_STAGE if stage == SLIDING else stage
+
+
 @dataclass(frozen=True)
 class Results:
     """All that a run's files say; keys are (variant, seed, stage) or (variant, seed)."""
@@ -125,7 +130,7 @@ class Results:
 
     def folder(self, variant: str, stage: str) -> str:
         """Where the stage lies under seed-<s>; SLIDING lies with FINAL_STAGE."""
-        return self.folders[variant][FINAL_STAGE if stage == SLIDING else stage]
+        return self.folders[variant][stage_of(stage)]
 
     def sharers(self, variant: str, stage: str) -> tuple[str, ...]:
         """The variants that use the same run of the stage."""
@@ -186,8 +191,8 @@ class Results:
 
     def is_tainted(self, variant: str, stage: str) -> bool:
         """Whether the stage's product has validation tokens in its ancestry, for any seed."""
-        made_by = FINAL_STAGE if stage == SLIDING else stage
-        return any("val" in self.provenance[variant, seed, made_by].splits for seed in self.seeds)
+        made = stage_of(stage)
+        return any("val" in self.provenance[variant, seed, made].splits for seed in self.seeds)
 
 
 @dataclass(frozen=True)

@@ -400,7 +400,7 @@ def test_the_audit_takes_a_changed_file_to_fail_it(own_run):
 
 COMMON = {
     "seed": 7, "folder": "shared", "device": "cpu", "processes": 1, "peak_memory_bytes": 1,
-    "seconds": 1.0,
+    "seconds": 1.0, "phase_seconds": {"start": 1.0, "work": 1.0},
 }  # fmt: skip
 TTT = {
     "kernels": "plain", "attention_backend": "sdpa", "precision": "float32", "val_loss": 1.0,

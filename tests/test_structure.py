@@ -44,11 +44,12 @@ LAYERS = (
     "yaml_text",
     "plain",
     "code_hash",
-    "allot",
     "distributed",
     "progress",
     "files",
     "claims",
+    "phases",
+    "allot",
     "errors",
 )
 """From the top down. A module may import those of its own line and of lower ones."""

@@ -22,6 +22,8 @@ from pathlib import Path
 POLL_SECONDS = 0.5
 MESSAGE_EVERY = 120
 """Looks between two messages about the wait."""
+JOB_STARTED = "FAIRWAY_JOB_STARTED"
+"""Environment variable: seconds since the epoch when the job began, its wait for GPUs left out."""
 QUERY = ("nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader")
 
 
@@ -43,10 +45,11 @@ def visible_gpus(installed: Mapping[str, str]) -> list[str]:
     return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
 
 
-def take(count: int) -> list[str]:
-    """Lock `count` of the visible GPUs for as long as this process lives, and return their names.
+def take(count: int) -> tuple[list[str], float]:
+    """Lock `count` of the visible GPUs for as long as this process lives.
 
-    Waits where too few are free; ends the process with a line where there are not so many.
+    Returns their names, and the seconds that it waited because too few were free; ends the process
+    with a line where there are not so many.
     """
     installed = installed_gpus()
     visible = visible_gpus(installed)
@@ -57,13 +60,13 @@ def take(count: int) -> list[str]:
             "gpus.machine or the stage's own key in `gpus`, name more in CUDA_VISIBLE_DEVICES, or "
             "set runtime.device to cpu"
         )
-    looks = 0
+    looks, began = 0, time.monotonic()
     while len(taken := _lock_free(visible, installed, count)) < count:
         if looks % MESSAGE_EVERY == 0:
             print(f"waiting for {count} of the GPUs {', '.join(visible)}", file=sys.stderr)
         looks += 1
         time.sleep(POLL_SECONDS)
-    return taken
+    return taken, time.monotonic() - began if looks else 0.0
 
 
 def _lock_free(visible: Sequence[str], installed: Mapping[str, str], count: int) -> list[str]:
@@ -94,8 +97,12 @@ def _open(name: str) -> int:
 
 def main(arguments: Sequence[str]) -> None:
     count, script = int(arguments[0]), list(arguments[1:])
+    started = time.time()
     if count:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(take(count))
+        gpus, waited = take(count)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        started += waited
+    os.environ[JOB_STARTED] = str(started)
     if count > 1:
         sys.argv = ["torchrun", "--standalone", f"--nproc_per_node={count}", *script]
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairway.claims import TEMPORARY, before_change, check_claims, delete, remove
 from fairway.errors import UserError, out_of_memory
+from fairway.phases import phase
 
 if TYPE_CHECKING:  # these take a third of a second and more to load, and few stages need them
     import pandas as pd
@@ -39,7 +40,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises UserError where the folder cannot be written or the disk is full, and where another
     process has taken over a folder that this one had claimed.
     """
-    with _put_in_place(Path(path), _new_file) as temporary:
+    with phase("write"), _put_in_place(Path(path), _new_file) as temporary:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -262,6 +263,7 @@ def read_batches(
             raise OSError(f"{rows} rows, {file.metadata.num_rows} according to its metadata")
 
 
+@phase("read")
 def read_table(
     path: str | Path, made_by: str, columns: Mapping[str, str] | Iterable[str] = ()
 ) -> "pd.DataFrame":
@@ -305,6 +307,7 @@ def save_tensors(
         raise OSError(str(error)) from error
 
 
+@phase("read")
 def read_tensors(path: str | Path, made_by: str) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     """Tensors, on the CPU, and metadata of what `write_tensors` wrote.
 

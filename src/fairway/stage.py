@@ -37,6 +37,7 @@ from fairway.distributed import (
 from fairway.errors import UserError, in_short, out_of_disk, out_of_memory
 from fairway.files import parse_json, require_file, sha256_of, write_json
 from fairway.metrics import checked_metrics
+from fairway.phases import CLOCK, phase
 from fairway.plain import check_plain, shown
 from fairway.plugins import search_beside
 from fairway.provenance import PROVENANCE, check_product, read_provenance, write_provenance
@@ -66,12 +67,14 @@ class StageRun:
         self._started = time.perf_counter()
         self._seconds = {"training": 0.0, "evaluation": 0.0}
         self.taken: dict[Path, str] = {}
+        CLOCK.begin_work()
 
     @property
     def folder(self) -> str | None:
         """`shared` or a variant's name, from where the output lies; None for one of a run."""
         return self.output.parent.name if self.stage.per == "variant" else None
 
+    @phase("read")
     def take(self, stage: str, name: str, *, check: bool = True) -> Path:
         """A product of an earlier stage, noted as an input.
 
@@ -103,6 +106,7 @@ class StageRun:
                 )
         return check_product(path, again, record)
 
+    @phase("read")
     def note_inputs(self, paths: Iterable[Path]) -> None:
         """Note files from outside the workflow as inputs."""
         self.taken |= {path: sha256_of(path) for path in paths}
@@ -146,6 +150,7 @@ class StageRun:
             **metrics,
         }
         values["seconds"] = time.perf_counter() - self._started
+        values["phase_seconds"] = CLOCK.seconds()
         write_json(self.product("metrics.json"), checked_metrics(values))
         names = (*self.stage.products, *products, "metrics.json")
         write_provenance(

@@ -253,6 +253,7 @@ def common_metrics(stage: str, seed: int, folder: str, loss: float, seconds: flo
         "tokens": 12_000,
         "bytes": 36_000,
         "seconds": seconds,
+        "phase_seconds": {"start": 2.0, "work": seconds},
         "training_seconds": seconds * 0.8 if stage in ("train", "ttt") else 0.0,
         "evaluation_seconds": seconds * 0.9 if stage == "slot_eval" else 1.0,
         "device": "cpu (x86_64, 2 threads)",

@@ -20,7 +20,9 @@ def write(report, **changes):
     """A report's records; returns what it is about."""
     about = ABOUT | changes
     common = {"stage": "report", "seed": None, "folder": None, "seconds": 1.0, "device": "cpu"}
-    metrics = checked_metrics(common | {"processes": 1, "peak_memory_bytes": 1} | about)
+    metrics = checked_metrics(
+        common | {"processes": 1, "peak_memory_bytes": 1, "phase_seconds": {}} | about
+    )
     report.mkdir(parents=True, exist_ok=True)
     write_json(report / "metrics.json", metrics)
     written = [report / "metrics.json"]

@@ -18,6 +18,7 @@ from fairway.audit.interface import FAIL, NOT_APPLICABLE, PASS, UNDECIDED, Check
 from fairway.audit.tally import SCORE_TOLERANCE_NATS, CoverageErrors, Tally
 from fairway.errors import UserError
 from fairway.files import read_batches
+from fairway.phases import phase
 
 MADE_BY = "the slot_eval stage"
 
@@ -86,6 +87,7 @@ class Evaluation:
         return gained / max(1, self.in_fit.tokens + self.out_of_fit.tokens)
 
 
+@phase("read")
 def read_evaluation(
     path: str | Path,
     tokens: np.ndarray,

@@ -12,6 +12,7 @@ from fairway.data.shards import check_vocabulary, read_shard, shard_token_count
 from fairway.data.tokenizer import load_tokenizer
 from fairway.errors import UserError
 from fairway.files import require_file, sha256_of
+from fairway.phases import phase
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Dataset:
     original_bytes: int | None = None
 
 
+@phase("read")
 def load_dataset(
     manifest_path: str | Path, splits: Iterable[str] = SPLITS, *, check_hashes: bool = True
 ) -> Dataset:
@@ -112,6 +114,7 @@ def _check_tokenizer(path: Path, manifest: Manifest, manifest_path: Path) -> Non
             refuse(manifest_path, field, getattr(manifest, field), f"{expected}, as {path} has")
 
 
+@phase("read")
 def read_split(dataset: Dataset, split: str) -> np.ndarray:
     """All tokens of a split in order, uint16 [n], copied into memory."""
     return np.concatenate([span.read() for span in dataset.splits[split]])

@@ -13,6 +13,7 @@ from fairway.data.settings import SMALLEST_TRAINED
 from fairway.data.shards import MAX_VOCAB_SIZE
 from fairway.errors import UserError
 from fairway.files import require_file
+from fairway.phases import phase
 
 # The ids that the challenge's models reserve.
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
@@ -151,6 +152,7 @@ def _training_text(documents: Iterable[str], failures: list[BaseException]) -> I
         raise
 
 
+@phase("read")
 def load_tokenizer(
     path: str | Path, vocab_size: int | None = None
 ) -> sentencepiece.SentencePieceProcessor:

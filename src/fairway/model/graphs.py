@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairway.phases import phase
+
 
 @dataclass(frozen=True)
 class CapturedGraph:
@@ -32,6 +34,7 @@ class CapturedGraph:
         return self.result
 
 
+@phase("compile")
 def capture(
     compute: Callable[..., Any],
     inputs: Sequence[Tensor] = (),

@@ -1,6 +1,7 @@
 """Settings of the runtime resolved for a device: kernels, attention, precision, compilation."""
 
 import os
+import time
 from importlib.util import find_spec
 
 import torch
@@ -10,6 +11,7 @@ from fairway.model.attention import HOPPER, key_copies, select_backend
 from fairway.model.gpt import GPT, Backend
 from fairway.model.settings import RuntimeSettings
 from fairway.model.spec import GPTConfig
+from fairway.phases import CLOCK
 
 
 def prepare(model: GPT, settings: RuntimeSettings) -> GPT:
@@ -43,6 +45,7 @@ def prepare(model: GPT, settings: RuntimeSettings) -> GPT:
             f"runtime.cuda_graphs is 'on' but runtime.kernels is {model.kernels!r} on device "
             f"{device.type!r} here: it needs fused kernels and CUDA; use 'auto'"
         )
+    count_compilation(model, settings)
     return model
 
 
@@ -80,6 +83,23 @@ def compiles(settings: RuntimeSettings, model: GPT) -> bool:
     is_cuda = model.token_embedding.device.type == "cuda"
     plain = model.kernels == "plain"
     return settings.compile == "on" or (settings.compile == "auto" and is_cuda and plain)
+
+
+def count_compilation(model: GPT, settings: RuntimeSettings) -> None:
+    """From now on the time of the compiler that the model needs, if any, counts as such."""
+    if compiles(settings, model):
+        from torch._dynamo.callback import callback_handler
+
+        started: list[float] = []
+        if not callback_handler.start_callbacks:
+            callback_handler.register_start_callback(lambda _: started.append(time.perf_counter()))
+            callback_handler.register_end_callback(
+                lambda _: CLOCK.move(time.perf_counter() - started.pop(), "compile")
+            )
+    elif model.kernels == "fused":
+        from triton import knobs
+
+        knobs.compilation.listener = lambda *, times, **_: CLOCK.move(times.total / 1e6, "compile")
 
 
 def captures_graphs(settings: RuntimeSettings, model: GPT) -> bool:

@@ -9,6 +9,7 @@ from fairway.errors import UserError
 from fairway.files import parse_json, read_tensors, write_tensors
 from fairway.model.gpt import GPT
 from fairway.model.spec import GPTConfig, parameters
+from fairway.phases import phase
 from fairway.settings import validated
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,6 +42,7 @@ def load_weights(path: str | Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
     return config, state
 
 
+@phase("read")
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> GPT:
     """A GPT with the weights in `path`, on `device`."""
     return build_model(*load_weights(path), device)

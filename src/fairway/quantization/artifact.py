@@ -36,6 +36,7 @@ from fairway.files import parse_json, reading, require_file, write_bytes
 from fairway.model.gpt import GPT
 from fairway.model.spec import GPTConfig, parameters
 from fairway.model.weights import build_model
+from fairway.phases import phase
 from fairway.quantization.coding import CODECS, expect, pack, unpack
 from fairway.quantization.integers import (
     ALLOWED_BITS,
@@ -186,6 +187,7 @@ def stream_table(data: bytes) -> dict[str, tuple[str, int]]:
     return {name: streams[name] for name in _streams(entries.values())}
 
 
+@phase("read")
 def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
     """The model in an artifact, with bit for bit the weights that were written.
 

@@ -18,6 +18,7 @@ from fairway.data.loader import CoprimeLoader
 from fairway.distributed import World
 from fairway.errors import UserError
 from fairway.model.gpt import GPT
+from fairway.phases import phase
 from fairway.progress import progress
 from fairway.settings import Settings
 from fairway.training.averaging import WeightAverages
@@ -445,6 +446,7 @@ class Trainer:
             if self.curve_file:
                 self.curve_file.append(row)
 
+    @phase("compile")
     def _warm_up(self) -> None:
         """Steps that only compile each form; then everything is as before them."""
         if self.settings.warmup_steps == 0:

@@ -4,8 +4,10 @@ Shapes: B sequences, T positions, H query heads, K key/value heads, D head width
 """
 
 import importlib
+import os
 from contextlib import nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,13 @@ FLASH_MODULES = {
     "flash_attn_2": "flash_attn.flash_attn_interface",  # flash-attn-4 brings `flash_attn` as well
 }
 """The modules of FlashAttention 3, flash-attn-4 (its CuTe interface) and flash-attn 2."""
+
+# flash-attn-4 compiles for seconds, and keeps that for later processes only if it is asked to. Its
+# own choice of a folder, in the one for everybody's temporary files, is not for code to be run.
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+os.environ.setdefault(
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path("~/.cache/flash_attn_4").expanduser())
+)
 
 HOPPER = (9, 0)
 """Compute capability of the first GPUs on which cuDNN's attention is faster than PyTorch's own."""

@@ -1,0 +1,57 @@
+"""Where the seconds of a finished run's jobs went, stage by stage.
+
+    python benchmarks/overheads.py results/quickstart
+
+Means over the seeds and folders of a stage. `job` is Snakemake's own count, from the shell's start
+to its end; `beyond work` is what of it was not the stage's work.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fairway.errors import UserError
+from fairway.metrics import read_metrics
+from fairway.stage import user_errors
+from fairway.stages import STAGES, made_by
+
+PHASES = ["start", "read", "compile", "work", "write"]
+
+
+def jobs(run: Path) -> Iterator[dict[str, Any]]:
+    """A row for each job: stage, job (seconds), and the phases' seconds."""
+    for stage in STAGES.values():
+        where = {"variant": "seed-*/*/", "run": ""}.get(stage.per)
+        for path in (
+            sorted(run.glob(f"{where}{stage.name}/metrics.json")) if where is not None else ()
+        ):
+            phases = read_metrics(path, stage.name, made_by(stage.name))["phase_seconds"]
+            benchmark = run / "benchmarks" / path.parent.relative_to(run).with_suffix(".tsv")
+            measured = (
+                pd.read_csv(benchmark, sep="\t")["s"].iloc[-1] if benchmark.exists() else None
+            )
+            yield {"stage": stage.name, "job": measured, **phases}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a run, such as results/quickstart")
+    run = parser.parse_args().run
+    table = pd.DataFrame(jobs(run))
+    if table.empty:
+        raise UserError(f"{run} holds no finished stages: name a run's folder")
+    grouped = table.groupby("stage", sort=False)
+    means = grouped[["job", *PHASES]].mean()
+    means["beyond work"] = means["job"] - means["work"]
+    means.insert(0, "jobs", grouped.size())
+    print(means.round(1).to_string())
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

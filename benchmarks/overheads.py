@@ -24,16 +24,12 @@ PHASES = ["start", "read", "compile", "work", "write"]
 def jobs(run: Path) -> Iterator[dict[str, Any]]:
     """A row for each job: stage, job (seconds), and the phases' seconds."""
     for stage in STAGES.values():
-        where = {"variant": "seed-*/*/", "run": ""}.get(stage.per)
-        for path in (
-            sorted(run.glob(f"{where}{stage.name}/metrics.json")) if where is not None else ()
-        ):
-            phases = read_metrics(path, stage.name, made_by(stage.name))["phase_seconds"]
+        pattern = {"variant": "seed-*/*/", "run": ""}.get(stage.per, "no such folder/")
+        for path in sorted(run.glob(f"{pattern}{stage.name}/metrics.json")):
             benchmark = run / "benchmarks" / path.parent.relative_to(run).with_suffix(".tsv")
-            measured = (
-                pd.read_csv(benchmark, sep="\t")["s"].iloc[-1] if benchmark.exists() else None
-            )
-            yield {"stage": stage.name, "job": measured, **phases}
+            told = pd.read_csv(benchmark, sep="\t") if benchmark.exists() else {"s": [None]}
+            phases = read_metrics(path, stage.name, made_by(stage.name))["phase_seconds"]
+            yield {"stage": stage.name, "job": list(told["s"])[-1], **phases}
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ class TrainSettings(Settings):
     max_seconds: Annotated[float, Field(gt=0)] | None = 600.0
     """The training clock's end. Null counts steps only, which makes a run repeatable to the bit on
     CPU."""
-    warmup_steps: int = Field(20, ge=0)
+    warmup_steps: int = Field(5, ge=0)
     """Steps that compile before the clock starts; afterwards everything is reset."""
     warmdown_steps: Annotated[int, Field(ge=0)] | None = 4000
     """Length of the final linear decay of the learning rates; in time where max_seconds binds. Null

@@ -12,6 +12,7 @@ import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -57,7 +58,10 @@ def train(stage: StageRun) -> None:
             trainer = make_trainer(stage, dataset, checkpoints)
             trainer.run()
             if stage.world.is_main:
-                write_products(stage, trainer, dataset, identity)
+                write_weights(stage, trainer)
+            score = val_metrics(stage, trainer.model, dataset)
+            if stage.world.is_main:
+                finish(stage, trainer, {**score, "identity": identity})
                 checkpoints.remove()
 
 
@@ -122,20 +126,22 @@ def held_out_bpb(model: GPT, dataset: Dataset, tokens: int) -> float:
     return bits_per_byte(score.nats, score.bytes)
 
 
-def write_products(stage: StageRun, trainer: Trainer, dataset: Dataset, identity: str) -> None:
-    state, model = trainer.progress, trainer.model
-    save_model(stage.product("weights.safetensors"), model)
+def write_weights(stage: StageRun, trainer: Trainer) -> None:
+    save_model(stage.product("weights.safetensors"), trainer.model)
     write_tensors(
         stage.product("averages.safetensors"), trainer.averages.state_tensors(), metadata={}
     )
-    curve = pd.DataFrame(state.history, columns=COLUMNS).astype({"held_out_bpb": float})
+    curve = pd.DataFrame(trainer.progress.history, columns=COLUMNS).astype({"held_out_bpb": float})
     write_table(stage.product(TABLE), curve)
+
+
+def finish(stage: StageRun, trainer: Trainer, metrics: dict[str, Any]) -> None:
+    state, model = trainer.progress, trainer.model
     stage.add_seconds("training", state.seconds)
     tokens = state.step * trainer.settings.batch_tokens
     stage.finish(
         {
-            **val_metrics(stage, model, dataset),
-            "identity": identity,
+            **metrics,
             "steps": state.step,
             "train_tokens": tokens,
             "train_loss": state.history[-1]["loss"],

@@ -35,8 +35,10 @@ def train(stage: StageRun) -> None:
             )
     if stage.world.is_main:
         save_model(stage.product("weights.safetensors"), model)
+    score = val_metrics(stage, model, dataset)
+    if stage.world.is_main:
         stage.finish(
-            {**val_metrics(stage, model, dataset), "data": settings.data, "epoch_losses": losses},
+            {**score, "data": settings.data, "epoch_losses": losses},
             splits_read=[settings.data] if losses else [],
         )
 

@@ -1,5 +1,7 @@
 """The loss of every target of a text, without adaptation."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,6 @@ BATCH_TOKENS = {"cuda": 65536, "cpu": 4096}
 large one spend a second on memory that the process has never touched."""
 
 
-@torch.no_grad()
 def target_losses(model: GPT, tokens: np.ndarray, batch_tokens: int | None = None) -> np.ndarray:
     """Nats of tokens[1:], float64 [n], from an integer array [n+1].
 
@@ -19,21 +20,32 @@ def target_losses(model: GPT, tokens: np.ndarray, batch_tokens: int | None = Non
     end is one shorter sequence. A forward pass takes about `batch_tokens`, by default what suits
     the device.
     """
+    return np.concatenate(list(losses_by_pass(model, tokens, batch_tokens)))
+
+
+@torch.no_grad()
+def losses_by_pass(
+    model: GPT,
+    tokens: np.ndarray,
+    batch_tokens: int | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[np.ndarray]:
+    """What `target_losses` joins: the nats of each forward pass, float64, or of this rank's."""
     length = model.config.sequence_tokens
     text = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
     targets = len(text) - 1
     batch_tokens = batch_tokens or BATCH_TOKENS[model.token_embedding.device.type]
     rows = max(1, batch_tokens // length)
-    losses = []
-    for start in range(0, targets, rows * length):
+    for start in range(rank * rows * length, targets, world_size * rows * length):
         stop = min(start + rows * length, targets)
         whole = start + (stop - start) // length * length
         for first, last, width in ((start, whole, length), (whole, stop, stop - whole)):
             if last > first:
                 inputs = text[first:last].view(-1, width)
                 wanted = text[first + 1 : last + 1].view(-1, width)
-                losses.append(_losses(model, inputs, wanted))
-    return np.concatenate(losses)
+                yield _losses(model, inputs, wanted)
 
 
 def _losses(model: GPT, inputs: torch.Tensor, targets: torch.Tensor) -> np.ndarray:

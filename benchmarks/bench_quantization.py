@@ -1,4 +1,4 @@
-"""Benchmarks of the gptq stage: self-generated calibration text, GPTQ, and the artifact."""
+"""Benchmarks of the gptq stage: self-generated calibration text, Hessians, GPTQ, the artifact."""
 
 import statistics
 import tempfile
@@ -6,11 +6,16 @@ from pathlib import Path
 
 import torch
 from baseline_evaluation import baseline_logits, baseline_next_tokens
-from baseline_quantization import baseline_archive, baseline_gptq, output_error
-from ceilings import generation_bytes, gptq_flops
+from baseline_quantization import (
+    baseline_archive,
+    baseline_gptq,
+    baseline_hessians,
+    output_error,
+)
+from ceilings import generation_bytes, gptq_flops, hessian_flops
 from context import Context, ran
 from results import Agreement, Bar, Row
-from timing import held_bytes, median_of, median_seconds, timed, warmed_up
+from timing import alternate, held_bytes, median_of, median_seconds, timed, warmed_up
 
 from fairway.model.gpt import GPT
 from fairway.model.sampling import self_generated_tokens
@@ -31,6 +36,8 @@ CHECKED_TOKENS = 64
 HESSIAN_SEQUENCES = 16
 TIMED_MATRICES = 2
 """Of each shape: the submission's way on the CPU takes too long for all of them."""
+HESSIAN_TOLERANCE = {"bfloat16": 0.02, "float16": 0.02, "float32": 1e-4}
+"""Of the norm of a difference over the norm: the two formulations round activations differently."""
 ERROR_SLACK = 0.02
 """The fast path chooses a clip per row, the submission per matrix, so it should never be worse."""
 
@@ -118,6 +125,50 @@ def _decoding_agrees(context: Context, model: GPT, tokens: torch.Tensor) -> Agre
         f"mean loss of a sequence's first {tokens.shape[1] - 1} tokens, nats",
         float((nats[0] - nats[1]).abs().max()),
     )
+
+
+def hessians(context: Context) -> list[Row]:
+    """Every matrix's Hessian over calibration text, against the plain formulation's."""
+    settings = context.section("gptq")
+    device, weights = context.device, context.scattered_weights()
+    sequences, length = settings.calibration_sequences, settings.calibration_tokens
+    tokens = training_tokens(context.dataset, sequences, length, context.options.seed)
+    ways = {
+        "baseline": (baseline_hessians, context.plain(weights)),
+        "fast": (collect_hessians, context.model(weights)),
+    }
+    found, coldest, sides = {}, {}, {}
+    for name, (collect, model) in ways.items():
+
+        def run(name=name, collect=collect, model=model) -> None:
+            found[name] = collect(model, tokens, settings.batch_sequences)
+
+        coldest[name] = timed(device, run)
+        sides[name] = warmed_up(device, lambda run=run: lambda: [timed(device, run)])
+    seconds = alternate(sides, context.options.repeats)
+    flops = hessian_flops(ways["fast"][1].config, sequences, length)
+    floor = flops / context.ceilings.matmul_flops_per_second
+    differences = [
+        float((found["fast"][key] - expected).norm() / expected.norm())
+        for key, expected in found["baseline"].items()
+    ]
+    return [
+        Row(
+            "hessians", f"s for {sequences} x {length} tokens",
+            seconds["fast"], seconds["baseline"], seconds["baseline"] / seconds["fast"], "matmul",
+            floor / seconds["fast"], sides["baseline"].peak_bytes, sides["fast"].peak_bytes,
+            **ran(ways["fast"][1]),
+            bars=(Bar("<= 0.5 s", seconds["fast"] <= 0.5),),
+            agreements=(
+                Agreement(
+                    "norm of the difference over the norm, worst matrix",
+                    max(differences), HESSIAN_TOLERANCE[context.precision],
+                ),
+            ),
+            note=f"first of all, with compilation, the baseline took {coldest['baseline']:.2f} s "
+            f"and then the fast way {coldest['fast']:.2f} s",
+        )
+    ]  # fmt: skip
 
 
 def gptq(context: Context) -> list[Row]:

@@ -1,4 +1,7 @@
-"""GPTQ and compression as the reference submission has them: matrix by matrix on the CPU; LZMA."""
+"""Hessians of the plain formulation; GPTQ and compression as the reference submission has them.
+
+GPTQ runs matrix by matrix on the CPU, compression is LZMA.
+"""
 
 import lzma
 from collections.abc import Mapping, Sequence
@@ -6,11 +9,36 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fairway.model.gpt import GPT
 from fairway.quantization.artifact import Stored
 from fairway.quantization.integers import QuantizedTensor
 
 LARGEST_CODE = 31
 SMALLEST_SCALE = 2.0**-24
+
+
+@torch.no_grad()
+def baseline_hessians(
+    model: GPT, tokens: Tensor, batch_sequences: int
+) -> dict[tuple[str, int], Tensor]:
+    """(bank, matrix) → mean of x·xᵀ over int64 `tokens` [S, T], float64, from float32 products.
+
+    model: in the plain formulation, which is not compiled. Queries, keys and values share one.
+    """
+    sums: dict[tuple[str, int], Tensor] = {}
+    latest: list[Tensor | None] = [None, None]
+
+    def add(bank: str, index: int, inputs: Tensor) -> None:
+        if inputs is not latest[0]:
+            rows = inputs.flatten(0, -2).float()
+            latest[:] = inputs, (rows.T @ rows).double() / tokens.numel()
+        sums[bank, index] = sums.get((bank, index), 0) + latest[1]
+
+    model.activation_hook = add
+    for batch in tokens.split(batch_sequences):
+        model.hidden(batch.to(model.token_embedding.device))
+    model.activation_hook = None
+    return sums
 
 
 def baseline_gptq(

@@ -1,16 +1,22 @@
-"""Benchmarks of the gptq stage: self-generated calibration text, GPTQ, and the artifact."""
+"""Benchmarks of the gptq stage: self-generated calibration text, Hessians, GPTQ, the artifact."""
 
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from baseline_evaluation import baseline_logits, baseline_next_tokens
-from baseline_quantization import baseline_archive, baseline_gptq, output_error
-from ceilings import generation_bytes, gptq_flops
+from baseline_quantization import (
+    baseline_archive,
+    baseline_gptq,
+    baseline_hessians,
+    output_error,
+)
+from ceilings import generation_bytes, gptq_flops, hessian_flops
 from context import Context, ran
 from results import Agreement, Bar, Row
-from timing import held_bytes, median_of, median_seconds, timed, warmed_up
+from timing import alternate, held_bytes, median_of, median_seconds, timed, warmed_up
 
 from fairway.model.gpt import GPT
 from fairway.model.sampling import self_generated_tokens
@@ -21,7 +27,11 @@ from fairway.quantization.artifact import (
     storable,
     write_artifact,
 )
-from fairway.quantization.calibration import collect_hessians, training_tokens
+from fairway.quantization.calibration import (
+    collect_hessians,
+    collect_sensitivities,
+    training_tokens,
+)
 from fairway.quantization.integers import QuantizedTensor, round_to_nearest
 from fairway.quantization.quantizers.gptq import BITS, quantize_bank
 from fairway.quantization.settings import QuantizationSettings, quantizer_of
@@ -31,6 +41,8 @@ CHECKED_TOKENS = 64
 HESSIAN_SEQUENCES = 16
 TIMED_MATRICES = 2
 """Of each shape: the submission's way on the CPU takes too long for all of them."""
+COLLECTED_TOLERANCE = {"bfloat16": 0.05, "float16": 0.05, "float32": 1e-4}
+"""Of the norm of a difference over the norm: the two formulations round activations differently."""
 ERROR_SLACK = 0.02
 """The fast path chooses a clip per row, the submission per matrix, so it should never be worse."""
 
@@ -118,6 +130,66 @@ def _decoding_agrees(context: Context, model: GPT, tokens: torch.Tensor) -> Agre
         f"mean loss of a sequence's first {tokens.shape[1] - 1} tokens, nats",
         float((nats[0] - nats[1]).abs().max()),
     )
+
+
+def hessians(context: Context) -> list[Row]:
+    """What quantizers learn from calibration text, against the plain formulation's."""
+    settings = context.section("gptq")
+    floor = (
+        hessian_flops(
+            context.model_config(), settings.calibration_sequences, settings.calibration_tokens
+        )
+        / context.ceilings.matmul_flops_per_second
+    )
+    rows = [_collected(context, "hessians", baseline_hessians, collect_hessians, floor)]
+    if quantizer_of(settings).needs_sensitivities:
+        ways = (collect_sensitivities, collect_sensitivities)
+        rows.append(_collected(context, "sensitivities", *ways))
+    return rows
+
+
+def _collected(
+    context: Context,
+    what: str,
+    baseline: Callable,
+    fast: Callable,
+    floor_seconds: float | None = None,
+) -> Row:
+    """baseline, fast: of a model, tokens and sequences at a time; (bank, matrix) → a tensor."""
+    settings = context.section("gptq")
+    device, weights = context.device, context.scattered_weights()
+    sequences, length = settings.calibration_sequences, settings.calibration_tokens
+    tokens = training_tokens(context.dataset, sequences, length, context.options.seed)
+    models = {"baseline": context.plain(weights), "fast": context.model(weights)}
+    found, coldest, sides = {}, {}, {}
+    for name, collect in (("baseline", baseline), ("fast", fast)):
+
+        def run(name=name, collect=collect) -> None:
+            found[name] = collect(models[name], tokens, settings.batch_sequences)
+
+        coldest[name] = timed(device, run)
+        sides[name] = warmed_up(device, lambda run=run: lambda: [timed(device, run)])
+    seconds = alternate(sides, context.options.repeats)
+    differences = [
+        float((found["fast"][key] - expected).norm() / expected.norm())
+        for key, expected in found["baseline"].items()
+    ]
+    agreement = Agreement(
+        f"norm of the difference in {what} over the norm, worst matrix",
+        max(differences),
+        COLLECTED_TOLERANCE[context.precision],
+    )
+    return Row(
+        "hessians", f"s for {what} over {sequences} x {length} tokens",
+        seconds["fast"], seconds["baseline"], seconds["baseline"] / seconds["fast"],
+        floor_seconds and "matmul", floor_seconds and floor_seconds / seconds["fast"],
+        sides["baseline"].peak_bytes, sides["fast"].peak_bytes,
+        **ran(models["fast"]),
+        bars=(Bar("<= 1 s", seconds["fast"] <= 1),),
+        agreements=(agreement,),
+        note=f"the first time, with compilation, the baseline took {coldest['baseline']:.2f} s, "
+        f"and then the fast way {coldest['fast']:.2f} s",
+    )  # fmt: skip
 
 
 def gptq(context: Context) -> list[Row]:

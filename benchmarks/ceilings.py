@@ -124,6 +124,14 @@ def optimizer_floor_seconds(
     return flops / ceilings.matmul_flops_per_second + moved / ceilings.memory_bytes_per_second
 
 
+def hessian_flops(config: GPTConfig, sequences: int, tokens: int) -> float:
+    """A forward pass, and the products of every matrix's inputs with themselves."""
+    attention = config.width * tokens
+    block = 3 * config.width**2 + config.mlp_width**2 + attention
+    inputs = config.steps * block + config.width**2
+    return 2.0 * sequences * tokens * (matrix_parameters(config) + inputs)
+
+
 def gptq_flops(config: GPTConfig, candidates: int) -> float:
     """Spreading each column's error over the columns still to come, for every clip candidate."""
     table = parameters(config)

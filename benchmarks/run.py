@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from bench_adapters import adapters
 from bench_evaluation import sliding
-from bench_quantization import artifact, gptq, self_generation
+from bench_quantization import artifact, gptq, hessians, self_generation
 from bench_slot import slot_batch, slot_window
 from bench_training import optimizer, train, ttt
 from ceilings import measure_ceilings
@@ -31,8 +31,8 @@ from fairway.stage import user_errors
 STAGES = {
     stage.__name__: stage
     for stage in (
-        train, optimizer, sliding, slot_window, slot_batch, adapters, ttt, self_generation, gptq,
-        artifact,
+        train, optimizer, sliding, slot_window, slot_batch, adapters, ttt, self_generation,
+        hessians, gptq, artifact,
     )
 }  # fmt: skip
 

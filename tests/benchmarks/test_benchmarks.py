@@ -25,7 +25,7 @@ from trainings import SMALL, run_here
 BENCHMARKS = ROOT / "benchmarks"
 STAGES = (
     "train", "optimizer", "sliding", "slot_window", "slot_batch", "adapters", "ttt",
-    "self_generation", "gptq", "artifact",
+    "self_generation", "hessians", "gptq", "artifact",
 )  # fmt: skip
 
 sys.path.append(str(BENCHMARKS))

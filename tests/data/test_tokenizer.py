@@ -1,13 +1,18 @@
 """Training and reading tokenizers."""
 
 import random
+from hashlib import sha256
+from itertools import islice
 
 import pytest
 
 from fairway.data.case import MARKERS
 from fairway.data.tokenizer import CaseTokenizer, load_tokenizer, train_tokenizer
 from fairway.errors import UserError
+from fairway.recipe import complete
 from tiny import given_model
+
+QUICKSTART_SHA256 = "9024231789d4499fb5e97789f394f4353caa8adf1bfc7af6f9fd559bef763709"
 
 TEXTS = [
     f"the {word} of {number} words, {word[::-1]}\n"
@@ -24,8 +29,18 @@ def model(tmp_path_factory):
     return path
 
 
-def test_the_same_text_gives_the_same_file(model):
-    assert train_tokenizer(iter(TEXTS), 320, seed=0) == model.read_bytes()
+@pytest.mark.parametrize("threads", [1, 2, 4, 2000])
+def test_the_same_text_gives_the_same_file_on_any_number_of_threads(model, threads):
+    assert train_tokenizer(iter(TEXTS), 320, seed=0, threads=threads) == model.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_the_quickstarts_tokenizer_is_the_one_it_always_was(threads):
+    data = complete({"recipe": "quickstart", "seeds": [1]}).sections("causal")["data"]
+    training = islice(data.corpus().documents(), data.validation_documents, None)
+    model = train_tokenizer(training, data.vocab_size, data.seed, threads=threads)
+    assert sha256(model).hexdigest() == QUICKSTART_SHA256
 
 
 def test_the_challenges_settings(model):

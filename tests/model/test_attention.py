@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from fairway.errors import UserError
 from fairway.model import attention
-from fairway.model.attention import attend, available_backends, document_bounds, select_backend
+from fairway.model.attention import (
+    attend,
+    attend_to_cache,
+    available_backends,
+    document_bounds,
+    select_backend,
+)
 from fairway.model.gpt import GPT
 from fairway.model.graphs import capture
 from trainings import SMALL
@@ -132,6 +138,21 @@ def test_documents_on_a_gpu_in_a_graph_against_float64(backend, last, kv_heads, 
             assert (one - other).norm() < 0.01 * other.norm()
         if deterministic:
             assert all(map(torch.equal, found, graph(documents)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_query_sees_the_part_of_the_cache_that_is_filled(masked):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 1, 6, 8), (3, 16, 2, 8), (3, 16, 2, 8))
+    q, k, v = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    documents = torch.randint(2, (3, 16), generator=generator).cumsum(1).to(device)
+    for length in (1, 9, 16):
+        seen = documents if masked else torch.zeros_like(documents)
+        expected = reference(q, k[:, :length], v[:, :length], seen[:, :length])
+        filled = torch.tensor(length, device=device)
+        found = attend_to_cache(q, k, v, filled, documents if masked else None)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_flash_attention_cannot_be_forced_where_it_is_absent():

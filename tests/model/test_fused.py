@@ -360,3 +360,28 @@ def test_every_kernel_compiles_for_hopper_without_spilling():
 def compiler_environment() -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return {**environment, "PYTHONPATH": str(ROOT / "src")}
+
+
+@pytest.mark.parametrize("name", ["odd", "all features"])
+def test_hooks_see_what_the_plain_formulation_shows_them(name):
+    seen = {}
+    for kernels in BACKENDS:
+        model, inputs, gradients = random_model(CONFIGS[name], kernels), [], []
+        model.activation_hook = lambda *shown, inputs=inputs: inputs.append(shown)
+        model.gradient_hook = lambda *shown, gradients=gradients: gradients.append(shown)
+        model.loss(*batch(2)).backward()
+        seen[kernels] = by_matrix(inputs), by_matrix(gradients)
+        first, second, third = (x for _, _, x in inputs[:3])
+        assert first is second is third  # of queries, keys and values
+    for fused_ones, plain_ones in zip(*seen.values(), strict=True):
+        assert fused_ones.keys() == plain_ones.keys()
+        for key, plain in plain_ones.items():
+            assert (fused_ones[key] - plain).norm() < 2e-5 * plain.norm(), key
+
+
+def by_matrix(shown: list[tuple[str, int, torch.Tensor]]) -> dict[tuple[str, int], torch.Tensor]:
+    """(bank, index) → what a hook was shown of that matrix, in every pass of its block."""
+    found = defaultdict(list)
+    for bank, index, tensor in shown:
+        found[bank, index].append(tensor)
+    return {key: torch.stack(parts) for key, parts in found.items()}

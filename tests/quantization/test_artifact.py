@@ -475,9 +475,9 @@ def limit_model():
 def test_an_artifact_within_the_limit_is_left_alone():
     model = limit_model()
     tensors = stored_tensors(model)
-    size = len(encode_artifact(model.config, tensors))
-    fitted, zeroed = fit_to_limit(model.config, tensors, size, GPTQ)
-    assert zeroed == 0 and fitted == tensors
+    whole = encode_artifact(model.config, tensors)
+    data, fitted, zeroed = fit_to_limit(model.config, tensors, len(whole), GPTQ)
+    assert data == whole and zeroed == 0 and fitted == tensors
 
 
 @pytest.mark.parametrize("excess_bytes", [1, 100, 500])
@@ -485,8 +485,8 @@ def test_cheapest_ones_are_zeroed_until_the_artifact_fits(excess_bytes):
     model = limit_model()
     config, tensors = model.config, stored_tensors(model)
     limit = len(encode_artifact(config, tensors)) - excess_bytes
-    fitted, zeroed = fit_to_limit(config, tensors, limit, GPTQ)
-    assert limit * 0.97 <= len(encode_artifact(config, fitted)) <= limit
+    data, fitted, zeroed = fit_to_limit(config, tensors, limit, GPTQ)
+    assert data == encode_artifact(config, fitted) and limit * 0.97 <= len(data) <= limit
     removed_scales, kept_scales = [], []
     for name in BANKS:
         removed = fitted[name].codes != tensors[name].codes
@@ -517,7 +517,7 @@ def test_the_error_names_a_scale_factor_that_makes_the_artifact_fit():
         fit_to_limit(CONFIG, stored(1.0), limit, GPTQ)
     factor = float(re.search(r"gptq\.scale_factor by ([0-9.]+)", str(raised.value))[1])
     assert 1 < factor < 4
-    fitted, _ = fit_to_limit(CONFIG, stored(factor), limit, GPTQ)
+    _, fitted, _ = fit_to_limit(CONFIG, stored(factor), limit, GPTQ)
     assert limit * 0.95 < len(encode_artifact(CONFIG, fitted)) <= limit
 
 
@@ -525,7 +525,7 @@ def test_codes_in_groups_are_zeroed_by_their_own_scale():
     model = limit_model()
     tensors = stored_tensors(model, bits=4, group_columns=20)
     limit = len(encode_artifact(model.config, tensors)) - 200
-    fitted, zeroed = fit_to_limit(model.config, tensors, limit, GPTQ)
+    _, fitted, zeroed = fit_to_limit(model.config, tensors, limit, GPTQ)
     assert limit * 0.97 <= len(encode_artifact(model.config, fitted)) <= limit
     removed_scales, kept_scales = [], []
     for name in BANKS:
@@ -541,7 +541,7 @@ def test_embeddings_are_never_zeroed_even_where_matrices_have_8_bits():
     model = limit_model()
     tensors = stored_tensors(model, bits=8)
     limit = len(encode_artifact(model.config, tensors)) - 200
-    fitted, zeroed = fit_to_limit(model.config, tensors, limit, GPTQ)
+    _, fitted, zeroed = fit_to_limit(model.config, tensors, limit, GPTQ)
     assert zeroed > 0
     for name in ("token_embedding", "bigram_embedding", "value_embedding"):
         assert torch.equal(fitted[name].codes, tensors[name].codes)

@@ -22,6 +22,7 @@ from fairway.quantization.calibration import (
     HessianSums,
     calibration_tokens,
     collect_hessians,
+    sum_of_products,
     training_tokens,
 )
 from fairway.quantization.integers import round_to_nearest
@@ -90,6 +91,16 @@ def test_queries_keys_and_values_share_one_product(model, tokens):
         assert shared is hessians["key_value_bank", layer]
         assert shared is hessians["key_value_bank", SMALL.layers + layer]
         assert shared is not hessians["query_output_bank", SMALL.layers + layer]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tensor cores are a GPU's")
+@pytest.mark.parametrize("shape", [(4, 2048, 512), (3, 5, 96), (7, 64)])
+def test_tensor_cores_add_up_in_float32(shape):
+    inputs = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    rows = inputs.flatten(0, -2).double()
+    found, expected = sum_of_products(inputs), rows.T @ rows
+    assert found.dtype == torch.float64
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_equal_but_distinct_inputs_are_kept_apart():

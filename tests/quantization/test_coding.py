@@ -71,6 +71,14 @@ def test_rows_of_zeros_and_extreme_codes_share_a_stream(monkeypatch):
     assert len(pack([codes, codes[:1, :1]], "range")[1]) == pytest.approx(len(data), abs=8)
 
 
+def test_of_many_codes_a_sample_tells_whether_lzma_needs_fewer_bytes():
+    gaussian = [synthetic_codes((8, 512, 768))]
+    assert pack(gaussian) == ("range", pack(gaussian, "range")[1])
+    repeated = [np.tile(synthetic_codes((1, 2, 700)), (8, 256, 1))]
+    codec, data = pack(repeated)
+    assert codec == "lzma" and len(data) < len(pack(repeated, "range")[1]) / 10
+
+
 @pytest.mark.parametrize("column_deviation", [0.0, 0.3])
 def test_range_coding_beats_lzma_and_comes_near_the_entropy(column_deviation):
     arrays = [

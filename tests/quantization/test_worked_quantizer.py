@@ -101,7 +101,7 @@ def test_the_stage_says_what_it_wrote(model, stored, settings, tmp_path):
 def test_the_artifact_fits_a_budget(stored, settings, tmp_path):
     tensors, _ = stored
     size, quantizer = len(encode_artifact(SMALL, tensors)), quantizer_of(settings)
-    fitted, zeroed = fit_to_limit(SMALL, tensors, size - 200, quantizer)
+    _, fitted, zeroed = fit_to_limit(SMALL, tensors, size - 200, quantizer)
     assert zeroed > 0
     assert write_artifact(tmp_path / "artifact.bin", SMALL, fitted) <= size - 200
     loaded = load_artifact(tmp_path / "artifact.bin").state_dict()

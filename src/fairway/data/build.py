@@ -88,7 +88,7 @@ def _tokenize(
         load_tokenizer(path, settings.vocab_size)
     previous = _previous_shards(folder)
     inputs = [*corpus.fetch(), *given]
-    documents, model = _survey(corpus, settings)
+    documents, model = _survey(corpus, settings, threads)
     _remove_previous(folder, previous)
     tokenizer_path = _write_tokenizer(folder, model)
     shards, original = _make_shards(corpus, settings, tokenizer_path, documents, threads)
@@ -167,7 +167,7 @@ def _selected_documents(corpus: Corpus, settings: DataSettings) -> Iterator[str]
     return islice(corpus.documents(), stop)
 
 
-def _survey(corpus: Corpus, settings: DataSettings) -> tuple[int, bytes]:
+def _survey(corpus: Corpus, settings: DataSettings, threads: int) -> tuple[int, bytes]:
     """The number of documents and the tokenizer's file, from one pass over the documents.
 
     A tokenizer learns from training documents only. Bad lines and a lack of documents or of
@@ -203,6 +203,7 @@ def _survey(corpus: Corpus, settings: DataSettings) -> tuple[int, bytes]:
                 settings.seed,
                 case=settings.case,
                 normalization=settings.normalization,
+                threads=threads,
             )
         return bar.n, model
 
@@ -235,10 +236,10 @@ def encode_documents(
     That is another text where normalization folds spaces and compatibility characters. Raises
     UserError for a character that the tokenizer has no piece for.
     """
-    encoded = tokenizer.encode(list(documents), num_threads=threads)
+    encoded = tokenizer.encode(list(documents), num_threads=threads, out_type="numpy")
     decoded = tokenizer.decode(encoded, num_threads=threads)
     bos = np.array([tokenizer.bos_id()], TOKEN_TYPE)
-    parts = [part for ids in encoded for part in (bos, np.array(ids, TOKEN_TYPE))]
+    parts = [part for ids in encoded for part in (bos, ids.astype(TOKEN_TYPE))]
     tokens = np.concatenate(parts)
     if np.any(tokens == tokenizer.unk_id()):
         _refuse_unknown(tokenizer, documents)

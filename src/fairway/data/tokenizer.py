@@ -47,13 +47,15 @@ TRAINER = {
     "shuffle_input_sentence": True,
     # Its default passes over every document of more than 4,192 bytes, most of a corpus's text.
     "max_sentence_length": 1 << 30,
-    # The model file records the number of threads: one number, one file, on any machine.
-    "num_threads": 1,
     "minloglevel": 2,
 }
 MARK_CASE = {"user_defined_symbols": list(MARKERS)}
 """As symbols markers are in no piece with letters, so a word has one set of pieces."""
 KEEP_CHARACTERS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+MAX_THREADS = 1024
+"""SentencePiece trains on no more."""
+ONE_THREAD = b"\x12\x03\x80\x01\x01"
+"""`trainer_spec {num_threads: 1}` as a protocol buffer: behind a model it overrides that field."""
 
 
 class CaseTokenizer(sentencepiece.SentencePieceProcessor):
@@ -82,11 +84,13 @@ def train_tokenizer(
     *,
     case: str = "keep",
     normalization: str = "nfkc",
+    threads: int = 1,
 ) -> bytes:
     """Train a BPE of `vocab_size` pieces; the contents of its .model file.
 
-    The same documents and seed give the same bytes. `seed` draws the documents to train on where
-    there are more than MAX_TRAINING_DOCUMENTS. case, normalization: as in section `data`.
+    The same documents and seed give the same bytes, whatever `threads` is. `seed` draws the
+    documents to train on where there are more than MAX_TRAINING_DOCUMENTS. case, normalization: as
+    in section `data`.
     Raises UserError where the text has too few words or too many characters for so many pieces.
     """
     failures: list[BaseException] = []
@@ -103,20 +107,24 @@ def train_tokenizer(
             sentence_iterator=_training_text(documents, failures),
             model_writer=model,
             vocab_size=vocab_size,
+            num_threads=min(threads, MAX_THREADS),
             **options,
         )
     except RuntimeError as error:
         if failures:
             raise failures[0] from None
         raise UserError(_why_untrained(str(error), vocab_size)) from error
-    learned = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    # The model file records the number of threads, on which nothing else in it depends.
+    contents = model.getvalue() + ONE_THREAD
+    trained = sentencepiece.SentencePieceProcessor(model_proto=contents)
+    learned = trained.vocab_size()
     if learned != vocab_size:
         lower = f" or lower data.vocab_size to {learned}" if learned >= SMALLEST_TRAINED else ""
         raise UserError(
             f"the training text yields only {learned} pieces, expected data.vocab_size "
             f"{vocab_size}: bring more text{lower}"
         )
-    return model.getvalue()
+    return trained.serialized_model_proto()
 
 
 def _why_untrained(reason: str, vocab_size: int) -> str:

@@ -214,7 +214,13 @@ def attend_to_cache(
     if documents is not None:
         visible = visible & (documents == documents.index_select(1, length[None] - 1))
     mask = visible.view(-1, 1, 1, keys.shape[1])
-    return _scaled_dot_product(queries, keys, values, attn_mask=mask)
+    if not keys.is_cuda:
+        return _scaled_dot_product(queries, keys, values, attn_mask=mask)
+    # No kernel that takes a mask takes keys shared between query heads, so the heads that share
+    # one stand as its positions: nothing of the cache is copied.
+    grouped = queries.squeeze(1).unflatten(1, (keys.shape[2], -1)).transpose(1, 2)
+    output = _scaled_dot_product(grouped, keys, values, attn_mask=mask)
+    return output.transpose(1, 2).flatten(1, 2).unsqueeze(1)
 
 
 def is_installed(module: str) -> bool:

@@ -109,7 +109,9 @@ class GPT(nn.Module):
         """Copies of each key and value head that the fused kernels give attention in training."""
         self.adapter: RowAdapter | None = None
         self.activation_hook: Callable[[str, int, torch.Tensor], None] | None = None
-        """Called with a bank, an index and x before x is multiplied by that matrix."""
+        """Called with a bank, an index and x [B, T, in] before x is multiplied by that matrix."""
+        self.gradient_hook: Callable[[str, int, torch.Tensor], None] | None = None
+        """Called in the backward pass with a bank, an index and the gradient of that product."""
         self.fake_quantize: Callable[[str, torch.Tensor], torch.Tensor] | None = None
         """Applied to the name and value of each bank, such as a fake quantization."""
         for name, parameter in self.parameter_table.items():
@@ -153,10 +155,10 @@ class GPT(nn.Module):
     def hidden(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
         """tokens int64 [B, T] → the final, normalized residual stream [B, T − first_position, C].
 
-        The plain formulation computes wherever there are activation hooks or adapted scales.
+        The plain formulation computes wherever there are adapted scales.
         """
         adapts_scales = self.adapter is not None and self.adapter.changes_scales
-        if self.backend is not None and self.activation_hook is None and not adapts_scales:
+        if self.backend is not None and not adapts_scales:
             return self.backend.hidden(self, tokens, first_position)
         embedding = self._embed(tokens, F.pad(tokens[:, :-1], (1, 0), value=-1))
         x = self._smear(tokens, embedding, F.pad(embedding[:, :-1], (0, 0, 1, 0)))
@@ -297,6 +299,8 @@ class GPT(nn.Module):
         if self.activation_hook is not None:
             self.activation_hook(bank, index, x)
         y = F.linear(x, banks[bank][index])
+        if self.gradient_hook is not None:
+            y.register_hook(partial(self.gradient_hook, bank, index))
         return y if self.adapter is None else self.adapter.product(bank, index, x, y)
 
     def _prepared_banks(self) -> dict[str, torch.Tensor]:

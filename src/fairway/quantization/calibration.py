@@ -1,7 +1,5 @@
 """What a quantizer may know of the inputs: calibration text, and every matrix's Hessian over it."""
 
-from typing import ClassVar
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,10 +45,21 @@ class HessianSums:
         return {key: means[source] for key, source in self._source.items()}
 
     def _add(self, key: tuple[str, int], inputs: torch.Tensor) -> None:
-        rows = inputs.detach().flatten(0, -2).float()
-        product = (rows.T @ rows).double()
+        product = sum_of_products(inputs.detach())
         self._sums[key] = self._sums[key] + product if key in self._sums else product
-        self._counts[key] = self._counts.get(key, 0) + len(rows)
+        self._counts[key] = self._counts.get(key, 0) + inputs.shape[:-1].numel()
+
+
+def sum_of_products(inputs: torch.Tensor) -> torch.Tensor:
+    """The sum of x·xᵀ over the rows x of `inputs` [..., C], float64 [C, C]."""
+    if inputs.is_cuda and inputs.dtype.itemsize == 2:
+        # Products of half precision are exact in float32. Each sequence has a sum of its own: its
+        # rounding stays small, and all multiprocessors have work, for which one [C, C] is too few.
+        sequences = inputs if inputs.dim() == 3 else inputs.flatten(0, -2)[None]
+        products = torch.bmm(sequences.mT, sequences, out_dtype=torch.float32)
+        return products.sum(0, dtype=torch.float64)
+    rows = inputs.flatten(0, -2).float()
+    return (rows.T @ rows).double()
 
 
 @torch.no_grad()
@@ -72,22 +81,14 @@ def collect_hessians(
 
 
 class GradientSums:
-    """For `GPT.adapter`: sums the squared gradients in every matrix's outputs, changing nothing."""
-
-    parts: ClassVar = {}
-    changes_scales = True  # so that the plain formulation computes
+    """For `GPT.gradient_hook`: sums the squared gradients in every matrix's outputs."""
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, int], torch.Tensor] = {}
 
-    def product(self, bank: str, index: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """y [..., R] itself, watched."""
-        y.register_hook(lambda gradient: self.add(bank, index, gradient.float().square()))
-        return y
-
-    def scale(self, name: str, layer: int, value: torch.Tensor) -> torch.Tensor:
-        """A block's scale as it is."""
-        return value
+    def __call__(self, bank: str, index: int, gradient: torch.Tensor) -> None:
+        """Add the gradient [..., R] of matrix `index` of `bank`."""
+        self.add(bank, index, gradient.float().square())
 
     def add(self, bank: str, index: int, squares: torch.Tensor) -> None:
         """Add squares [..., R]."""
@@ -105,7 +106,7 @@ def collect_sensitivities(
     the target is drawn from the model's distribution p.
     """
     device, gradients = model.token_embedding.device, GradientSums()
-    model.adapter = gradients
+    model.gradient_hook = gradients
     try:
         with progress(len(tokens), "sensitivity", "sequence") as bar:
             for batch in tokens.split(max(1, batch_sequences // BACKWARD_SHARE)):
@@ -116,7 +117,7 @@ def collect_sensitivities(
                 F.cross_entropy(logits.mT, batch[:, 1:], reduction="sum").backward()
                 bar.update(len(batch))
     finally:
-        model.adapter = None
+        model.gradient_hook = None
         model.zero_grad()
     return {key: total / tokens.numel() for key, total in gradients.sums.items()}
 

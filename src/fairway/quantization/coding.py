@@ -36,6 +36,9 @@ MAXIMUM_NUMBER = 127
 TABLE_LIMIT = 2**16 - 1
 COUNTS_SUM = 2**24 - SYMBOLS
 """constriction's probabilities are multiples of 2⁻²⁴; it adds one to each, so that none is zero."""
+DICTIONARY_BYTES = 1 << 16
+"""LZMA's, which looks for matches in so many bytes before."""
+SAMPLE_PIECES = 16
 PIECE_CODES = 1 << 20
 """So many codes are coded at a time, which bounds the memory beside the arrays."""
 MINIMUM_STEP = 1 / 16
@@ -47,13 +50,31 @@ SPREAD_OFFSET = 0.05
 def pack(arrays: Sequence[np.ndarray], codec: str | None = None) -> tuple[str, bytes]:
     """The codec and the bytes of arrays of one dtype: by `codec`, or by the one that needs least.
 
-    The range coder takes int8 arrays of two or more dimensions.
+    The range coder takes int8 arrays of two or more dimensions. Where a sample of them shows that
+    LZMA needs more, LZMA is not tried on all, which takes five times as long as the range coder.
     """
-    packers = {"lzma": _lzma_pack, "range": _range_pack}
     codable = constriction and any(array.dtype == np.int8 and array.size for array in arrays)
-    codecs = [codec] if codec else CODECS if codable else ["lzma"]
-    packed = [(name, packers[name](arrays)) for name in codecs]
-    return min(packed, key=lambda pair: len(pair[1]))
+    if codec == "lzma" or (not codable and codec is None):
+        return "lzma", _lzma_pack(arrays)
+    coded = _range_pack(arrays)
+    if codec is None and _lzma_may_need_less(arrays, len(coded)):
+        packed = _lzma_pack(arrays)
+        if len(packed) <= len(coded):
+            return "lzma", packed
+    return "range", coded
+
+
+def _lzma_may_need_less(arrays: Sequence[np.ndarray], coded_bytes: int) -> bool:
+    """Whether LZMA needs no more bytes a code for a sample of int8 arrays than for all were needed.
+
+    Of few codes it is not known. The pieces of the sample are as long as LZMA looks back.
+    """
+    codes = np.concatenate([array.reshape(-1) for array in arrays])
+    if len(codes) <= 2 * SAMPLE_PIECES * DICTIONARY_BYTES:
+        return True
+    starts = np.linspace(0, len(codes) - DICTIONARY_BYTES, SAMPLE_PIECES).astype(int)
+    sample = np.concatenate([codes[start : start + DICTIONARY_BYTES] for start in starts])
+    return len(_lzma_pack([sample])) * len(codes) <= coded_bytes * len(sample)
 
 
 def unpack(
@@ -100,7 +121,7 @@ def _filters(itemsize: int) -> list[dict[str, int]]:
         {
             "id": lzma.FILTER_LZMA2,
             "preset": 9,
-            "dict_size": 1 << 16,
+            "dict_size": DICTIONARY_BYTES,
             "lc": 0,
             "lp": position_bits,
             "pb": position_bits,
@@ -182,14 +203,29 @@ def _from_zero(groups: list[np.ndarray]) -> list[np.ndarray]:
 
 def _positions_by_class(rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(class, positions in the flattened array) for every code, piece by piece."""
-    classes = (rows[:, :, None] + columns[:, None, :]).reshape(-1)
-    for start in range(0, len(classes), PIECE_CODES):
-        piece = classes[start : start + PIECE_CODES]
+    for start, piece in _pieces(_classes(rows, columns)):
         order = np.argsort(piece, kind="stable") + start
         ends = np.cumsum(np.bincount(piece))
         for number, (first, last) in enumerate(pairwise((0, *ends))):
             if first < last:
                 yield number, order[first:last]
+
+
+def _classes(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Of every code of a stack, flat: uint8."""
+    return (rows[:, :, None] + columns[:, None, :]).reshape(-1)
+
+
+def _pieces(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Where each piece of a flat array begins, and the piece."""
+    return ((at, codes[at : at + PIECE_CODES]) for at in range(0, len(codes), PIECE_CODES))
+
+
+def _cells(stack: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Iterator[np.ndarray]:
+    """Where every code stands in the flattened tables, piece by piece: int64."""
+    symbols = stack.reshape(-1).view(np.uint8)
+    for start, classes in _pieces(_classes(rows, columns)):
+        yield classes.astype(np.int64) * SYMBOLS + symbols[start : start + len(classes)]
 
 
 def frequency_tables(
@@ -199,11 +235,11 @@ def frequency_tables(
 
     Scaled to 65,535 for a class's most frequent symbol; one that occurs never gets zero.
     """
-    counts = np.zeros((SYMBOLS, SYMBOLS), np.int64)
-    for stack, *numbers in zip(stacks, rows, columns, strict=True):
-        symbols = stack.reshape(-1).view(np.uint8)
-        for number, positions in _positions_by_class(*numbers):
-            counts[number] += np.bincount(symbols[positions], minlength=SYMBOLS)
+    counts = np.zeros(SYMBOLS * SYMBOLS, np.int64)
+    for stack in zip(stacks, rows, columns, strict=True):
+        for cells in _cells(*stack):
+            counts += np.bincount(cells, minlength=len(counts))
+    counts = counts.reshape(SYMBOLS, SYMBOLS)
     largest = counts.max(1, keepdims=True).clip(1)
     return (-(-counts * TABLE_LIMIT // largest)).astype(np.uint16)
 
@@ -220,14 +256,11 @@ def code_bits(stacks: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Mean bits of a code in each matrix of int8 stacks [N, R, C] under the coder's tables: [N]."""
     rows, columns = spread_numbers(stacks)
     counts = exact_counts(frequency_tables(stacks, rows, columns)) + 1
-    costs = -np.log2(counts / counts.sum(1, keepdims=True))
+    costs = -np.log2(counts / counts.sum(1, keepdims=True)).astype(np.float32).reshape(-1)
     means = []
-    for stack, *numbers in zip(stacks, rows, columns, strict=True):
-        bits = np.empty(stack.size, np.float32)
-        symbols = stack.reshape(-1).view(np.uint8)
-        for number, positions in _positions_by_class(*numbers):
-            bits[positions] = costs[number][symbols[positions]]
-        means.append(bits.reshape(len(stack), -1).mean(1, dtype=np.float64))
+    for stack in zip(stacks, rows, columns, strict=True):
+        bits = np.concatenate([costs[cells] for cells in _cells(*stack)])
+        means.append(bits.reshape(len(stack[0]), -1).mean(1, dtype=np.float64))
     return means
 
 

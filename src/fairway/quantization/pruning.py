@@ -19,18 +19,18 @@ LEAST_BITS = 3
 
 def fit_to_limit(
     config: GPTConfig, tensors: Mapping[str, Stored], limit_bytes: int, quantizer: Quantizer
-) -> tuple[dict[str, Stored], int]:
+) -> tuple[bytes, dict[str, Stored], int]:
     """Zero as few ±1 codes of the quantizer as make the artifact at most `limit_bytes` long.
 
     Codes go in the order of their squared scale, least first: that is the squared change of the
     weight. The number is found by interpolation between one that is too small and one that is
     large enough (the "Illinois" variant of false position). Codes of 2 bits are left alone.
-    Returns the tensors and the number zeroed; UserError where even all of them are too few.
+    Returns the artifact, its tensors and the number zeroed; UserError where even all are too few.
     """
     data = encode_artifact(config, tensors)
     size = len(data)
     if size <= limit_bytes:
-        return dict(tensors), 0
+        return data, dict(tensors), 0
     # A few zeros do not change which codec is smaller; if they do, what is written is smaller yet.
     codecs = {stream: codec for stream, (codec, _) in stream_table(data).items()}
     names = _prunable(config, tensors)
@@ -70,7 +70,7 @@ def fit_to_limit(
         elif not fits and fitted_last is False:
             room /= 2
         fitted_last = fits
-    return fitted, enough
+    return encode_artifact(config, fitted), fitted, enough
 
 
 def _quantized(config: GPTConfig, tensors: Mapping[str, Stored]) -> list[str]:

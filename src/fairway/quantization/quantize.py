@@ -9,13 +9,7 @@ import pandas as pd
 from fairway.data.dataset import Dataset
 from fairway.files import write_bytes
 from fairway.model.gpt import GPT
-from fairway.quantization.artifact import (
-    Stored,
-    encode_artifact,
-    quantizable,
-    storable,
-    stream_table,
-)
+from fairway.quantization.artifact import Stored, quantizable, storable, stream_table
 from fairway.quantization.calibration import (
     calibration_tokens,
     collect_hessians,
@@ -51,8 +45,7 @@ def quantize_to_file(
         data, tensors, layers, factor = fill_limit(model.config, stored_at, limit_bytes)
     else:
         tensors, layers = stored_at(factor)
-        tensors, zeroed = fit_to_limit(model.config, tensors, limit_bytes, quantizer)
-        data = encode_artifact(model.config, tensors)
+        data, tensors, zeroed = fit_to_limit(model.config, tensors, limit_bytes, quantizer)
     write_bytes(path, data)
     streams = stream_table(data)
     errors = ("error", "error_round_to_nearest")

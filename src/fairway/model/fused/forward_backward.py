@@ -33,6 +33,7 @@ from fairway.model.fused.exclusion import (
 )
 from fairway.model.fused.folded_weights import FoldedWeights, folded_weights
 from fairway.model.fused.heads import copy_heads, gain_sums, heads_backward, norm_and_rotate
+from fairway.model.fused.hooks import Hooks
 from fairway.model.fused.loss import HeadLoss
 from fairway.model.fused.low_rank import Additions, folded_factors
 from fairway.model.fused.mlp import activate, activate_backward, mlp_down_backward, mlp_up
@@ -107,6 +108,7 @@ class PassSpec:
     cos: torch.Tensor
     """float32 [T, rotary_dimensions / 2], as is sin."""
     sin: torch.Tensor
+    hooks: Hooks
     adapted: tuple[tuple[str, int], ...] = ()
     """Projections and blocks to which the rows of the batch add products of their own."""
 
@@ -192,7 +194,8 @@ def loss(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 
 def hidden(model: GPT, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
     """tokens int64 [B, T] → the final, normalized residual stream [B, T − first_position, C]."""
-    computed_from = 0 if torch.is_grad_enabled() else first_position
+    needs_all = torch.is_grad_enabled() or model.activation_hook is not None
+    computed_from = 0 if needs_all else first_position
     rows = _hidden(model, tokens, computed_from)
     return rows.unflatten(0, (len(tokens), -1))[:, first_position - computed_from :]
 
@@ -206,7 +209,7 @@ def _hidden(model: GPT, tokens: torch.Tensor, first_position: int) -> torch.Tens
     spec = PassSpec(
         config, model.orders[model.recurs], model.attention_backend,
         model.deterministic_attention, tokens, documents, first_position, trains,
-        model.key_copies if trains else 1, *rotation, (*factors,),
+        model.key_copies if trains else 1, *rotation, Hooks(model, len(tokens)), (*factors,),
     )  # fmt: skip
     flat = [factor for pair in factors.values() for factor in pair]
     return Blocks.apply(spec, _embedded(model, tokens), *folded_weights(model), *flat)
@@ -305,6 +308,7 @@ def _block(context, step, saved, x0) -> torch.Tensor:
     )
     first = spec.first_position if step == len(spec.order.blocks) - 1 else 0
     output = _attention(context, index, saved, first)
+    spec.hooks.show_inputs(index, output, "output")
     x = _rows_from(x, spec, first)
     # Both sums go into the residual stream's own memory: the backward pass needs the norms'
     # outputs, not their inputs.
@@ -312,12 +316,14 @@ def _block(context, step, saved, x0) -> torch.Tensor:
     additions.add("output", index, output, x)
     saved.mlp_input = rms_norm(x)
     normed = saved.mlp_input[0]
+    spec.hooks.show_inputs(index, normed, "up")
     if additions.has("up", index):
         up = normed @ weights.up[index].T
         additions.add("up", index, normed, up)
         saved.activation = activate(up, slope)
     else:
         saved.activation = mlp_up(normed, weights.up[index], slope, spec.trains)
+    spec.hooks.show_inputs(index, saved.activation, "down")
     x.addmm_(saved.activation, weights.down[index].T)
     additions.add("down", index, saved.activation, x)
     return x
@@ -328,6 +334,7 @@ def _attention(context, index, saved, first) -> torch.Tensor:
     spec, weights, additions = context
     config, (normed, _) = spec.config, saved.attention_input
     latest = _rows_from(normed, spec, first)
+    spec.hooks.show_inputs(index, normed, *QKV)
     if first:
         key_values = normed @ weights.qkv[index, config.width :].T
         parts = (latest @ weights.qkv[index, : config.width].T, *key_values.chunk(2, dim=1))
@@ -364,6 +371,7 @@ def _mlp_backward(context, gradients, index, saved, gradient) -> torch.Tensor:
     spec, weights, additions = context
     activation, normed = saved.activation, saved.mlp_input[0]
     slope = spec.config.activation_slope
+    spec.hooks.show_gradient(index, gradient, "down")
     _add_product_gradient(gradients.down, index, gradient, activation)
     if additions.has("down", index):
         inner = gradient @ weights.down[index]
@@ -371,6 +379,7 @@ def _mlp_backward(context, gradients, index, saved, gradient) -> torch.Tensor:
         activate_backward(inner, activation, slope)
     else:
         inner = mlp_down_backward(gradient, weights.down[index], activation, slope)
+    spec.hooks.show_gradient(index, inner, "up")
     _add_product_gradient(gradients.up, index, inner, normed)
     input_gradient = inner @ weights.up[index]
     additions.add_backward("up", index, normed, inner, input_gradient)
@@ -381,6 +390,7 @@ def _attention_backward(context, gradients, gain_sums, index, saved, gradient) -
     """The gradient of attention's normed input, from that of the residual stream after it."""
     spec, weights, additions = context
     config, (*inputs, joined, excluded) = spec.config, saved.attention
+    spec.hooks.show_gradient(index, gradient, "output")
     _add_product_gradient(gradients.attention_out, index, gradient, excluded.flatten(1))
     inner = gradient @ weights.attention_out[index]
     additions.add_backward("output", index, excluded.flatten(1), gradient, inner)
@@ -410,6 +420,7 @@ def _attention_backward(context, gradients, gain_sums, index, saved, gradient) -
     _add_product_gradient(gradients.qkv, index, qkv_gradient, normed)
     input_gradient = qkv_gradient @ weights.qkv[index]
     for projection, part in zip(QKV, parts, strict=True):
+        spec.hooks.show_gradient(index, part, projection)
         additions.add_backward(projection, index, normed, part, input_gradient)
     if gate is not None:
         weights_gradient = head_gate_backward(of_gate, gate, input_gradient)

@@ -58,8 +58,10 @@ def test_memory_follows_the_processes_the_model_and_the_text(fineweb):
 
 def test_tokenize_follows_its_text(tmp_path):
     def asked(**source):
-        data = validated(DataSettings, {"name": "text", **source}, "data")
-        return cluster.tokenize_megabytes(data), cluster.tokenize_minutes(data)
+        data = {"data": validated(DataSettings, {"name": "text", **source}, "data")}
+        return tuple(
+            amount("tokenize", data, None, 0) for amount in (cluster.megabytes, cluster.minutes)
+        )
 
     text, packed = tmp_path / "text.jsonl", tmp_path / "text.jsonl.xz"
     text.write_bytes(bytes(3_000_000))

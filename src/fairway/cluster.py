@@ -59,16 +59,29 @@ class ClusterSettings(Settings):
     """Times the minutes of every job."""
 
 
-def megabytes(stage: str, sections: Mapping[str, Settings], manifest: Manifest, gpus: int) -> float:
-    """Host memory of a job of a stage after tokenize."""
+def megabytes(
+    stage: str, sections: Mapping[str, Settings], manifest: Manifest | None, gpus: int
+) -> float:
+    """Host memory of a job of a stage. manifest: of the dataset, None for tokenize, which makes it.
+
+    Raises FileNotFoundError where a file that tokenize reads is missing.
+    """
     processes = gpus * GPU_PROCESS_MB or CPU_PROCESS_MB
+    if manifest is None:
+        return processes + _text_megabytes(sections["data"]) * TEXT_BYTES
     model = _parameters(sections, manifest) * PARAMETER_BYTES
     table = manifest.splits.val.tokens * SCORED_TOKEN_BYTES.get(stage, 0)
     return processes + (model + table) / 1e6
 
 
-def minutes(stage: str, sections: Mapping[str, Settings], manifest: Manifest, gpus: int) -> float:
-    """Time of a job of a stage after tokenize."""
+def minutes(
+    stage: str, sections: Mapping[str, Settings], manifest: Manifest | None, gpus: int
+) -> float:
+    """Time of a job of a stage; arguments and errors as of `megabytes`."""
+    if manifest is None:
+        corpus = sections["data"].corpus()
+        fetch = FETCH_MINUTES if corpus.downloads or corpus.brings_shards else 0
+        return START_MINUTES + fetch + _text_megabytes(sections["data"]) / TEXT_MB_PER_MINUTE
     rate = gpus * GPU_RATE or CPU_RATE
     seconds = _positions(stage, sections, manifest) * _parameters(sections, manifest) / rate
     if stage == "train":
@@ -98,18 +111,6 @@ def _positions(stage: str, sections: Mapping[str, Settings], manifest: Manifest)
         case "audit":
             return (audit.flips + OTHER_PASSES) * audit.stream_tokens * per_target
     return 0  # the start has room for the others
-
-
-def tokenize_megabytes(data: DataSettings) -> float:
-    """Memory of a job of tokenize. Raises FileNotFoundError where a source file is missing."""
-    return CPU_PROCESS_MB + _text_megabytes(data) * TEXT_BYTES
-
-
-def tokenize_minutes(data: DataSettings) -> float:
-    """Time of a job of tokenize. Raises FileNotFoundError where a source file is missing."""
-    corpus = data.corpus()
-    fetch = FETCH_MINUTES if corpus.downloads or corpus.brings_shards else 0
-    return START_MINUTES + fetch + _text_megabytes(data) / TEXT_MB_PER_MINUTE
 
 
 def _text_megabytes(data: DataSettings) -> float:

@@ -4,7 +4,7 @@ A stage's rule is `run_<stage>`; the rule of the stage's own name is its target,
 variant.
 """
 
-import functools
+import errno
 import hashlib
 import json
 import math
@@ -25,8 +25,8 @@ if not (HOME / "src/fairway").is_dir():
     )
 sys.path.insert(0, str(HOME / "src"))
 
-from fairway import cluster
 from fairway.allot import installed_gpus, visible_gpus
+from fairway.cluster import megabytes, minutes
 from fairway.code_hash import code_hash
 from fairway.data.manifest_fields import read_manifest
 from fairway.errors import UserError
@@ -178,45 +178,37 @@ def get_tokenize_threads():
 
 def get_memory(stage):
     """A resources function: the megabytes of a stage's job."""
-    return get_limit(stage, "megabytes", CLUSTER.memory_factor)
+    return get_limit(stage, megabytes, CLUSTER.memory_factor)
 
 
 def get_runtime(stage):
     """A resources function: the minutes of a stage's job."""
-    return get_limit(stage, "minutes", CLUSTER.runtime_factor)
+    return get_limit(stage, minutes, CLUSTER.runtime_factor)
 
 
-def get_limit(stage, unit, factor):
-    """A resources function, of `megabytes` or `minutes`: more at each further attempt.
-
-    Not known before the dataset is there.
-    """
+def get_limit(stage, amount, factor):
+    """A resources function: more at each further attempt. Not known before the dataset is."""
 
     def limit(wildcards, attempt):
         sections = CONFIG.sections(get_user(stage, wildcards))
-        if stage == "tokenize":
-            amount = getattr(cluster, f"tokenize_{unit}")(sections["data"])
-        else:
-            manifest = get_manifest(sections["data"].name)
-            gpus = get_gpus(stage)(wildcards) if STAGES[stage].uses_gpu else 0
-            amount = getattr(cluster, unit)(stage, sections, manifest, gpus)
-        return math.ceil(amount * factor * attempt)
+        manifest = get_manifest(sections["data"].name) if STAGES[stage].needs else None
+        gpus = get_gpus(stage)(wildcards) if STAGES[stage].uses_gpu else 0
+        return math.ceil(amount(stage, sections, manifest, gpus) * factor * attempt)
 
     return limit
 
 
 def get_manifest(dataset):
-    """Of a dataset. Where it is not there, Snakemake asks again later."""
+    """Of a dataset.
+
+    Where it cannot be read, Snakemake asks again once tokenize has made it; else the stage tells
+    what is wrong with it.
+    """
     path = f"{DATASET.format(dataset=dataset)}.manifest.json"
-    return read_manifest_once(path, os.stat(path).st_mtime_ns)
-
-
-@functools.cache
-def read_manifest_once(path, time):
     try:
         return read_manifest(Path(path))
     except UserError as error:
-        raise WorkflowError(str(error)) from None
+        raise FileNotFoundError(errno.ENOENT, str(error), path) from None
 
 
 # A cluster has as many as it has; `--resources gpu=2` says it otherwise.

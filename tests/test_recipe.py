@@ -377,7 +377,7 @@ def test_which_variants_run():
 def test_a_variant_may_change_any_section_but_those_of_all_variants(section):
     change = {"data": {"name": "other"}}.get(section, {})
     assert with_variants({"own": {section: change}}).sections("own")
-    assert set(VARIED) == set(SECTIONS) - {"report", "gpus"}
+    assert set(VARIED) == set(SECTIONS) - {"report", "gpus", "cluster"}
 
 
 def test_stages_whose_settings_agree_share_a_folder():

@@ -21,6 +21,7 @@ LAYERS = (
     "trackers",
     "check",
     "resume",
+    "cluster",
     "referee",
     "export",
     "report",
@@ -189,8 +190,8 @@ def test_sections_of_stages_are_sections_with_such_keys():
         section, _, key = one.partition(".")
         assert section in SECTIONS
         assert not key or key in section_class(section).model_fields
-    # How many GPUs a job gets changes no product.
-    assert {one.partition(".")[0] for one in read} == set(SECTIONS) - {"gpus"}
+    # What a job gets of a machine changes no product.
+    assert {one.partition(".")[0] for one in read} == set(SECTIONS) - {"gpus", "cluster"}
 
 
 def test_every_stage_has_a_script_and_a_rule():

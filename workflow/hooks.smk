@@ -6,6 +6,7 @@ Only in the process that the user started, and not in a dry run.
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,9 @@ def start_run(run):
     """Before the first job: set times right, and note what runs, for `fairway resume` and `watch`."""
     if workflow.touch:
         return
+    if not workflow.local_exec:
+        # As Ctrl-C: Snakemake would wait for the end of jobs that may not have begun.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     share_folder()  # again, for a `workdir:` may have followed
     set_future_times_right()
     write_json(f"{RUN}/{PLAN}", plan_of(CONFIG).model_dump(mode="json"))

@@ -51,10 +51,11 @@ SECTIONS = {
     "export": "fairway.export:ExportSettings",
     "runtime": "fairway.model.settings:RuntimeSettings",
     "gpus": "fairway.gpus:GpuSettings",
+    "cluster": "fairway.cluster:ClusterSettings",
 }
 """The class of each section, by name because the classes lie in packages above this module."""
 
-VARIED = tuple(name for name in SECTIONS if name not in ("report", "gpus"))
+VARIED = tuple(name for name in SECTIONS if name not in ("report", "gpus", "cluster"))
 """A variant may change these: one report shows all variants, on the same machines."""
 
 RECIPE_FOLDER = Path("config")

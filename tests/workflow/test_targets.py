@@ -150,7 +150,7 @@ def test_a_users_file_goes_over_each_recipe(empty, dry_runs, recipe):
     for command in commands:
         code, output = dry_runs.run(empty, "ttt", *command, "--printshellcmds")
         assert code == 0
-        plans.append(re.findall(r"^Shell command: (PYTHONPATH=.*)$", output, re.MULTILINE))
+        plans.append(re.findall(r"^Shell command: (.*PYTHONPATH=.*)$", output, re.MULTILINE))
     assert len(plans[0]) == 4 and all(plan == plans[0] for plan in plans)
     assert f"results/{recipe}/seed-1/shared/ttt" in plans[0][-1] and '"epochs": 3' in plans[0][-1]
 

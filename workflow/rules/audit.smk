@@ -25,8 +25,8 @@ rule run_audit:
     threads: get_threads("audit")
     resources:
         gpu=get_gpus("audit"),
-        runtime=60,
-        mem_mb=4000,
+        runtime=get_runtime("audit"),
+        mem_mb=get_memory("audit"),
     params:
         settings=get_settings("audit"),
         code=get_code("audit"),

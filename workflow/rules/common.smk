@@ -4,8 +4,10 @@ A stage's rule is `run_<stage>`; the rule of the stage's own name is its target,
 variant.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -24,7 +26,9 @@ if not (HOME / "src/fairway").is_dir():
 sys.path.insert(0, str(HOME / "src"))
 
 from fairway.allot import installed_gpus, visible_gpus
+from fairway.cluster import megabytes, minutes
 from fairway.code_hash import code_hash
+from fairway.data.manifest_fields import read_manifest
 from fairway.errors import UserError
 from fairway.plugins import search_beside
 from fairway.recipe import (
@@ -98,7 +102,9 @@ USERS = {
     for stage, folder in folders.items()
 }
 DATASETS = {CONFIG.dataset(variant): variant for variant in reversed(CONFIG.variants)}
-GPUS = CONFIG.sections(next(iter(CONFIG.variants)))["gpus"]
+COMMON = CONFIG.sections(next(iter(CONFIG.variants)))  # where variants agree
+GPUS = COMMON["gpus"]
+CLUSTER = COMMON["cluster"]
 # Of one machine, for jobs side by side.
 MACHINE_GPUS = GPUS.machine or len(visible_gpus(installed_gpus()))
 THREADS_PER_GPU = 4
@@ -163,6 +169,46 @@ def get_gpus(stage):
 def get_threads(stage):
     """A threads function: one on a CPU, whose sums then have one order; a few for each GPU."""
     return lambda wildcards: max(1, THREADS_PER_GPU * get_gpus(stage)(wildcards))
+
+
+def get_tokenize_threads():
+    """As many as come with all GPUs of a node, so that every node that can train has them."""
+    return max(2, THREADS_PER_GPU * MACHINE_GPUS)
+
+
+def get_memory(stage):
+    """A resources function: the megabytes of a stage's job."""
+    return get_limit(stage, megabytes, CLUSTER.memory_factor)
+
+
+def get_runtime(stage):
+    """A resources function: the minutes of a stage's job."""
+    return get_limit(stage, minutes, CLUSTER.runtime_factor)
+
+
+def get_limit(stage, amount, factor):
+    """A resources function: more at each further attempt. Not known before the dataset is."""
+
+    def limit(wildcards, attempt):
+        sections = CONFIG.sections(get_user(stage, wildcards))
+        manifest = get_manifest(sections["data"].name) if STAGES[stage].needs else None
+        gpus = get_gpus(stage)(wildcards) if STAGES[stage].uses_gpu else 0
+        return math.ceil(amount(stage, sections, manifest, gpus) * factor * attempt)
+
+    return limit
+
+
+def get_manifest(dataset):
+    """Of a dataset.
+
+    Where it cannot be read, Snakemake asks again once tokenize has made it; else the stage tells
+    what is wrong with it.
+    """
+    path = f"{DATASET.format(dataset=dataset)}.manifest.json"
+    try:
+        return read_manifest(Path(path))
+    except UserError as error:
+        raise FileNotFoundError(errno.ENOENT, str(error), path) from None
 
 
 # A cluster has as many as it has; `--resources gpu=2` says it otherwise.
@@ -325,10 +371,15 @@ def get_options(stage):
 
 
 def get_call(stage):
-    """The first words of a stage's command."""
+    """The first words of a stage's command.
+
+    A cluster sends SIGTERM to the shell as well, whose end would be the job's before train has
+    written its checkpoint: the trap lets the shell wait.
+    """
     script = f'"$FAIRWAY_HOME/workflow/scripts/{STAGES[stage].script}"'
     allot = " -m fairway.allot {resources.gpu}" if STAGES[stage].uses_gpu else ""
-    return f'PYTHONPATH="$FAIRWAY_PYTHONPATH" python{allot} {script} --settings {{params.settings:q}}'
+    command = f'PYTHONPATH="$FAIRWAY_PYTHONPATH" python{allot} {script}'
+    return f"trap : TERM; {command} --settings {{params.settings:q}}"
 
 
 def get_command(stage, more_options=""):

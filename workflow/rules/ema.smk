@@ -19,8 +19,8 @@ rule run_ema:
     threads: get_threads("ema")
     resources:
         gpu=get_gpus("ema"),
-        runtime=30,
-        mem_mb=4000,
+        runtime=get_runtime("ema"),
+        mem_mb=get_memory("ema"),
     params:
         settings=get_settings("ema"),
         code=get_code("ema"),

@@ -20,8 +20,8 @@ rule run_export:
     threads: get_threads("export")
     resources:
         gpu=get_gpus("export"),
-        runtime=10,
-        mem_mb=4000,
+        runtime=get_runtime("export"),
+        mem_mb=get_memory("export"),
     params:
         settings=get_settings("export"),
         code=get_code("export"),

@@ -19,8 +19,8 @@ rule run_gptq:
     threads: get_threads("gptq")
     resources:
         gpu=get_gpus("gptq"),
-        runtime=60,
-        mem_mb=4000,
+        runtime=get_runtime("gptq"),
+        mem_mb=get_memory("gptq"),
     params:
         settings=get_settings("gptq"),
         code=get_code("gptq"),

@@ -24,8 +24,8 @@ rule run_report:
         "../../envs/cpu.yaml"
     threads: 1
     resources:
-        runtime=30,
-        mem_mb=4000,
+        runtime=get_runtime("report"),
+        mem_mb=get_memory("report"),
     params:
         run=subpath(output.page, ancestor=2),
         # Sorted, so that another order of seeds reruns nothing.

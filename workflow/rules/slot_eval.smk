@@ -19,8 +19,8 @@ rule run_slot_eval:
     threads: get_threads("slot_eval")
     resources:
         gpu=get_gpus("slot_eval"),
-        runtime=60,
-        mem_mb=4000,
+        runtime=get_runtime("slot_eval"),
+        mem_mb=get_memory("slot_eval"),
     params:
         settings=get_settings("slot_eval"),
         code=get_code("slot_eval"),

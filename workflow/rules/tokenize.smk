@@ -15,13 +15,13 @@ rule run_tokenize:
     log:
         str(RESULTS / "logs/tokenize_{dataset}.log"),
     cache: "omit-software"
-    retries: 2 if is_fetched() else 0
+    retries: 2 if is_fetched() else None
     conda:
         "../../envs/cpu.yaml"
-    threads: 2
+    threads: get_tokenize_threads()
     resources:
-        runtime=240,
-        mem_mb=4000,
+        runtime=get_runtime("tokenize"),
+        mem_mb=get_memory("tokenize"),
     params:
         settings=get_settings("tokenize"),
         code=get_code("tokenize"),

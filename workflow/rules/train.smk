@@ -19,8 +19,8 @@ rule run_train:
     threads: get_threads("train")
     resources:
         gpu=get_gpus("train"),
-        runtime=60,
-        mem_mb=4000,
+        runtime=get_runtime("train"),
+        mem_mb=get_memory("train"),
     params:
         settings=get_settings("train"),
         code=get_code("train"),

@@ -19,8 +19,8 @@ rule run_ttt:
     threads: get_threads("ttt")
     resources:
         gpu=get_gpus("ttt"),
-        runtime=60,
-        mem_mb=4000,
+        runtime=get_runtime("ttt"),
+        mem_mb=get_memory("ttt"),
     params:
         settings=get_settings("ttt"),
         code=get_code("ttt"),

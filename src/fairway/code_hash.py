@@ -37,7 +37,7 @@ def import_closure(*files: str | Path) -> tuple[Path, ...]:
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            names, _ = _read(path.read_bytes())
+            names = _imported(path.read_bytes())
             waiting.extend(file for name in names if (file := _module_file(name, path)))
     return tuple(sorted(found))
 
@@ -50,7 +50,7 @@ def code_hash(*files: str | Path) -> str:
     """
     digest = hashlib.sha256()
     for name, tree in sorted(
-        (path.name, _read(path.read_bytes())[1])
+        (path.name, _meaning(path.read_bytes()))
         for path in import_closure(*files)
         if path.parent != PACKAGE or path.stem not in PLUMBING
     ):
@@ -75,21 +75,29 @@ def _module_file(name: str, importer: Path) -> Path | None:
 
 
 @cache
-def _read(source: bytes) -> tuple[frozenset[str], bytes]:
-    """The modules, and names in modules, that a file imports; and its syntax tree as bytes."""
+def _imported(source: bytes) -> frozenset[str]:
+    """The modules, and names in modules, that a file imports."""
     names: set[str] = set()
-    tree = without_documentation(source)
-    for node in ast.walk(tree):
+    for node in ast.walk(without_documentation(source)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return frozenset(names), ast.dump(tree).encode()
+    return frozenset(names)
 
 
+@cache
+def _meaning(source: bytes) -> bytes:
+    return ast.dump(without_documentation(source)).encode()
+
+
+@cache
 def without_documentation(source: bytes) -> ast.Module:
-    """The syntax tree of a file, without docstrings and descriptions of fields and constants."""
+    """The syntax tree of a file, without docstrings and descriptions of fields and constants.
+
+    All callers get the same one: leave it as it is.
+    """
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,5 +1,6 @@
 """Muon, AdamW, averages of the weights, and the schedule: against their definitions."""
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairway.model.gpt import GPT
+from fairway.training.adamw import AdamW
 from fairway.training.averaging import WeightAverages
 from fairway.training.checkpoint import tensors_under
 from fairway.training.muon import QUINTICS, BankShards, orthogonalize, update_scale
@@ -149,6 +151,26 @@ def test_a_model_with_a_feature_trains(name):
     optimizer.step(1.0, 0.9)
     assert not torch.equal(before["mlp_down_bank"], model.mlp_down_bank)
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_adamw_takes_the_steps_of_torchs_class_bit_for_bit(weight_decay):
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.nn.Linear(5, 3)
+    theirs = copy.deepcopy(ours)
+    expected = torch.optim.AdamW(
+        theirs.parameters(), betas=(0.8, 0.9), weight_decay=weight_decay, fused=True
+    )
+    optimizer = AdamW(dict(ours.named_parameters()), betas=(0.8, 0.9), weight_decay=weight_decay)
+    for rate in (0.1, 0.05, 0.02):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        optimizer.step(rate)
+        expected.param_groups[0]["lr"] = rate
+        expected.step()
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_gradients_are_clipped_by_their_global_norm():

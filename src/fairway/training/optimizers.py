@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from fairway.model.gpt import GPT
+from fairway.training.adamw import AdamW
 from fairway.training.gradients import fill_missing_gradients
 from fairway.training.muon import BankShards, orthogonalize
 
@@ -57,18 +58,14 @@ class Optimizer:
         self.replicated = {
             name: parameters[name] for name in (*groups["embedding"], *groups["scalar"])
         }
-        self.adam = torch.optim.AdamW(
-            [
-                {
-                    "params": [parameters[name] for name in groups[group]],
-                    "name": group,
-                    "weight_decay": weight_decays[group],
-                }
-                for group in ("embedding", "scalar")
-            ],
-            betas=betas,
-            fused=True,
-        )
+        self.adam = {
+            group: AdamW(
+                {name: parameters[name] for name in groups[group]},
+                betas=betas,
+                weight_decay=weight_decays[group],
+            )
+            for group in ("embedding", "scalar")
+        }
 
     @torch.no_grad()
     def step(self, learning_rate_scale: float, momentum: float) -> None:
@@ -78,9 +75,8 @@ class Optimizer:
         self._average_replicated()
         clip = self._clip_factor(shards)
         torch._foreach_mul_([p.grad for p in self.replicated.values()], clip)
-        for group in self.adam.param_groups:
-            group["lr"] = self.learning_rates[group["name"]] * learning_rate_scale
-        self.adam.step()
+        for group, adam in self.adam.items():
+            adam.step(self.learning_rates[group] * learning_rate_scale)
         for name, bank in self.banks.items():
             bank.step(
                 shards[name] * clip,
@@ -114,9 +110,9 @@ class Optimizer:
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Momenta and Adam moments by name: the same for every world size. Collective."""
         tensors = {f"momentum.{name}": bank.full_momentum() for name, bank in self.banks.items()}
-        for name, parameter in self.replicated.items():
-            for key, value in self.adam.state[parameter].items():
-                tensors[f"{key}.{name}"] = value
+        for adam in self.adam.values():
+            for name, moments in adam.moments.items():
+                tensors |= {f"{key}.{name}": value for key, value in moments.items()}
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -126,11 +122,8 @@ class Optimizer:
                 bank.load_full_momentum(tensors[f"momentum.{name}"])
             else:
                 bank.momentum.zero_()
-        self.adam.state.clear()
-        if not tensors:
-            return
-        for name, parameter in self.replicated.items():
-            self.adam.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device, copy=True)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+        for adam in self.adam.values():
+            adam.reset()
+            for name, moments in adam.moments.items() if tensors else ():
+                for key, value in moments.items():
+                    value.copy_(tensors[f"{key}.{name}"])

@@ -20,6 +20,7 @@ from fairway.model.gpt import GPT
 from fairway.model.spec import block_of_rows
 from fairway.progress import progress
 from fairway.settings import Settings
+from fairway.training.adamw import AdamW
 from fairway.training.gradients import fill_missing_gradients
 
 
@@ -80,9 +81,7 @@ def adapt(
         )
     check_frozen_blocks(settings.frozen_blocks, model.config.layers)
     masks = trainable_masks(model, settings.frozen_blocks)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
-    )
+    optimizer = AdamW(dict(model.named_parameters()))
     loss_function = torch.compile(model.loss) if compile_model else model.loss
     steps = math.ceil(len(inputs) / settings.batch_sequences)
     losses = []
@@ -90,10 +89,8 @@ def adapt(
         for epoch in range(settings.epochs):
             total = 0.0
             for step, rows in enumerate(_batches(len(inputs), settings, seed, epoch)):
-                for group in optimizer.param_groups:
-                    group["lr"] = cosine_rate(step / steps, settings)
                 loss = _backward(model, loss_function, inputs, targets, rows, world)
-                _update(model, optimizer, masks, settings)
+                _update(optimizer, cosine_rate(step / steps, settings), masks, settings)
                 if not math.isfinite(loss):
                     raise UserError(
                         f"ttt loss is {loss} in epoch {epoch + 1}: lower ttt.learning_rate"
@@ -165,15 +162,17 @@ def _backward(model, loss_function, inputs, targets, rows, world: World) -> floa
 
 
 @torch.no_grad()
-def _update(model: GPT, optimizer, masks: dict[str, torch.Tensor], settings: TTTSettings) -> None:
-    parameters = dict(model.named_parameters())
+def _update(
+    optimizer: AdamW, learning_rate: float, masks: dict[str, torch.Tensor], settings: TTTSettings
+) -> None:
+    parameters = optimizer.parameters
     for name, mask in masks.items():
         parameters[name].grad.mul_(mask)
     torch.nn.utils.clip_grad_norm_(parameters.values(), settings.gradient_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.step(learning_rate)
     # AdamW's own decay would move frozen rows too, so it is off; this one heeds the masks.
-    decay = optimizer.param_groups[0]["lr"] * settings.weight_decay
-    if decay:
-        for name, parameter in parameters.items():
+    decay = learning_rate * settings.weight_decay
+    for name, parameter in parameters.items():
+        parameter.grad = None
+        if decay:
             parameter.mul_(1 - decay * masks.get(name, 1.0))

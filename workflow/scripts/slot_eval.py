@@ -32,7 +32,7 @@ def evaluate(stage: StageRun) -> None:
     settings, runtime, world = stage.settings.evaluation, stage.settings.runtime, stage.world
     with stage.charge("evaluation"):
         started = time.perf_counter()
-        dataset = load_dataset(stage.take("tokenize", "manifest.json"), ("val",))
+        dataset = load_dataset(stage.take("tokenize", "manifest.json"), ("val",), world=stage.world)
         model = prepare(load_artifact(stage.take("gptq", "artifact.bin"), world.device), runtime)
         check_vocabulary(stage, model, dataset)
         evaluator = Evaluator(

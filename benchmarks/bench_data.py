@@ -179,7 +179,6 @@ class NoModel(torch.nn.Module):
 
 
 EVALUATION = EvaluationSettings(adapters=())
-CACHES = NgramSettings(caches=({"reach": "document"}, {"reach": "stream"}))
 COUNTS = ByteCounts(
     base=np.ones(SCORED_VOCABULARY, np.int16),
     leading_space=np.zeros(SCORED_VOCABULARY, np.bool_),
@@ -199,7 +198,7 @@ def windows(folder: Path, device: str) -> None:
 
 def ngram_index(folder: Path, device: str) -> None:
     text = cut_text(int64_text(read_shard(folder / VALIDATION), device), EVALUATION, BOS)
-    build_caches(text, CACHES)
+    build_caches(text, NgramSettings())
 
 
 def scores_and_table(folder: Path, device: str) -> None:
@@ -231,7 +230,7 @@ def audit_table(folder: Path, device: str) -> None:
 def overlap(folder: Path, device: str) -> None:
     """With a training text of the same length."""
     text = [Span(folder / VALIDATION, 0, len(read_shard(folder / VALIDATION)))]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(1) as pool:
         find_overlap(text, text, BOS, pool)
 
 

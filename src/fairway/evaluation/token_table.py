@@ -52,14 +52,19 @@ def column_kinds(labels: Sequence[str]) -> dict[str, str]:
 def rank_scores(
     batches: Iterable[ScoredBatch],
     labels: Sequence[str],
+    num_targets: int,
     advance: Callable[[int], object] = lambda windows: None,
 ) -> RankScores:
     """The columns of what a rank scores; `advance` is told how many windows each batch finished.
 
-    Results stay on the device until the end, so that no step waits for a copy.
+    num_targets: of all batches. Their rows fill columns on the device, so that no step waits for a
+    copy, and no small tensors stay between the large ones of the steps, where they would keep the
+    memory from being used again.
     """
     kinds = column_kinds(labels)
-    parts: dict[str, list[Tensor]] = {name: [] for name in (*kinds, "fit_iterations")}
+    columns: dict[str, Tensor] = {}
+    fit_iterations: list[Tensor] = []
+    filled = 0
     for scored in batches:
         losses = scored.nats
         steps = zip(labels, losses[:-1], losses[1:], strict=True)
@@ -72,19 +77,23 @@ def rank_scores(
             **{gain_column(label): before - after for label, before, after in steps},
             "nll_after": losses[-1],
             "in_own_loss": scored.in_own_loss,
-            "fit_iterations": scored.fit_iterations,
         }
+        begin, filled = filled, filled + len(scored.positions)
         for name, values in row.items():
-            parts[name].append(values)
+            if name not in columns:
+                columns[name] = values.new_empty(num_targets, dtype=getattr(torch, kinds[name]))
+            columns[name][begin:filled] = values
+        if len(scored.fit_iterations):
+            fit_iterations.append(scored.fit_iterations)
         advance(scored.num_windows)
-    fit_iterations = _joined(parts.pop("fit_iterations"), "int64")
-    columns = {name: _joined(parts.pop(name), kind) for name, kind in kinds.items()}
-    return RankScores(columns, fit_iterations)
-
-
-def _joined(values: Sequence[Tensor], kind: str) -> np.ndarray:
-    joined = torch.cat(values).cpu().numpy() if values else np.zeros(0)
-    return joined.astype(kind, copy=False)
+    assert filled == num_targets, "a target was missed"
+    return RankScores(
+        columns={
+            name: columns[name].cpu().numpy() if columns else np.zeros(0, kind)
+            for name, kind in kinds.items()
+        },
+        fit_iterations=torch.cat(fit_iterations).cpu().numpy() if fit_iterations else np.zeros(0),
+    )
 
 
 def gather_scores(world: World, own: RankScores) -> list[RankScores]:

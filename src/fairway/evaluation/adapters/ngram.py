@@ -112,33 +112,39 @@ def _grouped(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The positions of `entries` [n], sorted by the last `order` entries there; exact, no hashes.
 
-    Returns, by rank: the positions, where a group begins, and the group's number, int64 or bool
-    [n]. Adds the number of each position's group, int32 [n], to `groups`, for longer orders.
+    Returns, by rank: the positions int64 [n], where a group begins, bool [n], and the group's
+    number, int32 [n]. Adds the number of each position's group to `groups`, for longer orders.
     """
-    keys, n = entries, len(entries)
-    if order > 1:
-        late = order // 2
-        for part in {order - late, late} - groups.keys():
-            _grouped(groups, entries, part)
-        keys = -1 - torch.arange(n, device=entries.device)  # each alone, near the text's start
-        first, second = groups[order - late][: max(0, n - late)], groups[late][late:]
-        keys[late:] = first.long() * n + second
-    ordered, positions = keys.sort(stable=True)
-    begins = ordered.diff(prepend=ordered[:1] - 1) != 0
-    numbers = begins.cumsum(0) - 1
-    groups[order] = torch.empty_like(numbers, dtype=torch.int32)
-    groups[order][positions] = numbers.int()
+    ordered, positions = _keys(groups, entries, order).sort(stable=True)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    numbers = begins.cumsum(0, dtype=torch.int32).sub_(1)
+    groups[order] = torch.empty_like(numbers)
+    groups[order][positions] = numbers
     return positions, begins, numbers
+
+
+def _keys(groups: dict[int, Tensor], entries: Tensor, order: int) -> Tensor:
+    """int64 [n]: equal where the last `order` entries are, from the groups of its two halves."""
+    if order == 1:
+        return entries
+    late = order // 2
+    for part in {order - late, late} - groups.keys():
+        _grouped(groups, entries, part)
+    n = len(entries)
+    keys = torch.arange(-1, -n - 1, -1, device=entries.device)  # each alone, near the text's start
+    first, second = groups[order - late][: max(0, n - late)], groups[late][late:]
+    keys[late:] = first.long() * n + second
+    return keys
 
 
 def _occurrences(
     positions: Tensor, begins: Tensor, numbers: Tensor, tokens: Tensor, settings: CacheSettings
 ) -> Occurrences:
-    index = torch.arange(len(positions), device=positions.device)
+    index = torch.arange(len(positions), dtype=torch.int32, device=positions.device)
     before = (index - index[begins][numbers]).clamp(max=settings.recent_occurrences)
-    rank = torch.empty_like(positions, dtype=torch.int32)
-    earlier = torch.empty_like(positions, dtype=torch.int16)
-    rank[positions] = index.int()
+    rank, earlier = torch.empty_like(index), torch.empty_like(index, dtype=torch.int16)
+    rank[positions] = index
     earlier[positions] = before.short()
     return Occurrences(rank, earlier, positions.int(), tokens)
 

@@ -80,6 +80,15 @@ def gather_objects(world: World, value: Any) -> list[Any]:
     return gathered
 
 
+def gather_on_main(world: World, value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on the first rank; nothing on the others."""
+    if world.size == 1:
+        return [value]
+    gathered = [None] * world.size if world.is_main else None
+    dist.gather_object(value, gathered)
+    return gathered or []
+
+
 def is_lost_process(error: BaseException) -> bool:
     """Whether `error` says that another of the processes that torchrun started cannot be reached.
 

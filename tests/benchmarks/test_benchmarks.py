@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from fairway.data.dataset import load_dataset
+from fairway.data.shards import write_shard
 from fairway.quantization.artifact import quantizable, storable, write_artifact
 from fairway.quantization.integers import round_to_nearest
 from fairway.recipe import complete, load_config
@@ -29,6 +30,7 @@ STAGES = (
 )  # fmt: skip
 
 sys.path.append(str(BENCHMARKS))
+import bench_data  # noqa: E402
 
 
 def run_program(name, *arguments):
@@ -291,3 +293,33 @@ def test_kernels_are_timed_one_by_one(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     refused = run_program("kernels.py", "--device", "cpu")
     assert refused.returncode != 0 and "runtime.kernels is 'fused'" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    """Shards of 20 MB as a dataset, and a validation text of 20,000 tokens."""
+    folder = tmp_path_factory.mktemp("synthetic")
+    bench_data.write_synthetic_shards(folder / "shards", 0.02)
+    bench_data.tokenize(folder)
+    tokens = bench_data.synthetic_tokens(20_000, bench_data.SCORED_VOCABULARY)
+    write_shard(folder / bench_data.VALIDATION, tokens)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train", "ema", "ttt", "gptq", "slot_eval", "audit", "windows", "n-gram index",
+        "scores and table", "report's sums", "audit of the table", "overlap",
+    ],
+)  # fmt: skip
+def test_what_data_costs_is_measured(synthetic, name):
+    done = run_program("bench_data.py", "--measure", name, "--folder", synthetic)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["seconds"] > 0 and found["share"] > 0 and found["peak"] >= 0
+
+
+def test_data_of_no_size_is_refused():
+    done = run_program("bench_data.py")
+    assert done.returncode == 2 and "name --gigabytes or --validation-tokens" in done.stderr

@@ -113,6 +113,13 @@ def test_what_repeats_in_a_document_is_expected_and_in_another_is_not(model):
     assert gain["apart, all searched"][25:].min() > 0.2
 
 
+def test_a_text_may_be_shorter_than_the_contexts(model):
+    tokens, settings_ = toy_text(11), changed(ALONE, caches=[{}])
+    columns = collect(tokens, settings_, model)
+    assert torch.equal(columns["positions"].sort().values, torch.arange(1, 11))
+    assert columns["logits_after"].isfinite().all()
+
+
 @pytest.mark.parametrize(
     "change",
     [

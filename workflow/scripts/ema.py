@@ -17,7 +17,9 @@ from fairway.training.selection import select_average
 
 
 def average(stage: StageRun) -> None:
-    dataset = load_dataset(stage.take("tokenize", "manifest.json"), ("selection", "val"))
+    dataset = load_dataset(
+        stage.take("tokenize", "manifest.json"), ("selection", "val"), world=stage.world
+    )
     weights = stage.take("train", "weights.safetensors")
     averages, _ = read_tensors(stage.take("train", "averages.safetensors"), made_by("train"))
     model = prepare(load_model(weights, stage.world.device), stage.settings.runtime)

@@ -20,7 +20,7 @@ from fairway.stage import StageRun, run_stage
 
 def quantize(stage: StageRun) -> None:
     settings, runtime, device = stage.settings.gptq, stage.settings.runtime, stage.world.device
-    dataset = load_dataset(stage.take("tokenize", "manifest.json"))
+    dataset = load_dataset(stage.take("tokenize", "manifest.json"), world=stage.world)
     model = prepare(load_model(stage.take("ttt", "weights.safetensors"), device), runtime)
     limit, code = stage.settings.budgets.artifact_bytes, code_bytes()
     artifact = stage.product("artifact.bin")

@@ -16,10 +16,14 @@ import torch
 from fairway.data.dataset import Dataset, load_dataset, read_split
 from fairway.data.token_bytes import byte_counts
 from fairway.data.tokenizer import load_tokenizer
-from fairway.distributed import gather_objects
 from fairway.errors import UserError
 from fairway.evaluation.evaluator import Evaluator
-from fairway.evaluation.token_table import mean_fit_iterations, table_metrics, token_table
+from fairway.evaluation.token_table import (
+    gather_scores,
+    mean_fit_iterations,
+    table_metrics,
+    token_table,
+)
 from fairway.files import write_table
 from fairway.model.gpt import GPT
 from fairway.model.runtime import captures_graphs, prepare, runtime_metrics
@@ -32,7 +36,7 @@ def evaluate(stage: StageRun) -> None:
     settings, runtime, world = stage.settings.evaluation, stage.settings.runtime, stage.world
     with stage.charge("evaluation"):
         started = time.perf_counter()
-        dataset = load_dataset(stage.take("tokenize", "manifest.json"), ("val",))
+        dataset = load_dataset(stage.take("tokenize", "manifest.json"), ("val",), world=world)
         model = prepare(load_artifact(stage.take("gptq", "artifact.bin"), world.device), runtime)
         check_vocabulary(stage, model, dataset)
         evaluator = Evaluator(
@@ -46,7 +50,7 @@ def evaluate(stage: StageRun) -> None:
             own = evaluator.score_rank(text, world.rank, world.size, bar.update)
         scoring_seconds = time.perf_counter() - started
         sliding_seconds = evaluator.forward.seconds()
-        parts = gather_objects(world, own)
+        parts = gather_scores(world, own)
         if not world.is_main:
             return
         counts = byte_counts(load_tokenizer(dataset.tokenizer_path))

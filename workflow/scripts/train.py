@@ -53,7 +53,7 @@ def train(stage: StageRun) -> None:
             if stage.world.is_main:
                 checkpoints.remove()  # it may have been killed before it did
             return
-        dataset = load_dataset(manifest)
+        dataset = load_dataset(manifest, world=stage.world)
         with checkpoints.named_in_errors():
             trainer = make_trainer(stage, dataset, checkpoints)
             trainer.run()

@@ -20,7 +20,9 @@ SPLITS = {"train": "adaptation", "val": "val"}
 
 def train(stage: StageRun) -> None:
     settings, runtime = stage.settings.ttt, stage.settings.runtime
-    dataset = load_dataset(stage.take("tokenize", "manifest.json"), ("adaptation", "val"))
+    dataset = load_dataset(
+        stage.take("tokenize", "manifest.json"), ("adaptation", "val"), world=stage.world
+    )
     weights = stage.take("ema", "weights.safetensors")
     model, losses = prepare(load_model(weights, stage.world.device), runtime), []
     if settings.data != "none":

@@ -18,6 +18,7 @@ from fairway.data.manifest_fields import TRAINING_SPLITS, read_manifest
 from fairway.data.settings import DataSettings
 from fairway.data.shards import TOKEN_TYPE, ShardWriter, read_shard
 from fairway.data.tokenizer import load_tokenizer, train_tokenizer
+from fairway.data.verified import RECORD
 from fairway.errors import UserError
 from fairway.files import write_bytes, write_json
 from fairway.progress import progress
@@ -116,7 +117,7 @@ def _previous_shards(folder: Path) -> list[str]:
 def _remove_previous(folder: Path, shards: Iterable[str]) -> None:
     """Remove what an earlier run made here, first of all what vouches for it; no other file."""
     remove_provenance(folder)
-    for name in (MANIFEST, *shards):
+    for name in (MANIFEST, RECORD, *shards):
         remove(folder / name)
 
 

@@ -1,7 +1,6 @@
 """A tokenized dataset as later stages see it: a manifest that cuts shards into splits."""
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import numpy as np
 from fairway.data.manifest_fields import MADE_BY, SPLITS, Manifest, read_manifest, refuse
 from fairway.data.shards import check_vocabulary, read_shard, shard_token_count
 from fairway.data.tokenizer import load_tokenizer
+from fairway.data.verified import shard_hashes
+from fairway.distributed import World, gather_objects
 from fairway.errors import UserError
 from fairway.files import require_file, sha256_of
 from fairway.phases import phase
@@ -49,40 +50,40 @@ class Dataset:
 
 @phase("read")
 def load_dataset(
-    manifest_path: str | Path, splits: Iterable[str] = SPLITS, *, check_hashes: bool = True
+    manifest_path: str | Path,
+    splits: Iterable[str] = SPLITS,
+    *,
+    check_hashes: bool = True,
+    world: World | None = None,
 ) -> Dataset:
     """Read manifest.json; check it against itself, its tokenizer and the splits' shards.
 
     splits: those of SPLITS that will be read; only their shards are looked at.
-    check_hashes: whether tokenizer and shards must be those that the manifest describes. Only the
-    audit, which has a verdict for others, does without.
+    check_hashes: whether tokenizer and shards must be those that the manifest describes, whose ids
+    were checked when it was written. Only the audit, which has a verdict for others, does without.
+    Shards are hashed where `data/verified.py` does not know them to be unchanged.
+    world: the processes that all load the dataset now; the first one hashes for them.
     Raises UserError for a missing, foreign or contradictory manifest, for another tokenizer, and
     for a shard that is missing, truncated, of another length or content than when the manifest was
-    written, or has ids outside the vocabulary.
+    written, or (without hashes) has ids outside the vocabulary.
     """
     manifest_path = Path(manifest_path)
     manifest, folder = read_manifest(manifest_path), manifest_path.parent
     tokenizer_path = require_file(folder / manifest.tokenizer.path, MADE_BY)
-    if check_hashes:
-        _check_hash(tokenizer_path, manifest.tokenizer.sha256, manifest_path)
-        _check_tokenizer(tokenizer_path, manifest, manifest_path)
-
-    def check(name: str) -> None:
-        path, shard = folder / name, manifest.shards[name]
-        tokens = shard_token_count(path)
-        if tokens != shard.tokens:
-            raise UserError(
-                f"shard {path} holds {tokens} tokens, {manifest_path} lists {shard.tokens}: "
-                f"expected the file made by {MADE_BY}"
-            )
-        check_vocabulary(path, manifest.vocab_size)
-        if check_hashes:
-            _check_hash(path, shard.sha256, manifest_path)
-
     spans = {split: manifest.split(split).spans for split in splits}
-    names = dict.fromkeys(span.path for split in spans.values() for span in split)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(check, names))
+    shards = {span.path: manifest.shards[span.path] for split in spans.values() for span in split}
+    for name, shard in shards.items():
+        _check_length(folder / name, shard.tokens, manifest_path)
+    if check_hashes:
+        tokenizer = manifest.tokenizer
+        found = {tokenizer.path: sha256_of(tokenizer_path)}
+        _check_hashes(found, {tokenizer.path: tokenizer.sha256}, manifest_path)
+        _check_tokenizer(tokenizer_path, manifest, manifest_path)
+        listed = {name: shard.sha256 for name, shard in shards.items()}
+        _check_hashes(_hashes(folder, listed, world), listed, manifest_path)
+    else:
+        for name in shards:
+            check_vocabulary(folder / name, manifest.vocab_size)
     return Dataset(
         vocab_size=manifest.vocab_size,
         bos_id=manifest.bos_id,
@@ -95,13 +96,30 @@ def load_dataset(
     )
 
 
-def _check_hash(path: Path, listed: str, manifest_path: Path) -> None:
-    found = sha256_of(path)
-    if found != listed:
+def _check_length(path: Path, listed: int, manifest_path: Path) -> None:
+    tokens = shard_token_count(path)
+    if tokens != listed:
         raise UserError(
-            f"{path} has changed since it was made: found SHA-256 {found[:12]}, {manifest_path} "
-            f"lists {listed[:12]}; expected the file made by {MADE_BY}"
+            f"shard {path} holds {tokens} tokens, {manifest_path} lists {listed}: "
+            f"expected the file made by {MADE_BY}"
         )
+
+
+def _hashes(folder: Path, listed: Mapping[str, str], world: World | None) -> dict[str, str]:
+    """The shards' SHA-256, found by the first process."""
+    if world is None:
+        return shard_hashes(folder, listed)
+    return gather_objects(world, shard_hashes(folder, listed) if world.is_main else {})[0]
+
+
+def _check_hashes(found: Mapping[str, str], listed: Mapping[str, str], manifest_path: Path) -> None:
+    for name, sha256 in listed.items():
+        if found[name] != sha256:
+            raise UserError(
+                f"{manifest_path.parent / name} has changed since it was made: found SHA-256 "
+                f"{found[name][:12]}, {manifest_path} lists {sha256[:12]}; expected the file made "
+                f"by {MADE_BY}"
+            )
 
 
 def _check_tokenizer(path: Path, manifest: Manifest, manifest_path: Path) -> None:
@@ -116,5 +134,9 @@ def _check_tokenizer(path: Path, manifest: Manifest, manifest_path: Path) -> Non
 
 @phase("read")
 def read_split(dataset: Dataset, split: str) -> np.ndarray:
-    """All tokens of a split in order, uint16 [n], copied into memory."""
-    return np.concatenate([span.read() for span in dataset.splits[split]])
+    """All tokens of a split in order, uint16 [n], not to be written to.
+
+    Those of one shard are mapped, so that processes share them; those of several are copied.
+    """
+    parts = [span.read() for span in dataset.splits[split]]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

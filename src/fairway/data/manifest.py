@@ -17,6 +17,7 @@ from fairway.data.settings import DataSettings
 from fairway.data.shards import CHUNK_TOKENS, check_vocabulary, shard_token_count
 from fairway.data.token_bytes import ByteCounts, byte_counts, token_bytes
 from fairway.data.tokenizer import load_tokenizer
+from fairway.data.verified import shard_hashes
 from fairway.errors import UserError
 from fairway.files import sha256_of
 
@@ -36,6 +37,7 @@ def describe_dataset(
 ) -> dict[str, Any]:
     """The manifest of a dataset, as JSON values; the same whatever the number of threads.
 
+    Every shard is read and hashed, which `data/verified.py` remembers for the stages that follow.
     Shards beside the tokenizer are named relative to it, others by their absolute path. `warnings`
     says where the validation text has fewer than ENOUGH_DOCUMENTS or ENOUGH_TOKENS, and how many of
     its documents are empty or occur in the training text. `original` is left to those who know it.
@@ -49,11 +51,10 @@ def describe_dataset(
         [whole[path] for path in train], settings.selection_tokens, settings.adaptation_tokens
     )
     splits["val"] = [whole[path] for path in val]
+    hashes = shard_hashes(folder, dict.fromkeys(_name(path, folder) for path in whole), threads)
     with ThreadPoolExecutor(threads) as pool:
-        shards = pool.map(partial(_describe_shard, vocab_size=settings.vocab_size), whole)
-        shards_by_name = {
-            _name(path, folder): shard for path, shard in zip(whole, shards, strict=True)
-        }
+        for _ in pool.map(partial(check_vocabulary, vocab_size=settings.vocab_size), whole):
+            pass
         measure = partial(_measure, counts=byte_counts(tokenizer), bos=tokenizer.bos_id())
         spans = [span for split in splits.values() for span in split]
         previous = _predecessors(splits, tokenizer.bos_id())
@@ -74,7 +75,10 @@ def describe_dataset(
         "vocab_size": settings.vocab_size,
         "bos_id": tokenizer.bos_id(),
         "tokenizer": {"path": tokenizer_path.name, "sha256": sha256_of(tokenizer_path)},
-        "shards": shards_by_name,
+        "shards": {
+            name: {"tokens": len(span), "sha256": sha256}
+            for (name, sha256), span in zip(hashes.items(), whole.values(), strict=True)
+        },
         "splits": {
             split: {
                 "spans": [
@@ -125,11 +129,6 @@ def _spans_between(shards: Sequence[Span], start: int, stop: int) -> list[Span]:
 
 def _name(path: Path, folder: Path) -> str:
     return path.name if path.parent == folder else str(path)
-
-
-def _describe_shard(path: Path, vocab_size: int) -> dict[str, Any]:
-    check_vocabulary(path, vocab_size)
-    return {"tokens": shard_token_count(path), "sha256": sha256_of(path)}
 
 
 def _predecessors(splits: dict[str, list[Span]], bos: int) -> list[int]:

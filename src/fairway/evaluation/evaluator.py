@@ -37,7 +37,14 @@ from fairway.evaluation.text import (
     on_device,
 )
 from fairway.evaluation.token_table import RankScores, rank_scores, token_table
-from fairway.evaluation.windows import lane_groups, lane_steps, padded, segments, sliding_windows
+from fairway.evaluation.windows import (
+    Windows,
+    lane_groups,
+    lane_steps,
+    padded,
+    segments,
+    sliding_windows,
+)
 from fairway.model.runtime import compiles
 from fairway.model.settings import RuntimeSettings
 
@@ -158,7 +165,11 @@ class Evaluator:
         advance: Callable[[int], object] = lambda windows: None,
     ) -> RankScores:
         """`score` as columns on the host; `advance` is told how many windows each pass finished."""
-        return rank_scores(self.score(tokens, rank, world_size), self.settings.labels, advance)
+        windows = self._windows(len(tokens) - 1)
+        own = self._share(len(windows), rank, world_size)
+        num_targets = sum(int(windows.scored[run.start : run.stop].sum()) for run in own)
+        batches = self.score(tokens, rank, world_size)
+        return rank_scores(batches, self.settings.labels, num_targets, advance)
 
     def score_documents(
         self, documents: Sequence[str], tokenizer: SentencePieceProcessor
@@ -194,16 +205,22 @@ class Evaluator:
         self, num_targets: int, rank: int = 0, world_size: int = 1
     ) -> tuple[int, int]:
         """How many windows this rank scores of a text, and how many there are."""
+        windows = self._windows(num_targets)
+        return sum(map(len, self._share(len(windows), rank, world_size))), len(windows)
+
+    def _windows(self, num_targets: int) -> Windows:
         cut = self.settings
-        windows = sliding_windows(num_targets, cut.window_tokens, cut.stride_tokens)
-        alone = cut.windows_scored_together is not None
-        own = [
+        return sliding_windows(num_targets, cut.window_tokens, cut.stride_tokens)
+
+    def _share(self, num_windows: int, rank: int, world_size: int) -> list[range]:
+        """The runs of windows that this rank scores."""
+        alone = self.settings.windows_scored_together is not None
+        return [
             run
-            for segment in self._segments(len(windows))
-            for group in lane_groups(segment, cut, alone)[rank::world_size]
+            for segment in self._segments(num_windows)
+            for group in lane_groups(segment, self.settings, alone)[rank::world_size]
             for _, run in group
         ]
-        return sum(map(len, own)), len(windows)
 
     def num_updates(self, num_windows: int) -> int:
         """How often the model is trained on scored text."""

@@ -20,11 +20,11 @@ import torch
 from fairway.data.shards import check_vocabulary, read_shard
 from fairway.data.token_bytes import byte_counts
 from fairway.data.tokenizer import load_tokenizer
-from fairway.distributed import World, device_name, distributed_world, gather_objects
+from fairway.distributed import World, device_name, distributed_world
 from fairway.errors import UserError
 from fairway.evaluation.evaluator import Evaluator
 from fairway.evaluation.settings import EvaluationSettings
-from fairway.evaluation.token_table import table_metrics, token_columns
+from fairway.evaluation.token_table import gather_scores, table_metrics, token_columns
 from fairway.model.runtime import prepare
 from fairway.model.settings import RuntimeSettings
 from fairway.quantization.artifact import load_artifact
@@ -42,7 +42,7 @@ def main(plan: dict[str, Any], folder: Path) -> None:
             if plan["threads"] and world.device.type == "cpu":
                 torch.set_num_threads(plan["threads"])  # the last bits of sums depend on it
             found = _score(plan, folder, options, world)
-            if world.is_main and found:
+            if found:
                 print(json.dumps(found, indent=2))
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -70,7 +70,7 @@ def _score(
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     for shard in options.shards:
         check_vocabulary(shard, tokenizer.vocab_size())
-    tokens = np.concatenate([read_shard(shard) for shard in options.shards]).astype(np.int64)
+    tokens = np.concatenate([read_shard(shard) for shard in options.shards])
     runtime = RuntimeSettings.model_validate(plan["runtime"])
     evaluator = Evaluator(
         prepare(load_artifact(folder / "artifact.bin", world.device), runtime),
@@ -79,10 +79,12 @@ def _score(
         seed=plan["seed"],
         runtime=runtime,
     )
-    text = torch.from_numpy(tokens).to(world.device)
+    text = torch.from_numpy(tokens.astype(np.int64)).to(world.device)
     if options.scores:
         return _write_scores(evaluator, text, options.scores)
-    parts = gather_objects(world, evaluator.score_rank(text, world.rank, world.size))
+    parts = gather_scores(world, evaluator.score_rank(text, world.rank, world.size))
+    if not world.is_main:
+        return None
     columns = token_columns(parts, tokens, byte_counts(tokenizer), tokenizer.bos_id())
     known = {name: value for name, value in table_metrics(columns).items() if value is not None}
     return {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fairway.data.token_bytes import ByteCounts, token_bytes
+from fairway.distributed import World, gather_on_main
 from fairway.errors import UserError
 from fairway.evaluation.bits_per_byte import bits_per_byte, original_metrics
 from fairway.evaluation.text import ScoredBatch
@@ -51,14 +52,19 @@ def column_kinds(labels: Sequence[str]) -> dict[str, str]:
 def rank_scores(
     batches: Iterable[ScoredBatch],
     labels: Sequence[str],
+    num_targets: int,
     advance: Callable[[int], object] = lambda windows: None,
 ) -> RankScores:
     """The columns of what a rank scores; `advance` is told how many windows each batch finished.
 
-    Results stay on the device until the end, so that no step waits for a copy.
+    num_targets: of all batches. Their rows fill columns on the device, so that no step waits for a
+    copy, and no small tensors stay between the large ones of the steps, where they would keep the
+    memory from being used again.
     """
     kinds = column_kinds(labels)
-    parts: dict[str, list[Tensor]] = {name: [] for name in (*kinds, "fit_iterations")}
+    columns: dict[str, Tensor] = {}
+    fit_iterations: list[Tensor] = []
+    filled = 0
     for scored in batches:
         losses = scored.nats
         steps = zip(labels, losses[:-1], losses[1:], strict=True)
@@ -71,18 +77,38 @@ def rank_scores(
             **{gain_column(label): before - after for label, before, after in steps},
             "nll_after": losses[-1],
             "in_own_loss": scored.in_own_loss,
-            "fit_iterations": scored.fit_iterations,
         }
+        begin, filled = filled, filled + len(scored.positions)
         for name, values in row.items():
-            parts[name].append(values)
+            if name not in columns:
+                columns[name] = values.new_empty(num_targets, dtype=getattr(torch, kinds[name]))
+            columns[name][begin:filled] = values
+        if len(scored.fit_iterations):
+            fit_iterations.append(scored.fit_iterations)
         advance(scored.num_windows)
-    joined = {
-        name: torch.cat(values).cpu().numpy() if values else np.zeros(0)
-        for name, values in parts.items()
-    }
-    fit_iterations = joined.pop("fit_iterations")
-    columns = {name: joined[name].astype(kind) for name, kind in kinds.items()}
-    return RankScores(columns, fit_iterations)
+    assert filled == num_targets, "a target was missed"
+    return RankScores(
+        columns={
+            name: columns[name].cpu().numpy() if columns else np.zeros(0, kind)
+            for name, kind in kinds.items()
+        },
+        fit_iterations=torch.cat(fit_iterations).cpu().numpy() if fit_iterations else np.zeros(0),
+    )
+
+
+def gather_scores(world: World, own: RankScores) -> list[RankScores]:
+    """All ranks' parts on the first rank; nothing on the others.
+
+    Columns go one by one and are taken out of `own`, so that a large table is nowhere in memory
+    twice.
+    """
+    iterations = gather_on_main(world, own.fit_iterations)
+    parts = [RankScores({}, one) for one in iterations]
+    for name in list(own.columns):
+        columns = gather_on_main(world, own.columns.pop(name))
+        for part, column in zip(parts, columns, strict=True):
+            part.columns[name] = column
+    return parts
 
 
 def mean_fit_iterations(parts: Sequence[RankScores]) -> float:
@@ -97,7 +123,7 @@ def token_table(
     """`token_columns` as a table."""
     import pandas as pd
 
-    return pd.DataFrame(token_columns(parts, tokens, counts, bos_id))
+    return pd.DataFrame(token_columns(parts, tokens, counts, bos_id), copy=False)
 
 
 def token_columns(
@@ -105,20 +131,30 @@ def token_columns(
 ) -> dict[str, np.ndarray]:
     """All ranks' rows in the order of the text, with each target's document and bytes.
 
-    tokens: integers [n + 1]. Raises UserError where a loss is not finite.
+    tokens: integers [n + 1]. parts: their columns are taken out of them, one by one, so that no
+    large table is in memory twice. Raises UserError where a loss is not finite.
     """
     names = list(parts[0].columns)
-    joined = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
-    order = np.argsort(joined["position"], kind="stable")
-    columns = {name: column[order] for name, column in joined.items()}
+    rows = [part.columns["position"] - 1 for part in parts]
+    columns = {name: _in_order(parts, rows, name, len(tokens) - 1) for name in names}
     assert np.array_equal(columns["position"], np.arange(1, len(tokens))), "a target was missed"
     _check_finite(columns)
-    begun = np.cumsum(tokens == bos_id)
-    columns["document"] = (begun - begun[0])[1:].astype(np.int32)
-    columns["bytes"] = token_bytes(tokens, counts).astype(np.int16)
+    begun = np.cumsum(tokens == bos_id, dtype=np.int32)
+    columns["document"] = begun[1:] - begun[0]
+    columns["bytes"] = token_bytes(tokens, counts)
     names.insert(1, "document")
     names.insert(names.index("in_own_loss"), "bytes")
     return {name: columns[name] for name in names}
+
+
+def _in_order(
+    parts: Sequence[RankScores], rows: Sequence[np.ndarray], name: str, num_targets: int
+) -> np.ndarray:
+    """One column of all parts, each value at its target's row; 0 where there is none."""
+    ordered = np.zeros(num_targets, parts[0].columns[name].dtype)
+    for part, row in zip(parts, rows, strict=True):
+        ordered[row] = part.columns.pop(name)
+    return ordered
 
 
 def _check_finite(columns: Mapping[str, np.ndarray]) -> None:

@@ -71,16 +71,16 @@ class NgramSettings(Adapter.Settings):
 
 
 class Occurrences(NamedTuple):
-    """The positions of a text, grouped by the k tokens that end there; int64 [n] each."""
+    """The positions of a text, grouped by the k tokens that end there; 10 bytes each."""
 
     rank: Tensor
-    """Where a position stands when all are sorted by group, and in a group by position."""
+    """int32 [n]: where a position stands when all are sorted, by group and then by position."""
     earlier: Tensor
-    """How many positions of its group come before it."""
+    """int16 [n]: how many positions of its group come before it, up to those that count."""
     position: Tensor
-    """By rank: the position itself."""
+    """int32 [n], by rank: the position itself."""
     tokens: Tensor
-    """The text, [n + 1]."""
+    """The text, int64 [n + 1]."""
 
 
 class Cache(NamedTuple):
@@ -96,41 +96,57 @@ def build_caches(text: Text, settings: NgramSettings) -> list[Cache]:
 
 
 def _found(text: Text, settings: CacheSettings) -> dict[int, Occurrences]:
-    tokens, groups = text.tokens[:-1], text.tokens[:-1]
+    tokens, entries = text.tokens[:-1], text.tokens[:-1]
     if settings.reach == "document":
         # Contexts that begin before a document then occur nowhere else.
-        groups = text.documents[:-1] * (tokens.max() + 1) + tokens
-    known = {1: _renumbered(groups)}
+        entries = text.documents[:-1] * (tokens.max() + 1) + tokens
+    groups: dict[int, Tensor] = {}
     return {
-        order: _occurrences(_groups(known, order), text.tokens) for order in sorted(settings.orders)
+        order: _occurrences(*_grouped(groups, entries, order), text.tokens, settings)
+        for order in sorted(settings.orders)
     }
 
 
-def _groups(groups: dict[int, Tensor], order: int) -> Tensor:
-    """int64 [n]: equal where the last `order` entries of groups[1] are; exact, no hashes."""
-    if order not in groups:
-        late = order // 2
-        first, second = _groups(groups, order - late), _groups(groups, late)
-        n = len(second)
-        joined = -1 - torch.arange(n, device=second.device)  # each alone, near the text's start
-        joined[late:] = first[: n - late] * n + second[late:]
-        groups[order] = _renumbered(joined)
-    return groups[order]
+def _grouped(
+    groups: dict[int, Tensor], entries: Tensor, order: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The positions of `entries` [n], sorted by the last `order` entries there; exact, no hashes.
+
+    Returns, by rank: the positions int64 [n], where a group begins, bool [n], and the group's
+    number, int32 [n]. Adds the number of each position's group to `groups`, for longer orders.
+    """
+    ordered, positions = _keys(groups, entries, order).sort(stable=True)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    numbers = begins.cumsum(0, dtype=torch.int32).sub_(1)
+    groups[order] = torch.empty_like(numbers)
+    groups[order][positions] = numbers
+    return positions, begins, numbers
 
 
-def _renumbered(values: Tensor) -> Tensor:
-    """Equal where `values` are, from 0 on, so that two of them fit into one int64."""
-    return torch.unique(values, return_inverse=True)[1]
+def _keys(groups: dict[int, Tensor], entries: Tensor, order: int) -> Tensor:
+    """int64 [n]: equal where the last `order` entries are, from the groups of its two halves."""
+    if order == 1:
+        return entries
+    late = order // 2
+    for part in {order - late, late} - groups.keys():
+        _grouped(groups, entries, part)
+    n = len(entries)
+    keys = torch.arange(-1, -n - 1, -1, device=entries.device)  # each alone, near the text's start
+    first, second = groups[order - late][: max(0, n - late)], groups[late][late:]
+    keys[late:] = first.long() * n + second
+    return keys
 
 
-def _occurrences(groups: Tensor, tokens: Tensor) -> Occurrences:
-    positions = groups.argsort(stable=True)
-    index = torch.arange(len(groups), device=groups.device)
-    begins = groups[positions].diff(prepend=groups.new_full((1,), -1)) != 0
-    rank, earlier = torch.empty_like(index), torch.empty_like(index)
+def _occurrences(
+    positions: Tensor, begins: Tensor, numbers: Tensor, tokens: Tensor, settings: CacheSettings
+) -> Occurrences:
+    index = torch.arange(len(positions), dtype=torch.int32, device=positions.device)
+    before = (index - index[begins][numbers]).clamp(max=settings.recent_occurrences)
+    rank, earlier = torch.empty_like(index), torch.empty_like(index, dtype=torch.int16)
     rank[positions] = index
-    earlier[positions] = index - torch.where(begins, index, 0).cummax(0).values
-    return Occurrences(rank, earlier, positions, tokens)
+    earlier[positions] = before.short()
+    return Occurrences(rank, earlier, positions.int(), tokens)
 
 
 class Ngram(Adapter):

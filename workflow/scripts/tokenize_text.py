@@ -19,7 +19,10 @@ def make(stage: StageRun) -> None:
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), help="for training the tokenizer and encoding; changes no result"
+        "--threads",
+        type=int,
+        default=os.cpu_count(),
+        help="for the tokenizer's training and for encoding; changes no result",
     )
 
 

@@ -171,6 +171,11 @@ def get_threads(stage):
     return lambda wildcards: max(1, THREADS_PER_GPU * get_gpus(stage)(wildcards))
 
 
+def get_priority(stage):
+    """How many stages build on this one: of jobs that wait for a GPU, the longest way goes first."""
+    return sum(STAGES[stage] in stage_chain(other) for other in STAGES)
+
+
 def get_tokenize_threads():
     """As many as come with all GPUs of a node, so that every node that can train has them."""
     return max(2, THREADS_PER_GPU * MACHINE_GPUS)

@@ -16,6 +16,7 @@ rule run_ema:
         get_benchmark("ema")
     conda:
         get_environment()
+    priority: get_priority("ema")
     threads: get_threads("ema")
     resources:
         gpu=get_gpus("ema"),

@@ -16,6 +16,7 @@ rule run_gptq:
         get_benchmark("gptq")
     conda:
         get_environment()
+    priority: get_priority("gptq")
     threads: get_threads("gptq")
     resources:
         gpu=get_gpus("gptq"),

@@ -16,6 +16,7 @@ rule run_slot_eval:
         get_benchmark("slot_eval")
     conda:
         get_environment()
+    priority: get_priority("slot_eval")
     threads: get_threads("slot_eval")
     resources:
         gpu=get_gpus("slot_eval"),

@@ -16,6 +16,7 @@ rule run_train:
         get_benchmark("train")
     conda:
         get_environment()
+    priority: get_priority("train")
     threads: get_threads("train")
     resources:
         gpu=get_gpus("train"),

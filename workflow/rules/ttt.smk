@@ -16,6 +16,7 @@ rule run_ttt:
         get_benchmark("ttt")
     conda:
         get_environment()
+    priority: get_priority("ttt")
     threads: get_threads("ttt")
     resources:
         gpu=get_gpus("ttt"),

@@ -14,9 +14,9 @@ rule run_ema:
         get_log("ema"),
     benchmark:
         get_benchmark("ema")
+    priority: get_priority("ema")
     conda:
         get_environment()
-    priority: get_priority("ema")
     threads: get_threads("ema")
     resources:
         gpu=get_gpus("ema"),

@@ -14,9 +14,9 @@ rule run_gptq:
         get_log("gptq"),
     benchmark:
         get_benchmark("gptq")
+    priority: get_priority("gptq")
     conda:
         get_environment()
-    priority: get_priority("gptq")
     threads: get_threads("gptq")
     resources:
         gpu=get_gpus("gptq"),

@@ -14,9 +14,9 @@ rule run_slot_eval:
         get_log("slot_eval"),
     benchmark:
         get_benchmark("slot_eval")
+    priority: get_priority("slot_eval")
     conda:
         get_environment()
-    priority: get_priority("slot_eval")
     threads: get_threads("slot_eval")
     resources:
         gpu=get_gpus("slot_eval"),

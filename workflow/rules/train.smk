@@ -14,9 +14,9 @@ rule run_train:
         get_log("train"),
     benchmark:
         get_benchmark("train")
+    priority: get_priority("train")
     conda:
         get_environment()
-    priority: get_priority("train")
     threads: get_threads("train")
     resources:
         gpu=get_gpus("train"),

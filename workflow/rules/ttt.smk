@@ -14,9 +14,9 @@ rule run_ttt:
         get_log("ttt"),
     benchmark:
         get_benchmark("ttt")
+    priority: get_priority("ttt")
     conda:
         get_environment()
-    priority: get_priority("ttt")
     threads: get_threads("ttt")
     resources:
         gpu=get_gpus("ttt"),

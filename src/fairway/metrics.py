@@ -34,8 +34,8 @@ class Metrics(BaseModel):
     """Of them, seconds of evaluation; slot_eval's count towards budgets.evaluation_seconds."""
     phase_seconds: dict[str, float]
     """Seconds of the first process: `start`, of the job until the stage's own work begins;
-    `read`; `compile`, by Triton or torch.compile, capturing CUDA graphs, and train's warm-up;
-    `write`, without metrics.json and provenance.json; and `work`, all the rest."""
+    `read`; `compile`, by Triton or torch.compile, loading flash-attn, capturing CUDA graphs, and
+    train's warm-up; `write`, without metrics.json and provenance.json; and `work`, the rest."""
     device: str
     """Name of the GPU, or the processor's name, architecture and number of threads."""
     processes: int

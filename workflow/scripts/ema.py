@@ -22,7 +22,7 @@ def average(stage: StageRun) -> None:
     )
     weights = stage.take("train", "weights.safetensors")
     averages, _ = read_tensors(stage.take("train", "averages.safetensors"), made_by("train"))
-    model = prepare(load_model(weights, stage.world.device), stage.settings.runtime)
+    model = prepare(load_model(weights, stage.world.device), stage.settings.runtime, brief=True)
     with stage.charge("training"):
         chosen, losses = select_average(
             model, averages, stage.settings.ema, lambda: read_split(dataset, "selection")

@@ -21,7 +21,9 @@ from fairway.stage import StageRun, run_stage
 def quantize(stage: StageRun) -> None:
     settings, runtime, device = stage.settings.gptq, stage.settings.runtime, stage.world.device
     dataset = load_dataset(stage.take("tokenize", "manifest.json"), world=stage.world)
-    model = prepare(load_model(stage.take("ttt", "weights.safetensors"), device), runtime)
+    model = prepare(
+        load_model(stage.take("ttt", "weights.safetensors"), device), runtime, brief=True
+    )
     limit, code = stage.settings.budgets.artifact_bytes, code_bytes()
     artifact = stage.product("artifact.bin")
     reads_train = settings.calibration == "train"
@@ -30,7 +32,7 @@ def quantize(stage: StageRun) -> None:
             artifact, model, settings, dataset, seed=stage.seed, limit_bytes=limit - code
         )
     write_table(stage.product("layers.parquet"), layers)
-    reloaded = prepare(load_artifact(artifact, device), runtime)
+    reloaded = prepare(load_artifact(artifact, device), runtime, brief=True)
     sizes = {"code_bytes": code, "total_bytes": metrics["artifact_bytes"] + code}
     stage.finish(
         {**val_metrics(stage, reloaded, dataset), **metrics, **sizes, "limit_bytes": limit},

@@ -24,7 +24,8 @@ def train(stage: StageRun) -> None:
         stage.take("tokenize", "manifest.json"), ("adaptation", "val"), world=stage.world
     )
     weights = stage.take("ema", "weights.safetensors")
-    model, losses = prepare(load_model(weights, stage.world.device), runtime), []
+    model = prepare(load_model(weights, stage.world.device), runtime, brief=True)
+    losses: list[float] = []
     if settings.data != "none":
         with stage.charge("training"):
             losses = adapt(

@@ -37,6 +37,17 @@ BACKENDS = ("flash_attn_4", "cudnn", "flash_attn_3", "flash_attn_2", "sdpa")
 H200: docs/log.md, 2026-11-24."""
 
 
+SLOW_TO_LOAD = {"flash_attn_4"}
+"""It brings a compiler, which a process imports for six to seven seconds (docs/log.md,
+2026-11-26)."""
+
+
+def load_backend(name: str) -> None:
+    """Import what a backend needs, which is otherwise done where it is first called."""
+    if name in FLASH_MODULES:
+        importlib.import_module(FLASH_MODULES[name])
+
+
 def available_backends(device: torch.device) -> list[str]:
     """The backends that can run on `device`; `auto` takes the first."""
     if device.type != "cuda":
@@ -47,14 +58,15 @@ def available_backends(device: torch.device) -> list[str]:
     return [name for name in BACKENDS if name in runs]
 
 
-def select_backend(wanted: str, device: torch.device) -> str:
+def select_backend(wanted: str, device: torch.device, brief: bool = False) -> str:
     """Resolve `runtime.attention` (auto, sdpa, cudnn, flash_attn) to one backend's name.
 
+    brief: whether there is little to compute, so that `auto` takes none of SLOW_TO_LOAD.
     Raises UserError where the one asked for cannot run.
     """
     backends = available_backends(device)
     if wanted == "auto":
-        return backends[0]
+        return next(name for name in backends if not (brief and name in SLOW_TO_LOAD))
     serving = [name for name in backends if name.startswith(wanted)]
     if not serving:
         raise UserError(

@@ -7,16 +7,18 @@ from importlib.util import find_spec
 import torch
 
 from fairway.errors import UserError
-from fairway.model.attention import HOPPER, key_copies, select_backend
+from fairway.model.attention import HOPPER, key_copies, load_backend, select_backend
 from fairway.model.gpt import GPT, Backend
 from fairway.model.settings import RuntimeSettings
 from fairway.model.spec import GPTConfig
-from fairway.phases import CLOCK
+from fairway.phases import CLOCK, phase
 
 
-def prepare(model: GPT, settings: RuntimeSettings) -> GPT:
+def prepare(model: GPT, settings: RuntimeSettings, *, brief: bool = False) -> GPT:
     """Set the model's compute dtype, kernels and attention backend for the device it is on.
 
+    brief: whether it will compute for a few seconds only, which a backend that takes longer to
+    load would not repay.
     Raises UserError where the settings ask for what cannot run here.
     """
     device = model.token_embedding.device
@@ -30,8 +32,12 @@ def prepare(model: GPT, settings: RuntimeSettings) -> GPT:
         )
     model.compute_dtype = getattr(torch, precision)
     model.attention_backend = (
-        "sdpa" if precision == "float32" else select_backend(settings.attention, device)
+        "sdpa"
+        if precision == "float32"
+        else select_backend(settings.attention, device, brief=brief)
     )
+    with phase("compile"):
+        load_backend(model.attention_backend)
     group = model.config.heads // model.config.kv_heads
     model.key_copies = key_copies(model.attention_backend, group)
     model.backend, model.kernels_reason = select_kernels(settings.kernels, model.config, device)

@@ -73,7 +73,7 @@ def test_a_leak_too_faint_to_gain_anything_is_still_felt_by_the_flips(name):
     "name", [name for name, mutant in MUTANTS.items() if "flip" in mutant.caught_by]
 )
 def test_eight_flips_catch_what_forty_do(name, seed):
-    """The quickstart's thoroughness, on a text as long as several windows for each lane."""
+    """Fewer than the quickstart has, on a text as long as several windows for each lane."""
     toy = Toy(seed=seed)
     settings = SETTINGS.changed(flips=8, null_tokens=0)
     result = audit(toy, MUTANTS[name].make(toy), num_targets=300, audit_settings=settings)

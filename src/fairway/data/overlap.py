@@ -50,9 +50,7 @@ def find_overlap(
     documents: of how many. examples: numbers of the first of both, from 0. ngrams, ngrams_found: of
     the whole validation text.
     """
-    hashes, documents, count = _validation_hashes(val, bos)
-    order = np.argsort(hashes)
-    hashes, documents = hashes[order], documents[order]
+    hashes, documents, count = _sorted(*_validation_hashes(val, bos))
     seen = np.zeros(len(hashes), np.bool_)
     find = partial(_find, hashes=hashes, bits=_filter(hashes), bos=bos)
     with progress(sum(map(len, training)) + 1, "overlap", "token") as bar:
@@ -108,6 +106,13 @@ def _validation_hashes(spans: Sequence[Span], bos: int) -> tuple[np.ndarray, np.
     return np.concatenate(hashes), np.concatenate(documents), int(begun)
 
 
+def _sorted(
+    hashes: np.ndarray, documents: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    order = np.argsort(hashes)
+    return hashes[order], documents[order], count
+
+
 def _find(
     piece: Piece, *, hashes: np.ndarray, bits: np.ndarray, bos: int
 ) -> tuple[np.ndarray, int]:
@@ -160,8 +165,9 @@ def _filter(hashes: np.ndarray) -> np.ndarray:
     """A bit for each value of a hash's topmost bits, set where one of `hashes` has it."""
     places = max(8, FILTER_BITS * len(hashes))
     bits = np.zeros(1 << (places - 1).bit_length() - 3, np.uint8)
-    byte, place = _place(hashes, bits)
-    np.bitwise_or.at(bits, byte, np.uint8(1) << place)
+    for start in range(0, len(hashes), BLOCK_TOKENS):
+        byte, place = _place(hashes[start : start + BLOCK_TOKENS], bits)
+        np.bitwise_or.at(bits, byte, np.uint8(1) << place)
     return bits
 
 

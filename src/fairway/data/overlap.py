@@ -5,9 +5,9 @@ them that occurs anywhere in the training text says how much of the document was
 document that is shorter is one n-gram, filled up with BOS, and occurs where it is a whole document.
 Tokens are compared, so what the tokenizer's normalization makes equal is equal.
 
-Only 64-bit hashes of the validation text are kept, some 30 bytes for each of its tokens; the
-training text streams past them. Other text of the same hash would count as found: of 60 million
-tokens of validation and 10 billion of training that is to be expected for 0.03 n-grams.
+Only 64-bit hashes of the validation text are kept, with some 45 bytes for each of its tokens at
+most; the training text streams past them. Other text of the same hash would count as found: of 60
+million tokens of validation and 10 billion of training that is to be expected for 0.03 n-grams.
 """
 
 from collections.abc import Iterator, Sequence

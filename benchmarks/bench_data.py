@@ -64,7 +64,7 @@ VALIDATION_TOKENS = 62_000_000
 DOCUMENT_TOKENS = 1240
 """As FineWeb's 50,000 documents have on average."""
 TABLE = "tokens.parquet"
-VALIDATION = "val_000000.bin"
+TEXTS = VALIDATION, TRAINING = "val_000000.bin", "train_000000.bin"
 
 
 # --- synthetic text -----------------------------------------------------------------------------
@@ -80,6 +80,13 @@ def synthetic_tokens(count: int, vocabulary: int) -> np.ndarray:
     tokens[generator.random(count, np.float32) < 1 / DOCUMENT_TOKENS] = BOS
     tokens[0] = BOS
     return tokens
+
+
+def write_scored_text(folder: Path, count: int) -> None:
+    """A text to be scored, and the same backwards to look for it in."""
+    tokens = synthetic_tokens(count, SCORED_VOCABULARY)
+    write_shard(folder / VALIDATION, tokens)
+    write_shard(folder / TRAINING, tokens[::-1])
 
 
 def write_synthetic_shards(folder: Path, gigabytes: float) -> None:
@@ -228,10 +235,10 @@ def audit_table(folder: Path, device: str) -> None:
 
 
 def overlap(folder: Path, device: str) -> None:
-    """With a training text of the same length."""
-    text = [Span(folder / VALIDATION, 0, len(read_shard(folder / VALIDATION)))]
+    """With a training text of the same length that has nothing in common with it."""
+    val, train = (Span(folder / name, 0, len(read_shard(folder / name))) for name in TEXTS)
     with ThreadPoolExecutor(1) as pool:
-        find_overlap(text, text, BOS, pool)
+        find_overlap([val], [train], BOS, pool)
 
 
 WORK: dict[str, Callable[[Path, str], None]] = {
@@ -332,7 +339,7 @@ def show_starts(folder: Path, gigabytes: float) -> None:
 def show_work(folder: Path, most_tokens: int, device: str) -> None:
     row("validation tokens", "seconds", "core-seconds", "peak MiB", "bytes/token", "GPU MiB")
     for tokens in (most_tokens // 64, most_tokens // 16, most_tokens // 4, most_tokens):
-        write_shard(folder / VALIDATION, synthetic_tokens(tokens, SCORED_VOCABULARY))
+        write_scored_text(folder, tokens)
         for name in WORK:
             (found,) = in_own_process(
                 ["--measure", name, "--folder", str(folder), "--device", device]
@@ -348,7 +355,7 @@ def show_work(folder: Path, most_tokens: int, device: str) -> None:
 
 
 def show_processes(folder: Path, tokens: int, processes: int, device: str) -> None:
-    write_shard(folder / VALIDATION, synthetic_tokens(tokens, SCORED_VOCABULARY))
+    write_scored_text(folder, tokens)
     row("scores and table", "seconds", "own peak MiB", "share MiB", "bytes/token")
     for count in sorted({1, processes}):
         found = in_own_process(

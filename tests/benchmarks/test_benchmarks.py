@@ -14,7 +14,6 @@ import torch
 import yaml
 
 from fairway.data.dataset import load_dataset
-from fairway.data.shards import write_shard
 from fairway.quantization.artifact import quantizable, storable, write_artifact
 from fairway.quantization.integers import round_to_nearest
 from fairway.recipe import complete, load_config
@@ -301,8 +300,7 @@ def synthetic(tmp_path_factory):
     folder = tmp_path_factory.mktemp("synthetic")
     bench_data.write_synthetic_shards(folder / "shards", 0.02)
     bench_data.tokenize(folder)
-    tokens = bench_data.synthetic_tokens(20_000, bench_data.SCORED_VOCABULARY)
-    write_shard(folder / bench_data.VALIDATION, tokens)
+    bench_data.write_scored_text(folder, 20_000)
     return folder
 
 

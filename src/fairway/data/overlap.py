@@ -5,9 +5,9 @@ them that occurs anywhere in the training text says how much of the document was
 document that is shorter is one n-gram, filled up with BOS, and occurs where it is a whole document.
 Tokens are compared, so what the tokenizer's normalization makes equal is equal.
 
-Only 64-bit hashes of the validation text are kept, some 30 bytes for each of its tokens; the
-training text streams past them. Other text of the same hash would count as found: of 60 million
-tokens of validation and 10 billion of training that is to be expected for 0.03 n-grams.
+Only 64-bit hashes of the validation text are kept, with some 45 bytes for each of its tokens at
+most; the training text streams past them. Other text of the same hash would count as found: of 60
+million tokens of validation and 10 billion of training that is to be expected for 0.03 n-grams.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,9 +50,7 @@ def find_overlap(
     documents: of how many. examples: numbers of the first of both, from 0. ngrams, ngrams_found: of
     the whole validation text.
     """
-    hashes, documents, count = _validation_hashes(val, bos)
-    order = np.argsort(hashes)
-    hashes, documents = hashes[order], documents[order]
+    hashes, documents, count = _sorted(*_validation_hashes(val, bos))
     seen = np.zeros(len(hashes), np.bool_)
     find = partial(_find, hashes=hashes, bits=_filter(hashes), bos=bos)
     with progress(sum(map(len, training)) + 1, "overlap", "token") as bar:
@@ -108,6 +106,13 @@ def _validation_hashes(spans: Sequence[Span], bos: int) -> tuple[np.ndarray, np.
     return np.concatenate(hashes), np.concatenate(documents), int(begun)
 
 
+def _sorted(
+    hashes: np.ndarray, documents: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    order = np.argsort(hashes)
+    return hashes[order], documents[order], count
+
+
 def _find(
     piece: Piece, *, hashes: np.ndarray, bits: np.ndarray, bos: int
 ) -> tuple[np.ndarray, int]:
@@ -160,8 +165,9 @@ def _filter(hashes: np.ndarray) -> np.ndarray:
     """A bit for each value of a hash's topmost bits, set where one of `hashes` has it."""
     places = max(8, FILTER_BITS * len(hashes))
     bits = np.zeros(1 << (places - 1).bit_length() - 3, np.uint8)
-    byte, place = _place(hashes, bits)
-    np.bitwise_or.at(bits, byte, np.uint8(1) << place)
+    for start in range(0, len(hashes), BLOCK_TOKENS):
+        byte, place = _place(hashes[start : start + BLOCK_TOKENS], bits)
+        np.bitwise_or.at(bits, byte, np.uint8(1) << place)
     return bits
 
 

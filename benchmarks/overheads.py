@@ -3,7 +3,8 @@
     python benchmarks/overheads.py results/quickstart
 
 Means over the seeds and folders of a stage. `job` is Snakemake's own count, from the shell's start
-to its end; `beyond work` is what of it was not the stage's work.
+to its end; `beyond work` is what of it was neither
+the stage's work nor the wait for a GPU.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from fairway.metrics import read_metrics
 from fairway.stage import user_errors
 from fairway.stages import STAGES, made_by
 
-PHASES = ["start", "read", "compile", "work", "write"]
+PHASES = ["start", "wait", "read", "compile", "work", "write"]
 
 
 def jobs(run: Path) -> Iterator[dict[str, Any]]:
@@ -43,7 +44,7 @@ def main() -> None:
         raise UserError(f"{run} holds no finished stages: name a run's folder")
     grouped = table.groupby("stage", sort=False)
     means = grouped[["job", *PHASES]].mean()
-    means["beyond work"] = means["job"] - means["work"]
+    means["beyond work"] = means["job"] - means["wait"] - means["work"]
     means.insert(0, "jobs", grouped.size())
     print(means.round(1).to_string())
 

@@ -15,6 +15,9 @@ from tiny import ROOT
 JOB = """
 import os, sys, time
 from pathlib import Path
+from fairway.allot import take_wanted
+Path(sys.argv[1] + "loaded").touch()
+take_wanted()
 rank = os.environ.get("RANK", "0")
 Path(sys.argv[1] + rank).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
 while sys.argv[2:] and not Path(sys.argv[2]).exists():
@@ -64,7 +67,7 @@ def test_two_jobs_have_different_gpus_and_a_third_waits_for_one_that_was_killed(
     assert seen(folder / "b0") == "1"
     third = start(1, "c")
     assert b"waiting for 1 of the GPUs 0, 1" in third.stderr.readline()
-    assert not (folder / "c0").exists()
+    assert (folder / "cloaded").exists() and not (folder / "c0").exists()
     first.send_signal(signal.SIGKILL)
     assert seen(folder / "c0") == "0"
     assert third.wait() == 0

@@ -1,6 +1,8 @@
 """GPUs for one job: `python -m fairway.allot COUNT SCRIPT ...` runs a stage's script on free ones.
 
 COUNT 0 leaves the GPUs alone; with several the script runs under torchrun, one process for each.
+A script of one GPU takes it by `take_wanted` once it has loaded its libraries, so that the next
+job can do so while the GPU is still at work for the one before.
 The GPUs are those that CUDA_VISIBLE_DEVICES names, or else all that are there. A job takes one by
 locking a file under the machine's folder for temporary files, until its process is gone: nothing
 has to be given back after a kill, and no service keeps count. Where too few are free the job waits.
@@ -19,11 +21,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-POLL_SECONDS = 0.5
-MESSAGE_EVERY = 120
+POLL_SECONDS = 0.1
+MESSAGE_EVERY = 600
 """Looks between two messages about the wait."""
 JOB_STARTED = "FAIRWAY_JOB_STARTED"
 """Environment variable: seconds since the epoch when the job began, its wait for GPUs left out."""
+WANTED = "FAIRWAY_GPUS"
+"""Environment variable: GPUs that this process was started to take."""
 QUERY = ("nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader")
 
 
@@ -69,6 +73,19 @@ def take(count: int) -> tuple[list[str], float]:
     return taken, time.monotonic() - began if looks else 0.0
 
 
+def take_wanted() -> float:
+    """Take the GPUs that this process was started for, if any; returns the seconds that it waited.
+
+    To be called before CUDA is: it finds out which GPUs are visible only once.
+    """
+    count = int(os.environ.pop(WANTED, "0"))
+    if not count:
+        return 0.0
+    gpus, waited = take(count)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    return waited
+
+
 def _lock_free(visible: Sequence[str], installed: Mapping[str, str], count: int) -> list[str]:
     """Names of locked GPUs, `count` of them or none."""
     held: dict[str, int] = {}
@@ -97,13 +114,10 @@ def _open(name: str) -> int:
 
 def main(arguments: Sequence[str]) -> None:
     count, script = int(arguments[0]), list(arguments[1:])
-    started = time.time()
-    if count:
-        gpus, waited = take(count)
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        started += waited
-    os.environ[JOB_STARTED] = str(started)
+    os.environ[WANTED] = str(count)
     if count > 1:
+        started = time.time()
+        os.environ[JOB_STARTED] = str(started + take_wanted())
         sys.argv = ["torchrun", "--standalone", f"--nproc_per_node={count}", *script]
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
     else:

@@ -1,4 +1,4 @@
-"""Where a process's seconds go: start, read, compile, write, and work, which is all the rest.
+"""Where a process's seconds go: start, wait, read, compile, write, and work, which is the rest.
 
 What reads, compiles or writes says so, as a decorator or around a block:
 
@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 from fairway.allot import JOB_STARTED
 
-Phase = Literal["start", "read", "compile", "work", "write"]
+Phase = Literal["start", "wait", "read", "compile", "work", "write"]
 
 
 class PhaseClock:

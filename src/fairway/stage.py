@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fairway.allot import take_wanted
 from fairway.claims import claimed
 from fairway.distributed import (
     World,
@@ -185,6 +186,8 @@ def run_stage(
         options = parser.parse_args(arguments)
         settings = stage_settings(stage, options)
         _check_output(stage, options.output)
+        with phase("wait"):
+            take_wanted()
         runtime = sections_of(settings).get("runtime")
         with (
             distributed_world(runtime.device if runtime else "cpu") as world,

@@ -216,13 +216,14 @@ def get_manifest(dataset):
         raise FileNotFoundError(errno.ENOENT, str(error), path) from None
 
 
-# A cluster has as many as it has; `--resources gpu=2` says it otherwise.
+# A cluster has as many as it has; `--resources gpu=2` says it otherwise. One more than there are,
+# so that a job can load its libraries while it waits for its GPU.
 if (
     workflow.is_main_process
     and workflow.resource_settings.nodes is None
     and "gpu" not in workflow.global_resources
 ):
-    workflow.register_resource("gpu", max(MACHINE_GPUS, 1))
+    workflow.register_resource("gpu", MACHINE_GPUS + 1)
 
 
 def get_user(stage, wildcards):

@@ -7,9 +7,12 @@ import sys
 import time
 
 import pytest
+import torch
 
+from fairway.allot import WANTED
 from fairway.errors import UserError
 from fairway.gpus import GpuSettings
+from fairway.stage import take_gpus
 from tiny import ROOT
 
 JOB = """
@@ -111,3 +114,11 @@ def test_a_stage_gets_what_the_section_says():
     assert GpuSettings().of("train", 0) == 1
     with pytest.raises(UserError, match=r"gpus\.train: found 4, but a machine has 2"):
         settings.of("train", 2)
+
+
+def test_cuda_must_not_be_used_before_the_job_has_its_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    take_gpus()
+    monkeypatch.setenv(WANTED, "1")
+    with pytest.raises(UserError, match="let plugins use it in their functions only"):
+        take_gpus()

@@ -25,7 +25,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fairway.allot import take_wanted
+import torch
+
+from fairway.allot import WANTED, take_wanted
 from fairway.claims import claimed
 from fairway.distributed import (
     World,
@@ -186,8 +188,7 @@ def run_stage(
         options = parser.parse_args(arguments)
         settings = stage_settings(stage, options)
         _check_output(stage, options.output)
-        with phase("wait"):
-            take_wanted()
+        take_gpus()
         runtime = sections_of(settings).get("runtime")
         with (
             distributed_world(runtime.device if runtime else "cpu") as world,
@@ -195,6 +196,17 @@ def run_stage(
         ):
             work(StageRun(stage, options, settings, world))
             barrier(world)
+
+
+@phase("wait")
+def take_gpus() -> None:
+    """Take the job's GPUs; UserError where it is too late, for CUDA has seen all that are there."""
+    if os.environ.get(WANTED, "0") != "0" and torch.cuda.is_initialized():
+        raise UserError(
+            "CUDA was used while modules were imported, before the job had a GPU of its own: let "
+            "plugins use it in their functions only"
+        )
+    take_wanted()
 
 
 def _check_output(stage: Stage, folder: Path) -> None:

@@ -21,7 +21,11 @@ from fairway.files import sha256_of
 def made(tiny_dataset, tmp_path, monkeypatch) -> Path:
     """A dataset's folder, whose files need not lie for two seconds before they are trusted."""
     monkeypatch.setattr(verified, "SETTLED_NS", 0)
-    return Path(shutil.copytree(tiny_dataset.parent, tmp_path / "made"))
+    return Path(
+        shutil.copytree(
+            tiny_dataset.parent, tmp_path / "made", ignore=shutil.ignore_patterns(RECORD)
+        )
+    )
 
 
 @pytest.fixture

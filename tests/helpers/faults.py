@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from fairway.data.verified import RECORD
 from fairway.files import sha256_of
 from fairway.provenance import PROVENANCE
 from fairway.settings import merge
@@ -158,8 +159,12 @@ class Run:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file and folder in `folder`, hidden ones too, with a hash of what time did not make."""
-    return {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*"))}
+    """Every file and folder in `folder`, hidden ones too, with a hash of what time did not make.
+
+    But for the record of hashed shards, which is no product and has their inodes.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.name != RECORD]
+    return {str(path.relative_to(folder)): _digest(path) for path in paths}
 
 
 def _digest(path: Path) -> str:

@@ -192,3 +192,13 @@ def test_damage_is_refused_or_changes_nothing(tiny_run, tries):
     assert not [one for one in found if one.outcome not in ("right", "refused")]
     outcomes = [one.outcome for one in found]
     assert outcomes.count("refused") > 0.7 * tries and outcomes.count("right") > 0
+
+
+def test_nothing_is_written_where_the_datasets_record_is_refused(tmp_path):
+    make_run(tmp_path, SEEDS)
+    (record,) = tmp_path.glob("results/data/*/provenance.json")
+    record.unlink()
+    record.mkdir()
+    with pytest.raises(UserError, match="provenance.json"):
+        make_report(tmp_path, SEEDS)
+    assert not list(tmp_path.rglob("*.svg"))

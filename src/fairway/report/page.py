@@ -27,8 +27,9 @@ def write_report(
 
     command: what started the run, where it is known. kept: older reports.
     """
-    figures = write_figures(folder / "figures", results, tables)
+    # Before the first file, for it reads the datasets' provenance, which may be refused.
     sections = {variant: resolved(results, variant) for variant in results.variants}
+    figures = write_figures(folder / "figures", results, tables)
     config = config_text(
         config_of(results.run, results.seeds, sections)
         | {"report": settings.model_dump(mode="json")}

@@ -3,23 +3,21 @@
     python benchmarks/overheads.py results/quickstart
 
 Means over the seeds and folders of a stage. `job` is Snakemake's own count, from the shell's start
-to its end; `beyond work` is what of it was neither
-the stage's work nor the wait for a GPU.
+to its end; `beyond work` is what of it was neither the stage's work nor the wait for a GPU.
 """
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 
 from fairway.errors import UserError
 from fairway.metrics import read_metrics
+from fairway.phases import Phase
 from fairway.stage import user_errors
 from fairway.stages import STAGES, made_by
-
-PHASES = ["start", "wait", "read", "compile", "work", "write"]
 
 
 def jobs(run: Path) -> Iterator[dict[str, Any]]:
@@ -43,7 +41,7 @@ def main() -> None:
     if table.empty:
         raise UserError(f"{run} holds no finished stages: name a run's folder")
     grouped = table.groupby("stage", sort=False)
-    means = grouped[["job", *PHASES]].mean()
+    means = grouped[["job", *get_args(Phase)]].mean()
     means["beyond work"] = means["job"] - means["wait"] - means["work"]
     means.insert(0, "jobs", grouped.size())
     print(means.round(1).to_string())

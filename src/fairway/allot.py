@@ -25,9 +25,9 @@ POLL_SECONDS = 0.1
 MESSAGE_EVERY = 600
 """Looks between two messages about the wait."""
 JOB_STARTED = "FAIRWAY_JOB_STARTED"
-"""Environment variable: seconds since the epoch when the job began, its wait for GPUs left out."""
+"""Environment variable: seconds since the epoch when the job of several GPUs had them."""
 WANTED = "FAIRWAY_GPUS"
-"""Environment variable: GPUs that this process was started to take."""
+"""Environment variable: GPUs that this process was started to take; not there for none."""
 QUERY = ("nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader")
 
 
@@ -49,11 +49,10 @@ def visible_gpus(installed: Mapping[str, str]) -> list[str]:
     return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
 
 
-def take(count: int) -> tuple[list[str], float]:
-    """Lock `count` of the visible GPUs for as long as this process lives.
+def take(count: int) -> list[str]:
+    """Lock `count` of the visible GPUs for as long as this process lives, and return their names.
 
-    Returns their names, and the seconds that it waited because too few were free; ends the process
-    with a line where there are not so many.
+    Waits where too few are free; ends the process with a line where there are not so many.
     """
     installed = installed_gpus()
     visible = visible_gpus(installed)
@@ -64,26 +63,22 @@ def take(count: int) -> tuple[list[str], float]:
             "gpus.machine or the stage's own key in `gpus`, name more in CUDA_VISIBLE_DEVICES, or "
             "set runtime.device to cpu"
         )
-    looks, began = 0, time.monotonic()
+    looks = 0
     while len(taken := _lock_free(visible, installed, count)) < count:
         if looks % MESSAGE_EVERY == 0:
             print(f"waiting for {count} of the GPUs {', '.join(visible)}", file=sys.stderr)
         looks += 1
         time.sleep(POLL_SECONDS)
-    return taken, time.monotonic() - began if looks else 0.0
+    return taken
 
 
-def take_wanted() -> float:
-    """Take the GPUs that this process was started for, if any; returns the seconds that it waited.
+def take_wanted() -> None:
+    """Take the GPUs that this process was started for, if any.
 
     To be called before CUDA is: it finds out which GPUs are visible only once.
     """
-    count = int(os.environ.pop(WANTED, "0"))
-    if not count:
-        return 0.0
-    gpus, waited = take(count)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    return waited
+    if WANTED in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(take(int(os.environ.pop(WANTED))))
 
 
 def _lock_free(visible: Sequence[str], installed: Mapping[str, str], count: int) -> list[str]:
@@ -114,10 +109,11 @@ def _open(name: str) -> int:
 
 def main(arguments: Sequence[str]) -> None:
     count, script = int(arguments[0]), list(arguments[1:])
-    os.environ[WANTED] = str(count)
+    if count:
+        os.environ[WANTED] = str(count)
     if count > 1:
-        started = time.time()
-        os.environ[JOB_STARTED] = str(started + take_wanted())
+        take_wanted()
+        os.environ[JOB_STARTED] = str(time.time())
         sys.argv = ["torchrun", "--standalone", f"--nproc_per_node={count}", *script]
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
     else:

@@ -201,7 +201,7 @@ def run_stage(
 @phase("wait")
 def take_gpus() -> None:
     """Take the job's GPUs; UserError where it is too late, for CUDA has seen all that are there."""
-    if os.environ.get(WANTED, "0") != "0" and torch.cuda.is_initialized():
+    if WANTED in os.environ and torch.cuda.is_initialized():
         raise UserError(
             "CUDA was used while modules were imported, before the job had a GPU of its own: let "
             "plugins use it in their functions only"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fairway.data.verified import RECORD
 from fairway.errors import UserError
 from fairway.files import sha256_of
 from fairway.provenance import remove_provenance
@@ -38,6 +39,8 @@ def test_a_rerun_never_leaves_the_old_provenance_beside_new_files(copied, monkey
     replace = os.replace
 
     def watched(source, target):
+        if Path(target).name == RECORD:  # no product: whoever hashed the shards writes it
+            return replace(source, target)
         folder = stage_folder(Path(target))
         if (folder / "metrics.json").exists() or (folder / "provenance.json").exists():
             assert not (folder / "provenance.json").exists(), target

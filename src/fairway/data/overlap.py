@@ -89,8 +89,8 @@ def _pieces(spans: Sequence[Span], bos: int, size: int) -> Iterator[Piece]:
 
 
 def _validation_hashes(spans: Sequence[Span], bos: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """The hash uint64 [n] of each n-gram within a document, sorted; the document's number int32 [n];
-    and the number of documents."""
+    """The sorted hashes uint64 [n] of the n-grams within documents, the documents' numbers int32
+    [n], and how many documents there are."""
     hashes, documents = [], []
     begun = -int(spans[0].read()[0] == bos)  # a text without one begins in its first document
     for piece, before in _pieces(spans, bos, BLOCK_TOKENS):

@@ -333,6 +333,7 @@ def rewrite(path, **changes):
         ("provenance.json", lambda path: path.unlink(), "provenance.json is missing"),
         ("provenance.json", lambda path: edit(path, outputs={}), "lists no such file"),
         ("provenance.json", lambda path: rewrite(path, seed=8), "has changed since it was written"),
+        ("provenance.json", lambda path: rewrite(path, sha256=None), "sha256: found None"),
         ("provenance.json", lambda path: rewrite(path, outputs=[]), "outputs: found [], expected"),
         ("provenance.json", lambda path: rewrite(path, outputs={"product": 5}), "product: found 5"),
         ("provenance.json", lambda path: path.write_text("[]"), "expected a mapping of keys"),

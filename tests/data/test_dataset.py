@@ -286,10 +286,6 @@ def test_a_small_validation_text_is_warned_of(settings, tmp_path, capsys, valida
     load_dataset(tmp_path / "made/manifest.json")
 
 
-def test_a_manifest_that_is_older_than_warnings(made):
-    load_dataset(edited(made, ("warnings",), None))
-
-
 def test_the_bytes_before_normalization_are_counted(settings, tmp_path):
     """A ligature that decodes to twelve times its bytes does not hide what spaces lose."""
     validation = ["ﷺ", "two  spaces\n\nand a line ", "plain", "\u200bnothing"]
@@ -531,6 +527,8 @@ TRAIN, VAL = ("splits", "train"), ("splits", "val")
         (("shards",), {}, "expected one of `shards`"),
         (("more",), 1, "more"),
         (("original",), None, "missing key original"),
+        (("overlap",), None, "missing key overlap"),
+        (("warnings",), None, "missing key warnings"),
         (("original", "training", "lost_bytes"), -1, "lost_bytes: found -1, expected at least 0"),
         (("overlap", "documents"), 0, "overlap.documents: found 0, expected at least 1"),
         (("overlap", "examples"), [-1], r"overlap.examples.*: found -1, expected at least 0"),

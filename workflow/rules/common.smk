@@ -381,7 +381,7 @@ def get_options(stage):
 
 
 def get_params(stage):
-    """The params that `get_command` needs."""
+    """The params of the jobs of a stage that `get_command` is for."""
     return {
         "settings": get_settings(stage),
         "code": get_code(stage),

@@ -86,7 +86,7 @@ class Results:
     provenance: Mapping[tuple[str, int, str], Provenance]
     """provenance.json."""
     curves: Mapping[tuple[str, int], pd.DataFrame]
-    """metrics.parquet of train, a `curve.Row` a row."""
+    """metrics.parquet; `curve.Row` describes its columns."""
     layers: Mapping[tuple[str, int], pd.DataFrame]
     """`bank`, LAYER_COLUMNS and the quantizer's own columns, one row for each matrix."""
     tokens: Mapping[tuple[str, int], TokenSums]

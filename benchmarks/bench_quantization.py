@@ -18,14 +18,15 @@ from context import Context, ran
 from results import Agreement, Bar, Row
 from timing import alternate, held_bytes, median_of, median_seconds, timed, warmed_up
 
+from fairway.files import write_bytes
 from fairway.model.gpt import GPT
 from fairway.model.sampling import self_generated_tokens
 from fairway.quantization.artifact import (
+    encode_artifact,
     quantizable,
     read_artifact,
     restored,
     storable,
-    write_artifact,
 )
 from fairway.quantization.calibration import (
     collect_hessians,
@@ -33,7 +34,7 @@ from fairway.quantization.calibration import (
     training_tokens,
 )
 from fairway.quantization.integers import QuantizedTensor, round_to_nearest
-from fairway.quantization.quantizers.gptq import BITS, quantize_bank
+from fairway.quantization.quantizers.gptq import BITS, bank_codes, prepared_bank
 from fairway.quantization.settings import QuantizationSettings, quantizer_of
 
 PREFIX_LENGTHS = 8
@@ -235,7 +236,8 @@ def _gptq_on_cpu(context, banks, hessians, settings) -> tuple[float, float]:
     for name, bank in banks.items():
         count = min(TIMED_MATRICES, len(bank))
         stack = torch.stack([hessians[name, index] for index in range(count)])
-        fast, _ = quantize_bank(name, bank[:count], stack, settings)
+        prepared = prepared_bank(name, bank[:count], stack, settings)
+        fast, _ = bank_codes(prepared, settings, settings.scale_factor)
         seconds = []
         for index in range(count):
             weights, hessian = bank[index].cpu(), stack[index].cpu()
@@ -272,7 +274,9 @@ def artifact(context: Context) -> list[Row]:
         path = Path(folder) / "artifact.bin"
 
         def write() -> None:
-            sizes["fast"] = write_artifact(path, model.config, tensors)
+            data = encode_artifact(model.config, tensors)
+            write_bytes(path, data)
+            sizes["fast"] = len(data)
 
         def compress() -> None:
             sizes["baseline"] = len(baseline_archive(tensors))

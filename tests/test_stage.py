@@ -17,9 +17,10 @@ from fairway.errors import UserError
 from fairway.files import sha256_of
 from fairway.metrics import METRICS, Metrics, checked_metrics
 from fairway.recipe import complete, section_class
+from fairway.report.results import FINAL_STAGE
 from fairway.settings import merge
 from fairway.stage import StageRun, run_stage, stage_parser, stage_settings, user_errors
-from fairway.stages import STAGES, Stage, chain, evaluation_stage, stages_per
+from fairway.stages import STAGES, Stage, chain, stages_per
 from producers import write_record
 from provenance_chain import edit
 from tiny import TINY_CONFIG
@@ -332,6 +333,7 @@ def rewrite(path, **changes):
         ("provenance.json", lambda path: path.unlink(), "provenance.json is missing"),
         ("provenance.json", lambda path: edit(path, outputs={}), "lists no such file"),
         ("provenance.json", lambda path: rewrite(path, seed=8), "has changed since it was written"),
+        ("provenance.json", lambda path: rewrite(path, sha256=None), "sha256: found None"),
         ("provenance.json", lambda path: rewrite(path, outputs=[]), "outputs: found [], expected"),
         ("provenance.json", lambda path: rewrite(path, outputs={"product": 5}), "product: found 5"),
         ("provenance.json", lambda path: path.write_text("[]"), "expected a mapping of keys"),
@@ -467,4 +469,4 @@ def test_who_runs_how_often():
     assert [one.name for one in stages_per("dataset")] == ["tokenize"]
     assert [one.name for one in stages_per("run")] == ["report"]
     assert len(stages_per("variant")) == 6
-    assert evaluation_stage().name == "slot_eval"
+    assert FINAL_STAGE == "slot_eval"

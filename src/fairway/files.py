@@ -312,7 +312,7 @@ def read_tensors(path: str | Path, made_by: str) -> tuple[dict[str, "Tensor"], d
     """Tensors, on the CPU, and metadata of what `write_tensors` wrote.
 
     Raises UserError where the file is missing or no safetensors file, and where it has another
-    content than it was written with. A file older than checksums is taken as it is.
+    content than it was written with.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -322,15 +322,12 @@ def read_tensors(path: str | Path, made_by: str) -> tuple[dict[str, "Tensor"], d
         reading(path, "safetensors", made_by, SafetensorError, TypeError, ValueError, RuntimeError),
         safe_open(path, framework="pt") as file,
     ):
-        metadata = dict(file.metadata() or {})
-        if TENSORS_RECORD in metadata:
-            metadata = dict(parse_json(metadata[TENSORS_RECORD]))
+        metadata = dict(parse_json((file.metadata() or {}).get(TENSORS_RECORD, "{}")))
         if not all(isinstance(text, str) for text in metadata.values()):
             raise TypeError("its metadata is not text")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        checksum = metadata.pop(TENSORS_CHECKSUM, None)
-        if checksum is not None and checksum != _tensors_sha256(tensors, metadata):
-            raise SafetensorError("it does not match its checksum")
+        if metadata.pop(TENSORS_CHECKSUM, None) != _tensors_sha256(tensors, metadata):
+            raise SafetensorError("its checksum is missing or does not match")
     return tensors, metadata
 
 

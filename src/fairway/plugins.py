@@ -19,6 +19,9 @@ from typing import Any
 from fairway.errors import UserError, told
 from fairway.plain import shown
 
+HINT = "; run in the folder that holds the module, or put it beside the config"
+"""Where a module of the user's own was not found."""
+
 
 def load(name: str, package: str) -> Any:
     """The class that `name` stands for; `package` holds those that need no module.
@@ -34,7 +37,7 @@ def load(name: str, package: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), class_name, None)
     except ModuleNotFoundError as error:
-        hint = _hint(name) if ":" in name else f"; install it with `pip install {error.name}`"
+        hint = HINT if ":" in name else f"; install it with `pip install {error.name}`"
         reason = f"No module named {shown(error.name)}{hint}"
         raise UserError(f"{shown(name)} could not be imported: {reason}") from error
     except (Exception, SystemExit) as error:  # whatever the user's module raises
@@ -42,11 +45,6 @@ def load(name: str, package: str) -> Any:
     if found is None:
         raise UserError(f"{shown(name)}: {module} has no class {class_name}")
     return found
-
-
-def label(name: str) -> str:
-    """A short name for columns and folders: `my_cache:Cache` becomes `cache`."""
-    return name.rpartition(":")[2].lower()
 
 
 @cache
@@ -66,7 +64,7 @@ def source_file(name: str, package: str) -> Path:
     except ModuleNotFoundError:
         specification = None
     if specification is None or specification.origin is None:
-        raise UserError(f"{shown(name)}: no module {module}{_hint(name)}")
+        raise UserError(f"{shown(name)}: no module {module}{HINT}")
     return Path(specification.origin)
 
 
@@ -90,8 +88,3 @@ def _location(name: str, package: str) -> tuple[str, str]:
     if not all(part.isidentifier() for part in (*module.split("."), class_name)):
         raise UserError(f"found {shown(name)}, expected a name or module:Name")
     return module, class_name
-
-
-def _hint(name: str) -> str:
-    known = "; run in the folder that holds the module, or put it beside the config"
-    return known if ":" in name else ""

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fairway.claims import remove
 from fairway.errors import UserError
 from fairway.files import reading, require_file, sha256_of, sha256_of_json, write_json
 from fairway.records import read_record
@@ -50,12 +49,12 @@ class Provenance(BaseModel):
     """provenance.json files of the stages that this one builds on."""
     git_commit: Line | None = None
     versions: dict[Line, Line] = {}
-    sha256: Digest | None = None
-    """Of all the other keys, as canonical JSON; files that are older than this key lack it."""
+    sha256: Digest
+    """Of all the other keys, as canonical JSON."""
 
     @model_validator(mode="after")
     def _as_it_was_written(self) -> Self:
-        if self.sha256 not in (None, _checksum(self.model_dump(exclude_unset=True))):
+        if self.sha256 != _checksum(self.model_dump(exclude_unset=True)):
             raise Fault("it has changed since it was written")
         return self
 
@@ -113,11 +112,6 @@ def check_product(path: Path, made_by: str, record: Provenance | None = None) ->
             f"{expected}; expected the file made by {made_by}"
         )
     return found
-
-
-def remove_provenance(folder: str | Path) -> None:
-    """Remove an older provenance.json, before the first of the files that it lists changes."""
-    remove(Path(folder) / PROVENANCE)
 
 
 def write_provenance(

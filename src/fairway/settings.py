@@ -28,7 +28,7 @@ from pydantic import (
 
 from fairway.errors import UserError
 from fairway.plain import dotted, shown, word
-from fairway.plugins import did_you_mean, label, load
+from fairway.plugins import did_you_mean, load
 
 NULL = (None, "null")
 """Null in a file, and as a command line has it."""
@@ -173,8 +173,8 @@ class Choice(BaseModel):
 
     @property
     def label(self) -> str:
-        """Its name in columns and figures."""
-        return label(self.name)
+        """A short name for columns and figures: `my_cache:Cache` becomes `cache`."""
+        return self.name.rpartition(":")[2].lower()
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)

@@ -6,8 +6,9 @@ Rules, scripts, audit and report read it; a new stage is a row here, a rule file
                                         ↘ audit ↗ → export
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -216,6 +217,16 @@ def made_by(stage: str, *, again: bool = False) -> str:
     return f"the {stage} stage; run `snakemake --cores 2 {option}{stage}`"
 
 
-def evaluation_stage() -> Stage:
-    """The stage whose seconds are the evaluation's: its score is the run's."""
-    return next(stage for stage in STAGES.values() if stage.charged == "evaluation")
+def charged_seconds(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """`training_seconds` and `evaluation_seconds` of the stages that are charged to each budget.
+
+    metrics: metrics.json of each stage.
+    """
+    return {
+        f"{budget}_seconds": sum(
+            one[f"{budget}_seconds"]
+            for name, one in metrics.items()
+            if STAGES[name].charged == budget
+        )
+        for budget in ("training", "evaluation")
+    }

@@ -67,8 +67,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = _read_text(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{_path_shown(path)} could not be read: {reason}") from error
+        name, reason = str(path), getattr(error, "strerror", None) or error
+        name = name if name.isprintable() else shown(name)
+        raise UserError(f"{name} could not be read: {reason}") from error
     try:
         loaded = yaml.load(text, _Loader)
     except _YAML_ERRORS as error:
@@ -102,10 +103,6 @@ def _read_text(path: str | Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise OSError(f"byte {error.start + 1} is not UTF-8: save it as UTF-8") from error
-
-
-def _path_shown(path: str | Path) -> str:
-    return str(path) if str(path).isprintable() else shown(str(path))
 
 
 def _told(error: Exception) -> str:

@@ -14,10 +14,11 @@ import torch
 import yaml
 
 from fairway.data.dataset import load_dataset
-from fairway.quantization.artifact import quantizable, storable, write_artifact
+from fairway.quantization.artifact import quantizable, storable
 from fairway.quantization.integers import round_to_nearest
 from fairway.recipe import complete, load_config
 from fairway.settings import merge
+from producers import write_artifact
 from scattered import scattered_model
 from tiny import ROOT
 from trainings import SMALL, run_here

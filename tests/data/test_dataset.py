@@ -286,10 +286,6 @@ def test_a_small_validation_text_is_warned_of(settings, tmp_path, capsys, valida
     load_dataset(tmp_path / "made/manifest.json")
 
 
-def test_a_manifest_that_is_older_than_warnings(made):
-    load_dataset(edited(made, ("warnings",), None))
-
-
 def test_the_bytes_before_normalization_are_counted(settings, tmp_path):
     """A ligature that decodes to twelve times its bytes does not hide what spaces lose."""
     validation = ["ﷺ", "two  spaces\n\nand a line ", "plain", "\u200bnothing"]
@@ -502,7 +498,7 @@ def leaves(value, keys=()) -> Iterator[tuple[tuple, object]]:
         yield keys, value
 
 
-FREE = {"name", "source", "bytes", "documents", "warnings"}
+FREE = {"name", "source", "bytes", "documents", "original", "overlap", "warnings"}
 """Fields that no other field of the manifest tells."""
 TRAIN, VAL = ("splits", "train"), ("splits", "val")
 
@@ -530,15 +526,12 @@ TRAIN, VAL = ("splits", "train"), ("splits", "val")
         (("tokenizer", "sha256"), "none", "tokenizer.sha256: found 'none', expected text matching"),
         (("shards",), {}, "expected one of `shards`"),
         (("more",), 1, "more"),
-        (("original", "validation", "bytes"), 7, r"original.validation: found .* as the splits"),
-        (("original", "training", "lost_bytes"), 999, "original.training: found .* bytes left"),
-        (("original", "training", "changed_documents"), 111, "documents: found 111, expected at"),
-        (("overlap", "documents"), 9, "overlap.documents: found 9, expected from 10 to 11"),
-        (("overlap", "exact"), 12, "overlap.exact: found 12, expected from 0 to 10"),
-        (("overlap", "near"), 11, "overlap.near: found 11, expected from 0 to"),
-        (("overlap", "ngrams"), 10**6, "overlap.ngrams: found 1000000, expected from 0 to"),
-        (("overlap", "ngrams_found"), 10**6, "overlap.ngrams_found: found 1000000, expected"),
-        (("overlap", "examples"), [10], "overlap.examples: found 10, expected from 0 to 9"),
+        (("original",), None, "missing key original"),
+        (("overlap",), None, "missing key overlap"),
+        (("warnings",), None, "missing key warnings"),
+        (("original", "training", "lost_bytes"), -1, "lost_bytes: found -1, expected at least 0"),
+        (("overlap", "documents"), 0, "overlap.documents: found 0, expected at least 1"),
+        (("overlap", "examples"), [-1], r"overlap.examples.*: found -1, expected at least 0"),
     ],
 )
 def test_a_manifest_is_held_against_itself(made, keys, value, complaint):

@@ -9,10 +9,10 @@ import pytest
 
 from fairway.data.dataset import load_dataset, read_split
 from fairway.model.spec import GPTConfig
-from fairway.quantization.artifact import quantizable, storable, write_artifact
+from fairway.quantization.artifact import quantizable, storable
 from fairway.quantization.integers import round_to_nearest
 from fairway.recipe import load_config
-from producers import write_record
+from producers import write_artifact, write_record
 from scattered import scattered_model
 from tiny import run_script
 

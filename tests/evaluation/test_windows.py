@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.errors import UserError
-from fairway.evaluation.windows import lane_runs, sliding_windows
+from fairway.evaluation.windows import WindowSettings, lane_runs, sliding_windows
+from fairway.settings import validated
 
 
 def scored_targets(windows) -> np.ndarray:
@@ -73,5 +74,5 @@ def test_lane_runs_are_contiguous_balanced_and_complete(num_windows, lanes):
 
 
 def test_no_lane_is_refused():
-    with pytest.raises(UserError, match=r"evaluation\.lanes"):
-        lane_runs(10, 0)
+    with pytest.raises(UserError, match=r"evaluation\.lanes: found 0, expected at least 1"):
+        validated(WindowSettings, {"lanes": 0}, "evaluation")

@@ -24,13 +24,14 @@ import torch
 from fairway.audit.bookkeeping import read_evaluation
 from fairway.audit.interface import PASS
 from fairway.audit.lineage import check_lineage
-from fairway.audit.result import read_audit
+from fairway.audit.result import AuditRecord
 from fairway.errors import UserError
 from fairway.files import read_table, read_tensors, write_tensors
 from fairway.metrics import read_metrics
-from fairway.model.weights import load_weights
+from fairway.model.weights import load_model
 from fairway.provenance import PROVENANCE, check_product, read_provenance
 from fairway.quantization.artifact import CHECKSUM_BYTES, read_artifact
+from fairway.records import read_record
 from fairway.report.content import page_content
 from fairway.report.results import read_results
 from fairway.report.settings import ReportSettings
@@ -184,13 +185,18 @@ def _read_tokens(path: Path) -> Any:
     return vars(read_token_sums(path)), found
 
 
+def _read_weights(path: Path) -> Any:
+    model = load_model(path)
+    return model.config, dict(model.state_dict())
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
-    "weights.safetensors": load_weights,
+    "weights.safetensors": _read_weights,
     "averages.safetensors": lambda path: read_tensors(path, "the train stage"),
     "artifact.bin": read_artifact,
     "tokens.parquet": _read_tokens,
     "metrics.json": lambda path: read_metrics(path, path.parent.name, "its stage"),
-    "audit.json": lambda path: read_audit(path, "the audit stage"),
+    "audit.json": lambda path: read_record(AuditRecord, path, "the audit stage"),
 }
 
 

@@ -156,6 +156,7 @@ def write_manifest(folder: Path) -> Path:
         "shards": {"train_000000.bin": shard, "val_000000.bin": shard},
         "splits": {"train": train, "selection": split, "adaptation": split, "val": val},
         "original": {"training": training, "validation": validation}, "overlap": overlap,
+        "warnings": [],
     }  # fmt: skip
     write_json(path, manifest)
     settings = {"data": {"name": folder.name, "val_docs": 24}}

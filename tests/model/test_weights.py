@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fairway.errors import UserError
+from fairway.files import write_tensors
 from fairway.model.gpt import GPT
 from fairway.model.spec import GPTConfig
-from fairway.model.weights import build_model, load_model, save_model, save_weights
+from fairway.model.weights import build_model, load_model, save_model
 from trainings import SMALL
 
 
@@ -22,7 +23,7 @@ def path(tmp_path):
 
 def save_with_config(path, config) -> None:
     """A weights file whose configuration is the text `config`."""
-    save_file(GPT(SMALL, seed=4).state_dict(), path, metadata={"config": config})
+    write_tensors(path, GPT(SMALL, seed=4).state_dict(), {"config": config})
 
 
 def test_weights_survive_the_file(path):
@@ -86,6 +87,9 @@ def test_damaged_or_foreign_weights_are_refused(path):
     with pytest.raises(UserError, match="damaged"):
         load_model(path)
     save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="checksum is missing"):
+        load_model(path)
+    write_tensors(path, {"weight": torch.zeros(1)}, {})
     with pytest.raises(UserError, match="holds no model configuration"):
         load_model(path)
     state = GPT(SMALL).state_dict()
@@ -110,6 +114,7 @@ def test_no_bit_of_the_weights_flips_unseen(tmp_path_factory, place, bit):
 
 def test_weights_that_are_no_numbers_are_refused(path):
     state = GPT(SMALL).state_dict()
-    save_weights(path, SMALL, {**state, "smear_gate": state["smear_gate"].to(torch.int8)})
+    state["smear_gate"] = state["smear_gate"].to(torch.int8)
+    write_tensors(path, state, {"config": SMALL.model_dump_json()})
     with pytest.raises(UserError, match="weights for smear_gate: found torch.int8"):
         load_model(path)

@@ -26,12 +26,12 @@ from fairway.quantization.artifact import (
     restored,
     storable,
     stream_table,
-    write_artifact,
 )
 from fairway.quantization.coding import pack
 from fairway.quantization.integers import QuantizedTensor, round_to_nearest
 from fairway.quantization.pruning import fit_to_limit
 from fairway.quantization.quantizers.gptq import Gptq
+from producers import write_artifact
 
 CONFIG = GPTConfig(
     vocab_size=48,
@@ -139,6 +139,8 @@ def codes_of(bits):
 def quantized_tensors(draw):
     bits = draw(st.integers(2, 8))
     codes = torch.from_numpy(draw(codes_of(bits)))
+    if draw(st.booleans()):  # the memory need not be in row-major order
+        codes = codes.mT.contiguous().mT
     group_columns = draw(st.none() | st.integers(1, 7))
     groups = [] if group_columns is None else [-(-codes.shape[-1] // group_columns)]
     shape = (*codes.shape[:-1], *groups)
@@ -168,6 +170,15 @@ def test_any_tensors_come_back_to_the_bit(tmp_path_factory, tensors):
     assert config == CONFIG and list(state) == sorted(tensors)
     for name, value in restored(tensors).items():
         assert torch.equal(state[name], value) and state[name].shape == value.shape
+
+
+@pytest.mark.parametrize(("bits", "tail"), [*((6, tail) for tail in range(5)), (8, 0)])
+def test_every_code_comes_back_at_any_length(tmp_path, bits, tail):
+    limit = 2 ** (bits - 1) - 1
+    codes = torch.tensor([[*range(-limit, limit + 1), *range(tail)]], dtype=torch.int8)
+    tensor = QuantizedTensor(codes, torch.ones(1, dtype=torch.float16), bits)
+    write_artifact(tmp_path / "artifact.bin", CONFIG, {"codes": tensor})
+    assert torch.equal(read_artifact(tmp_path / "artifact.bin")[1]["codes"], codes.float())
 
 
 def test_the_documented_example_runs(written, monkeypatch):
@@ -424,12 +435,15 @@ def test_a_small_file_that_unpacks_to_3_gib_takes_little_memory(tmp_path, declar
     tracemalloc.stop()
 
 
-def test_codes_out_of_range_are_refused(written):
+@pytest.mark.parametrize(
+    ("name", "code", "kind"),
+    [("mlp_up_bank", 32, "int6"), ("mlp_up_bank", -32, "int6"), ("token_embedding", -128, "int8")],
+)
+def test_codes_out_of_range_are_refused(written, name, code, kind):
     path, tensors = written
-    codes = tensors["mlp_up_bank"].codes
-    codes[0, 0, 0] = 32
+    tensors[name].codes.view(-1)[0] = code
     write_artifact(path, CONFIG, tensors)
-    with pytest.raises(UserError, match="int6 allows"):
+    with pytest.raises(UserError, match=f"{kind} allows"):
         read_artifact(path)
 
 

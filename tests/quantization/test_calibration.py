@@ -16,7 +16,6 @@ from fairway.quantization.artifact import (
     quantizable,
     restored,
     storable,
-    write_artifact,
 )
 from fairway.quantization.calibration import (
     HessianSums,
@@ -26,8 +25,9 @@ from fairway.quantization.calibration import (
     training_tokens,
 )
 from fairway.quantization.integers import round_to_nearest
-from fairway.quantization.quantize import quantize_model, with_code_columns
+from fairway.quantization.quantize import prepared_model, with_code_columns
 from fairway.quantization.settings import QuantizationSettings, quantizer_of
+from producers import write_artifact
 from scattered import SMALL, scattered_model
 
 SETTINGS = QuantizationSettings(
@@ -170,7 +170,7 @@ def quantized(model):
 
 
 def test_all_in_one_call(model, quantized):
-    tensors, layers = quantize_model(model, quantizer_of(SETTINGS), SETTINGS, TEXT, 0)
+    tensors, layers = prepared_model(model, quantizer_of(SETTINGS), SETTINGS, TEXT, 0)(1.0)
     assert layers.equals(quantized[1])
     expected = restored(storable(model, quantized[0]))
     assert all(torch.equal(found, expected[name]) for name, found in restored(tensors).items())

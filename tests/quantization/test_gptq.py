@@ -9,14 +9,20 @@ from fairway.errors import UserError
 from fairway.quantization.integers import round_to_nearest
 from fairway.quantization.quantizers.gptq import (
     Gptq,
+    bank_codes,
     clip_magnitudes,
     inverse_factor,
-    quantize_bank,
+    prepared_bank,
 )
 
 
 def gptq_settings(**changes):
     return Gptq.Settings(**{"block_columns": 8, **changes})
+
+
+def quantize_bank(name, weights, hessians, settings_, dtype=torch.float32):
+    bank = prepared_bank(name, weights.to(dtype), hessians, settings_)
+    return bank_codes(bank, settings_, settings_.scale_factor)
 
 
 def random_problem(seed, matrices=3, rows=6, columns=20, correlation=0.8):

@@ -10,8 +10,6 @@ from hypothesis.extra import numpy as hnp
 from fairway.errors import UserError
 from fairway.quantization.integers import (
     QuantizedTensor,
-    bytes_to_codes,
-    codes_to_bytes,
     fake_quantize,
     round_to_nearest,
 )
@@ -91,32 +89,6 @@ def test_fake_quantization_is_exact_in_value_and_transparent_in_gradient(bits, g
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     output.backward(upstream)
     assert torch.equal(weight.grad, upstream)
-
-
-@pytest.mark.parametrize("tail", range(5))
-def test_every_int6_code_survives_packing_at_any_length(tail):
-    codes = torch.tensor([*range(-31, 32), *range(tail)], dtype=torch.int8)
-    restored = bytes_to_codes(codes_to_bytes(codes), tuple(codes.shape), 6)
-    assert torch.equal(restored, codes)
-
-
-def test_every_int8_code_survives_packing():
-    codes = torch.arange(-127, 128, dtype=torch.int8).view(5, 51)
-    assert torch.equal(bytes_to_codes(codes_to_bytes(codes), (5, 51), 8), codes)
-
-
-@settings(max_examples=50, deadline=None)
-@given(codes=hnp.arrays(np.int8, hnp.array_shapes(max_side=9), elements=st.integers(-31, 31)))
-def test_packing_round_trip(codes):
-    # Transposed, so that the memory is not in row-major order.
-    codes = torch.from_numpy(codes).permute(*reversed(range(codes.ndim)))
-    assert torch.equal(bytes_to_codes(codes_to_bytes(codes), tuple(codes.shape), 6), codes)
-
-
-@pytest.mark.parametrize(("code", "bits"), [(32, 6), (-32, 6), (-128, 8)])
-def test_codes_out_of_range_are_refused(code, bits):
-    with pytest.raises(UserError, match=f"int{bits} allows"):
-        bytes_to_codes(np.array([0, code], dtype=np.int8).tobytes(), (2,), bits)
 
 
 def tensor(codes=(2, 6), scales=(2,), dtype=torch.float16, **arguments):

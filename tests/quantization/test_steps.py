@@ -1,5 +1,7 @@
 """Steps by deviation and by sensitivity, and the factor with which an artifact fills its limit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +20,6 @@ from fairway.quantization.artifact import (
     read_artifact,
     restored,
     storable,
-    write_artifact,
 )
 from fairway.quantization.calibration import collect_sensitivities
 from fairway.quantization.coding import code_bits, pack
@@ -27,6 +28,7 @@ from fairway.quantization.integers import QuantizedTensor, round_to_nearest
 from fairway.quantization.quantize import prepared_model, quantize_to_file
 from fairway.quantization.quantizers.gptq import LEAST_SENSITIVITY, geometric_steps
 from fairway.quantization.settings import QuantizationSettings, Sigmas, quantizer_of
+from producers import write_artifact
 from scattered import SMALL, scattered_model
 
 BOS = 1
@@ -163,7 +165,7 @@ def test_gptq_of_the_embedding_beats_rounding_in_the_logits(model, tokens):
     assert row.error < row.error_round_to_nearest
     stored = tensors["token_embedding"]
     steps, weights = stored.steps(), model.token_embedding.detach()
-    nearest = stored.with_codes((weights / steps).round().clamp(-63, 63).to(torch.int8))
+    nearest = replace(stored, codes=(weights / steps).round().clamp(-63, 63).to(torch.int8))
     with torch.no_grad():
         hidden = model.hidden(tokens)
         ours, theirs = (

@@ -17,16 +17,16 @@ from fairway.quantization.artifact import (
     load_artifact,
     restored,
     stream_table,
-    write_artifact,
 )
 from fairway.quantization.pruning import fit_to_limit
 from fairway.quantization.quantize import (
-    quantize_model,
+    prepared_model,
     quantize_to_file,
     with_code_columns,
 )
 from fairway.quantization.settings import QuantizationSettings, quantizer_of
 from fairway.settings import validated
+from producers import write_artifact
 from scattered import SMALL, scattered_model
 
 EXAMPLES = Path(__file__).parents[2] / "docs/examples"
@@ -56,7 +56,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def stored(model, settings):
-    return quantize_model(model, quantizer_of(settings), settings, TEXT, seed=0)
+    return prepared_model(model, quantizer_of(settings), settings, TEXT, seed=0)(1.0)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fairway.report.content import byte_notes, cautions
+from fairway.report.content import byte_notes
 from fairway.report.format import compact, joined, probability, signed
 from synthetic_run import (
     FAILING,
@@ -74,18 +74,6 @@ def test_text_that_tokens_decode_to_exactly(finished):
     }
     (note,) = byte_notes(replace(results, manifests=exact))
     assert note == "Tokens decode to the text exactly as it was, all 36,090 bytes of it."
-
-
-def test_a_dataset_that_says_nothing_is_spoken_for(finished):
-    """One that was made before manifests had warnings."""
-    results = load_results(finished[0])
-    assert cautions(results) == []
-    few = {
-        key: replace(sums, by_document=sums.by_document[:19])
-        for key, sums in results.tokens.items()
-    }
-    (caution,) = cautions(replace(results, tokens=few))
-    assert "19 documents" in caution
 
 
 class PageReader(HTMLParser):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fairway.claims import remove
 from fairway.data.verified import RECORD
 from fairway.errors import UserError
 from fairway.files import sha256_of
-from fairway.provenance import remove_provenance
 from fairway.stages import STAGES, stages_of_a_run
 from runs import run_stages, tokenize
 from trainings import run_here
@@ -112,9 +112,9 @@ def test_a_provenance_that_cannot_be_removed_is_told_in_one_line(tmp_path, monke
     def rename(source, target):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    remove_provenance(tmp_path / "not there")
+    remove(tmp_path / "not there/provenance.json")
     (tmp_path / "provenance.json").write_text("{}")
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(UserError, match=r"provenance.json could not be removed \(Permission"):
-        remove_provenance(tmp_path)
+        remove(tmp_path / "provenance.json")
     assert [path.name for path in tmp_path.iterdir()] == ["provenance.json"]

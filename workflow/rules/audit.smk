@@ -1,9 +1,3 @@
-rule audit:
-    input:
-        get_target("audit"),
-    localrule: True
-
-
 rule run_audit:
     input:
         records=get_records("audit"),
@@ -24,13 +18,9 @@ rule run_audit:
         get_environment()
     threads: get_threads("audit")
     resources:
-        gpu=get_gpus("audit"),
-        runtime=get_runtime("audit"),
-        mem_mb=get_memory("audit"),
+        **get_resources("audit"),
     params:
-        settings=get_settings("audit"),
-        code=get_code("audit"),
-        options=get_options("audit"),
+        **get_params("audit"),
     message:
         "audit: seed {wildcards.seed}, {wildcards.folder}"
     shell:

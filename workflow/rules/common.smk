@@ -176,11 +176,6 @@ def get_priority(stage):
     return sum(STAGES[stage] in stage_chain(other) for other in STAGES)
 
 
-def get_tokenize_threads():
-    """As many as come with all GPUs of a node, so that every node that can train has them."""
-    return max(2, THREADS_PER_GPU * MACHINE_GPUS)
-
-
 def get_memory(stage):
     """A resources function: the megabytes of a stage's job."""
     return get_limit(stage, megabytes, CLUSTER.memory_factor)
@@ -189,6 +184,15 @@ def get_memory(stage):
 def get_runtime(stage):
     """A resources function: the minutes of a stage's job."""
     return get_limit(stage, minutes, CLUSTER.runtime_factor)
+
+
+def get_resources(stage):
+    """The resources of the jobs of a stage that computes."""
+    return {
+        "gpu": get_gpus(stage),
+        "runtime": get_runtime(stage),
+        "mem_mb": get_memory(stage),
+    }
 
 
 def get_limit(stage, amount, factor):
@@ -376,6 +380,15 @@ def get_options(stage):
     return options
 
 
+def get_params(stage):
+    """The params of the jobs of a stage that `get_command` is for."""
+    return {
+        "settings": get_settings(stage),
+        "code": get_code(stage),
+        "options": get_options(stage),
+    }
+
+
 def get_call(stage):
     """The first words of a stage's command.
 
@@ -471,11 +484,6 @@ def get_report_files():
         "reach.parquet",
     ]
     return [*get_stage_files(names), *get_targets("tokenize")]
-
-
-def get_variants():
-    """What the report is told of variants, in the config's order: the first is the reference."""
-    return json.dumps(FOLDERS)
 
 
 def is_fetched():

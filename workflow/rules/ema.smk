@@ -1,9 +1,3 @@
-rule ema:
-    input:
-        get_target("ema"),
-    localrule: True
-
-
 rule run_ema:
     input:
         records=get_records("ema"),
@@ -19,13 +13,9 @@ rule run_ema:
         get_environment()
     threads: get_threads("ema")
     resources:
-        gpu=get_gpus("ema"),
-        runtime=get_runtime("ema"),
-        mem_mb=get_memory("ema"),
+        **get_resources("ema"),
     params:
-        settings=get_settings("ema"),
-        code=get_code("ema"),
-        options=get_options("ema"),
+        **get_params("ema"),
     message:
         "ema: seed {wildcards.seed}, {wildcards.folder}"
     shell:

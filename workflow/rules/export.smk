@@ -1,9 +1,3 @@
-rule export:
-    input:
-        get_target("export"),
-    localrule: True
-
-
 rule run_export:
     input:
         records=get_records("export"),
@@ -19,13 +13,9 @@ rule run_export:
         get_environment()
     threads: get_threads("export")
     resources:
-        gpu=get_gpus("export"),
-        runtime=get_runtime("export"),
-        mem_mb=get_memory("export"),
+        **get_resources("export"),
     params:
-        settings=get_settings("export"),
-        code=get_code("export"),
-        options=get_options("export"),
+        **get_params("export"),
         # Sorted, so that another order of seeds reruns nothing.
         seeds=sorted(CONFIG.seeds),
         logs=get_logs("audit"),

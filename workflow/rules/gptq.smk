@@ -1,9 +1,3 @@
-rule gptq:
-    input:
-        get_target("gptq"),
-    localrule: True
-
-
 rule run_gptq:
     input:
         records=get_records("gptq"),
@@ -19,13 +13,9 @@ rule run_gptq:
         get_environment()
     threads: get_threads("gptq")
     resources:
-        gpu=get_gpus("gptq"),
-        runtime=get_runtime("gptq"),
-        mem_mb=get_memory("gptq"),
+        **get_resources("gptq"),
     params:
-        settings=get_settings("gptq"),
-        code=get_code("gptq"),
-        options=get_options("gptq"),
+        **get_params("gptq"),
     message:
         "gptq: seed {wildcards.seed}, {wildcards.folder}"
     shell:

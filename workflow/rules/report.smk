@@ -1,9 +1,3 @@
-rule report:
-    input:
-        get_target("report"),
-    localrule: True
-
-
 rule run_report:
     input:
         records=get_stage_files(["provenance.json"]),
@@ -30,7 +24,8 @@ rule run_report:
         run=subpath(output.page, ancestor=2),
         # Sorted, so that another order of seeds reruns nothing.
         seeds=sorted(CONFIG.seeds),
-        variants=get_variants(),
+        # In the config's order: the first is the reference.
+        variants=json.dumps(FOLDERS),
         settings=get_settings("report"),
         code=get_code("report"),
         template=get_hash("src/fairway/report/page.html.j2"),

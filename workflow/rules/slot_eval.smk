@@ -1,9 +1,3 @@
-rule slot_eval:
-    input:
-        get_target("slot_eval"),
-    localrule: True
-
-
 rule run_slot_eval:
     input:
         records=get_records("slot_eval"),
@@ -19,13 +13,9 @@ rule run_slot_eval:
         get_environment()
     threads: get_threads("slot_eval")
     resources:
-        gpu=get_gpus("slot_eval"),
-        runtime=get_runtime("slot_eval"),
-        mem_mb=get_memory("slot_eval"),
+        **get_resources("slot_eval"),
     params:
-        settings=get_settings("slot_eval"),
-        code=get_code("slot_eval"),
-        options=get_options("slot_eval"),
+        **get_params("slot_eval"),
     message:
         "slot_eval: seed {wildcards.seed}, {wildcards.folder}"
     shell:

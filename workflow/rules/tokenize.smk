@@ -1,9 +1,3 @@
-rule tokenize:
-    input:
-        get_target("tokenize"),
-    localrule: True
-
-
 rule run_tokenize:
     input:
         get_source_files,
@@ -18,7 +12,8 @@ rule run_tokenize:
     retries: 2 if is_fetched() else None
     conda:
         "../../envs/cpu.yaml"
-    threads: get_tokenize_threads()
+    # As many as come with all GPUs of a node, so that every node that can train has them.
+    threads: max(2, THREADS_PER_GPU * MACHINE_GPUS)
     resources:
         runtime=get_runtime("tokenize"),
         mem_mb=get_memory("tokenize"),

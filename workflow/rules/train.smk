@@ -1,9 +1,3 @@
-rule train:
-    input:
-        get_target("train"),
-    localrule: True
-
-
 rule run_train:
     input:
         records=get_records("train"),
@@ -19,13 +13,9 @@ rule run_train:
         get_environment()
     threads: get_threads("train")
     resources:
-        gpu=get_gpus("train"),
-        runtime=get_runtime("train"),
-        mem_mb=get_memory("train"),
+        **get_resources("train"),
     params:
-        settings=get_settings("train"),
-        code=get_code("train"),
-        options=get_options("train"),
+        **get_params("train"),
         # Mid-run state lies outside the outputs, which a failed job loses.
         checkpoints=f"{SEED}/{{folder}}/.checkpoints/train",
     message:

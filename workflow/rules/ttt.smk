@@ -1,9 +1,3 @@
-rule ttt:
-    input:
-        get_target("ttt"),
-    localrule: True
-
-
 rule run_ttt:
     input:
         records=get_records("ttt"),
@@ -19,13 +13,9 @@ rule run_ttt:
         get_environment()
     threads: get_threads("ttt")
     resources:
-        gpu=get_gpus("ttt"),
-        runtime=get_runtime("ttt"),
-        mem_mb=get_memory("ttt"),
+        **get_resources("ttt"),
     params:
-        settings=get_settings("ttt"),
-        code=get_code("ttt"),
-        options=get_options("ttt"),
+        **get_params("ttt"),
     message:
         "ttt: seed {wildcards.seed}, {wildcards.folder}"
     shell:

@@ -36,7 +36,7 @@ from fairway.model.sampling import sample_documents
 from fairway.packing import evaluation_program
 from fairway.quantization.artifact import load_artifact
 from fairway.stage import StageRun, run_stage
-from fairway.stages import STAGES, made_by
+from fairway.stages import STAGES, charged_seconds, made_by
 
 
 def audit(stage: StageRun) -> None:
@@ -126,13 +126,7 @@ def used_budgets(
 ) -> dict[str, float]:
     """What the run used of each budget; file and code are measured anew, not taken on trust."""
     code = len(evaluation_program(stage.plain_settings, stage.seed, metrics))
-    seconds = {
-        f"{budget}_seconds": sum(
-            metrics[name][f"{budget}_seconds"] for name in metrics if STAGES[name].charged == budget
-        )
-        for budget in ("training", "evaluation")
-    }
-    return {"artifact_bytes": artifact.stat().st_size + code, **seconds}
+    return {"artifact_bytes": artifact.stat().st_size + code, **charged_seconds(metrics)}
 
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ def write_weights(stage: StageRun, trainer: Trainer) -> None:
     write_tensors(
         stage.product("averages.safetensors"), trainer.averages.state_tensors(), metadata={}
     )
-    curve = pd.DataFrame(trainer.progress.history, columns=COLUMNS).astype({"held_out_bpb": float})
-    write_table(stage.product(TABLE), curve)
+    curve = pd.DataFrame(trainer.progress.history, columns=list(COLUMNS))
+    write_table(stage.product(TABLE), curve.astype({"held_out_bpb": float}))
 
 
 def finish(stage: StageRun, trainer: Trainer, metrics: dict[str, Any]) -> None:

@@ -403,12 +403,12 @@ def check_self_influence(run: FlipRun) -> Check:
     return Check("self_influence", PASS, sentence, evidence)
 
 
-def detectable_leak_rate(random_flips: int, confidence: float = 0.99) -> float | None:
-    """Smallest share of leaking tokens that so many clean random flips rule out: a share r stays
-    unseen with probability (1 - r)^flips. None without random flips."""
+def detectable_leak_rate(random_flips: int) -> float | None:
+    """Smallest share of leaking tokens that so many clean random flips rule out with 99 %
+    confidence: a share r stays unseen with probability (1 - r)^flips. None without any."""
     if random_flips == 0:
         return None
-    return 1.0 - (1.0 - confidence) ** (1.0 / random_flips)
+    return 1.0 - (1.0 - 0.99) ** (1.0 / random_flips)
 
 
 def _single(results: Sequence[FlipResult]) -> list[FlipResult]:

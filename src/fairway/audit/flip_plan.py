@@ -10,6 +10,7 @@ replaces everything from one token on.
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def with_recurring_passages(tokens: Tensor, bos_id: int, seed: int) -> Tensor:
     """
     marks = (tokens == bos_id).nonzero().flatten().tolist()
     edges = sorted({0, *marks, len(tokens)})
-    documents = [pair for pair in zip(edges, edges[1:], strict=False) if _has_room(*pair)]
+    documents = [pair for pair in pairwise(edges) if _length(pair) >= 2 * PASSAGE_TOKENS]
     changed, generator = tokens.clone(), random.Random(seed)
     pairs = [
         (source, copy) for k, source in enumerate(documents) for copy in documents[k + 1 :]
@@ -136,10 +137,6 @@ def with_recurring_passages(tokens: Tensor, bos_id: int, seed: int) -> Tensor:
 
 def _length(document: tuple[int, int]) -> int:
     return document[1] - document[0]
-
-
-def _has_room(start: int, stop: int) -> bool:
-    return stop - start >= 2 * PASSAGE_TOKENS
 
 
 def after_recurring_passages(tokens: Tensor) -> list[int]:

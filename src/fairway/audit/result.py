@@ -2,14 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from fairway.audit.interface import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, UNDECIDED, Check
-from fairway.records import read_record
 from fairway.settings import Fault
 
 GRAVITY = (FAIL, UNDECIDED, NOT_RUN, PASS)
@@ -48,11 +46,6 @@ class AuditRecord(BaseModel):
         if not found or self.verdict != _overall_verdict(found):
             raise Fault(f"found the verdict {self.verdict}, expected the gravest of its checks'")
         return self
-
-
-def read_audit(path: str | Path, made_by: str) -> AuditRecord:
-    """Read audit.json. made_by: what makes it. UserError where it is missing or damaged."""
-    return read_record(AuditRecord, path, made_by)
 
 
 def _overall_verdict(found: Iterable[str]) -> str:

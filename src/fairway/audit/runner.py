@@ -161,7 +161,7 @@ def audit(
     tokens: integers [N], validation text; `settings.stream_tokens` of them are audited.
     next_token: the plain model, for the null test. base: the evaluator without adaptation, for the
     track. geometry: how the evaluator cuts the text, to aim the flips. token_classes: such as
-    `fairway.data.tokenizer.token_classes` gives, to replace tokens by those of another class.
+    `fairway.data.token_classes.token_classes` gives, to replace tokens by those of another class.
     bytes_per_token: of the text, in mean; 1 is the strictest. evaluation: the table of the whole
     evaluation, from `fairway.audit.bookkeeping.read_evaluation`. provenance: provenance.json of
     what is evaluated. used, limits: budgets by name. seed: of the flips and the drawn text.
@@ -252,8 +252,10 @@ def audit_evaluator(target: AuditTarget, settings: AuditSettings, seed: int) -> 
         tallies = _tallies(target, tokens, reference)
         normalization = _normalization(target, tallies, reference, settings, limit_nats)
     scored = tallies if reference.scores is not None else {}
-    null = check_null(gains, settings.significance, _reported_gain(target))
-    rate = None if flips is None else _leak_rate(flips)
+    reported = target.evaluation and target.evaluation.gain_nats_per_token
+    null = check_null(gains, settings.significance, reported)
+    random_flips = sum(one.flip.seam == RANDOM for one in flips.results) if flips else 0
+    rate = detectable_leak_rate(random_flips)
     return AuditResult(
         checks=(
             *_flip_checks(flips),
@@ -329,10 +331,6 @@ def _flip_checks(flips: FlipRun | None) -> tuple[Check, Check]:
         )
         return Check("flip", NOT_RUN, reason), Check("self_influence", NOT_RUN, reason)
     return check_flips(flips), check_self_influence(flips)
-
-
-def _leak_rate(flips: FlipRun) -> float | None:
-    return detectable_leak_rate(sum(one.flip.seam == RANDOM for one in flips.results))
 
 
 def _tallies(target: AuditTarget, tokens: Tensor, reference: Answer) -> dict[str, Tally]:
@@ -415,10 +413,6 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[part] = time.perf_counter() - started
-
-
-def _reported_gain(target: AuditTarget) -> float | None:
-    return None if target.evaluation is None else target.evaluation.gain_nats_per_token
 
 
 def _null_gains(target: AuditTarget, null_tokens: int, seed: int) -> np.ndarray | None:

@@ -22,7 +22,7 @@ from fairway.data.verified import RECORD
 from fairway.errors import UserError
 from fairway.files import write_bytes, write_json
 from fairway.progress import progress
-from fairway.provenance import remove_provenance
+from fairway.provenance import PROVENANCE
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -116,8 +116,7 @@ def _previous_shards(folder: Path) -> list[str]:
 
 def _remove_previous(folder: Path, shards: Iterable[str]) -> None:
     """Remove what an earlier run made here, first of all what vouches for it; no other file."""
-    remove_provenance(folder)
-    for name in (MANIFEST, RECORD, *shards):
+    for name in (PROVENANCE, MANIFEST, RECORD, *shards):
         remove(folder / name)
 
 

@@ -50,7 +50,7 @@ def find_overlap(
     documents: of how many. examples: numbers of the first of both, from 0. ngrams, ngrams_found: of
     the whole validation text.
     """
-    hashes, documents, count = _sorted(*_validation_hashes(val, bos))
+    hashes, documents, count = _validation_hashes(val, bos)
     seen = np.zeros(len(hashes), np.bool_)
     find = partial(_find, hashes=hashes, bits=_filter(hashes), bos=bos)
     with progress(sum(map(len, training)) + 1, "overlap", "token") as bar:
@@ -89,8 +89,8 @@ def _pieces(spans: Sequence[Span], bos: int, size: int) -> Iterator[Piece]:
 
 
 def _validation_hashes(spans: Sequence[Span], bos: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """The hash uint64 [n] of each n-gram within a document, the document's number int32 [n], and
-    the number of documents."""
+    """The sorted hashes uint64 [n] of the n-grams within documents, the documents' numbers int32
+    [n], and how many documents there are."""
     hashes, documents = [], []
     begun = -int(spans[0].read()[0] == bos)  # a text without one begins in its first document
     for piece, before in _pieces(spans, bos, BLOCK_TOKENS):
@@ -103,14 +103,9 @@ def _validation_hashes(spans: Sequence[Span], bos: int) -> tuple[np.ndarray, np.
         hashes += [ngrams[within], short]
         documents += [number[last[within]], number[short_last]]
         begun = number[-1]
-    return np.concatenate(hashes), np.concatenate(documents), int(begun)
-
-
-def _sorted(
-    hashes: np.ndarray, documents: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray, int]:
+    hashes, documents = np.concatenate(hashes), np.concatenate(documents)
     order = np.argsort(hashes)
-    return hashes[order], documents[order], count
+    return hashes[order], documents[order], int(begun)
 
 
 def _find(

@@ -95,10 +95,7 @@ def lane_runs(num_windows: int, lanes: int) -> list[range]:
     """Cut windows 0 … num_windows − 1 into contiguous runs whose lengths differ by at most one.
 
     There are `lanes` runs, or one for each window where there are fewer windows than lanes.
-    Raises UserError where `lanes` is below 1.
     """
-    if lanes < 1:
-        raise UserError(f"evaluation.lanes is {lanes}: expected at least 1")
     lanes = min(lanes, num_windows)
     edges = [num_windows * lane // lanes for lane in range(lanes + 1)] if lanes else [0]
     return [range(first, last) for first, last in zip(edges, edges[1:], strict=False)]

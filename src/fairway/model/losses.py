@@ -13,14 +13,9 @@ BATCH_TOKENS = {"cuda": 65536, "cpu": 4096}
 large one spend a second on memory that the process has never touched."""
 
 
-def target_losses(model: GPT, tokens: np.ndarray, batch_tokens: int | None = None) -> np.ndarray:
-    """Nats of tokens[1:], float64 [n], from an integer array [n+1].
-
-    Sequences of the model's training length follow each other without overlap; the rest at the
-    end is one shorter sequence. A forward pass takes about `batch_tokens`, by default what suits
-    the device.
-    """
-    return np.concatenate(list(losses_by_pass(model, tokens, batch_tokens)))
+def target_losses(model: GPT, tokens: np.ndarray) -> np.ndarray:
+    """Nats of tokens[1:], float64 [n], from an integer array [n+1]."""
+    return np.concatenate(list(losses_by_pass(model, tokens)))
 
 
 @torch.no_grad()
@@ -32,7 +27,12 @@ def losses_by_pass(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[np.ndarray]:
-    """What `target_losses` joins: the nats of each forward pass, float64, or of this rank's."""
+    """What `target_losses` joins: the nats of each forward pass, float64, or of this rank's.
+
+    Sequences of the model's training length follow each other without overlap; the rest at the
+    end is one shorter sequence. A pass takes about `batch_tokens`, by default what suits the
+    device.
+    """
     length = model.config.sequence_tokens
     text = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
     targets = len(text) - 1

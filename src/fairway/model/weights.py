@@ -16,18 +16,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MADE_BY = "train, ema or ttt: rerun that stage"
 
 
-def save_weights(path: str | Path, config: GPTConfig, state: Mapping[str, torch.Tensor]) -> None:
-    """Write parameters and `config` atomically; tensors are moved to the CPU."""
-    write_tensors(path, state, {"config": config.model_dump_json()})
-
-
 def save_model(path: str | Path, model: GPT) -> None:
-    """`save_weights` of a model's current parameters."""
-    save_weights(path, model.config, model.state_dict())
+    """Write a model's parameters and its configuration atomically."""
+    write_tensors(path, model.state_dict(), {"config": model.config.model_dump_json()})
 
 
-def load_weights(path: str | Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
-    """Read what `save_weights` wrote; UserError where it is missing, damaged or not a model.
+@phase("read")
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> GPT:
+    """The GPT that `save_model` wrote, on `device`; UserError where the file is missing, damaged or
+    not a model.
 
     A key that the file's config lacks has its default.
     """
@@ -36,16 +33,9 @@ def load_weights(path: str | Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
         raise UserError(f"{path} holds no model configuration: expected a Fairway weights file")
     try:
         config = validated(GPTConfig, parse_json(metadata["config"]), "model")
-        check_state(config, state)
+        return build_model(config, state, device)
     except ValueError as error:  # a UserError too
         raise UserError(f"{path}: {error}; expected a file made by {MADE_BY}") from error
-    return config, state
-
-
-@phase("read")
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> GPT:
-    """A GPT with the weights in `path`, on `device`."""
-    return build_model(*load_weights(path), device)
 
 
 def build_model(

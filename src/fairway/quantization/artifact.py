@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fairway.errors import UserError
-from fairway.files import parse_json, reading, require_file, write_bytes
+from fairway.files import parse_json, reading, require_file
 from fairway.model.gpt import GPT
 from fairway.model.spec import GPTConfig, parameters
 from fairway.model.weights import build_model
@@ -42,9 +42,8 @@ from fairway.quantization.integers import (
     ALLOWED_BITS,
     EMBEDDING,
     QuantizedTensor,
-    bytes_to_codes,
-    codes_to_bytes,
     input_scales_shape,
+    largest_code,
     round_to_nearest,
     scales_shape,
 )
@@ -147,13 +146,6 @@ def kind_of(tensor: Stored) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def write_artifact(path: str | Path, config: GPTConfig, tensors: Mapping[str, Stored]) -> int:
-    """Write the artifact atomically; return its size in bytes."""
-    data = encode_artifact(config, tensors)
-    write_bytes(path, data)
-    return len(data)
-
-
 def encode_artifact(
     config: GPTConfig, tensors: Mapping[str, Stored], codecs: Mapping[str, str] | None = None
 ) -> bytes:
@@ -213,7 +205,7 @@ def read_artifact(path: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
 
     Settings that the file does not have, because it is older than they are, take their defaults.
     Raises UserError where the file is missing, damaged (its checksum does not match), or not
-    something that `write_artifact` writes.
+    something that `encode_artifact` makes.
     """
     path = require_file(path, MADE_BY)
     if path.stat().st_size > MAXIMUM_FILE_BYTES:
@@ -263,7 +255,7 @@ def _described(entry: Entry) -> list[Any]:
 def _arrays(tensor: Stored) -> list[np.ndarray]:
     """The numbers of each of the tensor's parts, little-endian."""
     if isinstance(tensor, QuantizedTensor):
-        codes = np.frombuffer(codes_to_bytes(tensor.codes), np.int8).reshape(tensor.codes.shape)
+        codes = tensor.codes.contiguous().cpu().numpy()
         inputs = [] if tensor.input_scales is None else _arrays(tensor.input_scales)
         return [codes, *_arrays(tensor.scales), *inputs]
     numbers = tensor.detach().cpu().numpy()
@@ -363,8 +355,13 @@ def _unpack(
 
 def _tensor(stream: str, array: np.ndarray) -> Tensor:
     """A checked copy, in the machine's byte order."""
-    if stream in BITS:
-        return bytes_to_codes(array.tobytes(), array.shape, BITS[stream])
+    if stream in BITS and array.size:
+        least, most, limit = array.min(), array.max(), largest_code(BITS[stream])
+        if not -limit <= least <= most <= limit:
+            raise UserError(
+                f"codes from {least} to {most} found, {stream} allows −{limit} to {limit}: the "
+                "artifact was not written by this program"
+            )
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 
 

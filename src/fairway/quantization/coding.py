@@ -5,6 +5,10 @@ was clipped) and from column to column (how large that input's weights are). The
 every row and every column a number; a code's class is the sum of the two, and each class has a
 frequency table. Numbers and tables are stored, so a reader repeats no choice of the writer.
 
+Codes come as one byte each, and int6 ones are not packed in 6 bits, because an entropy coder
+follows. On Gaussian rows of 512 under LZMA, whole bytes come to 0.675 bytes a code (their entropy
+is 0.661), packed ones to 0.722.
+
 A range-coded stream is three parts, the first two LZMA-packed: tables, uint16 [256 classes, 256
 symbols]; the numbers of all rows, then of all columns, uint8; the coder's words, uint32. All are
 little-endian.

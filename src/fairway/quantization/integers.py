@@ -8,7 +8,6 @@ int6, 255 for int8.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,10 +64,6 @@ class QuantizedTensor:
         return (
             steps if self.input_scales is None else steps * self.input_scales.float().unsqueeze(-2)
         )
-
-    def with_codes(self, codes: Tensor) -> "QuantizedTensor":
-        """The same scales for other codes."""
-        return replace(self, codes=codes)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "QuantizedTensor":
         """With `function`, such as a move to another device, applied to each tensor."""
@@ -162,27 +157,6 @@ def require_finite(weights: Tensor) -> None:
             f"{bad} of {weights.numel()} weights are not finite: "
             "training diverged, so lower its learning rates and rerun it"
         )
-
-
-def codes_to_bytes(codes: Tensor) -> bytes:
-    """Codes (int8, any shape) as one two's-complement byte each, row-major.
-
-    Why int6 codes are not packed in 6 bits: an entropy coder follows. On Gaussian rows of 512 under
-    LZMA, whole bytes come to 0.675 bytes a code (their entropy is 0.661), packed ones to 0.722.
-    """
-    return codes.contiguous().cpu().numpy().astype(np.int8).tobytes()
-
-
-def bytes_to_codes(data: bytes, shape: tuple[int, ...], bits: int) -> Tensor:
-    """The inverse of `codes_to_bytes`: int8 of `shape`; UserError where a code is out of range."""
-    codes = np.frombuffer(data, dtype=np.int8).reshape(shape)
-    limit = largest_code(bits)
-    if codes.size and not -limit <= int(codes.min()) <= int(codes.max()) <= limit:
-        raise UserError(
-            f"codes from {codes.min()} to {codes.max()} found, int{bits} allows −{limit} to "
-            f"{limit}: the artifact was not written by this program"
-        )
-    return torch.from_numpy(codes.copy())
 
 
 def _scales(weights: Tensor, bits: int, group_columns: int | None) -> Tensor:

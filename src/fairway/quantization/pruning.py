@@ -1,6 +1,7 @@
 """Fit the artifact into the size limit by zeroing the codes that cost least."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def fit_to_limit(
         return data, dict(tensors), 0
     # A few zeros do not change which codec is smaller; if they do, what is written is smaller yet.
     codecs = {stream: codec for stream, (codec, _) in stream_table(data).items()}
-    names = _prunable(config, tensors)
+    names = [name for name in _quantized(config, tensors) if tensors[name].bits >= LEAST_BITS]
     order = _cheapest_ones(names, tensors)
     too_few, enough = 0, len(order)
     fitted = _with_zeros(names, tensors, order)
@@ -79,10 +80,6 @@ def _quantized(config: GPTConfig, tensors: Mapping[str, Stored]) -> list[str]:
     return [name for name in sorted(tensors) if table[name].storage == "quantized"]
 
 
-def _prunable(config: GPTConfig, tensors: Mapping[str, Stored]) -> list[str]:
-    return [name for name in _quantized(config, tensors) if tensors[name].bits >= LEAST_BITS]
-
-
 def _cheapest_ones(names: Iterable[str], tensors: Mapping[str, Stored]) -> Tensor:
     """Positions of the ±1 codes in the joined tensors, the cheapest to zero first: int64."""
     positions, scales = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]
@@ -107,5 +104,5 @@ def _with_zeros(
         inside = (positions >= offset) & (positions < offset + codes.numel())
         codes.view(-1)[positions[inside] - offset] = 0
         offset += codes.numel()
-        result[name] = tensors[name].with_codes(codes)
+        result[name] = replace(tensors[name], codes=codes)
     return result

@@ -64,7 +64,8 @@ def quantize_to_file(
 def prepared_model(
     model: GPT, quantizer: Quantizer, settings: QuantizationSettings, dataset: Dataset, seed: int
 ) -> Callable[[float], tuple[dict[str, Stored], pd.DataFrame]]:
-    """A function from a factor on every step to what `quantize_model` returns.
+    """A function from a factor on every step to the stored tensors of all the model's parameters,
+    and the quantizer's table of matrices; it raises UserError as the quantizer and `storable` do.
 
     Where the quantizer needs Hessians they are taken on calibration text, which `settings` says how
     to make and which depends on `seed`; sensitivities likewise.
@@ -85,16 +86,6 @@ def prepared_model(
         return storable(model, quantized), layers
 
     return stored_at
-
-
-def quantize_model(
-    model: GPT, quantizer: Quantizer, settings: QuantizationSettings, dataset: Dataset, seed: int
-) -> tuple[dict[str, Stored], pd.DataFrame]:
-    """The stored tensors of all the model's parameters, and the quantizer's table of matrices.
-
-    Raises UserError as the quantizer and `storable` do.
-    """
-    return prepared_model(model, quantizer, settings, dataset, seed)(1.0)
 
 
 def with_code_columns(layers: pd.DataFrame, tensors: Mapping[str, Stored]) -> pd.DataFrame:

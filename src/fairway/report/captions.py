@@ -26,6 +26,7 @@ def captions(results: Results) -> dict[str, Caption]:
         if failed
         else ""
     )
+    stages = [f"{stage} {_seconds(results, [stage]):,.0f} s" for stage in results.stages]
     audits = _seconds(results, ["audit"])
     others = _seconds(results, [stage.name for stage in chain("report") if stage.name != "audit"])
     one_training = len({results.folder(variant, "train") for variant in results.variants}) == 1
@@ -100,7 +101,7 @@ def captions(results: Results) -> dict[str, Caption]:
             f"Wall-clock seconds of each stage: the bar is the mean over {seeds}, each point one "
             f"seed. A stage that variants share ran once. The audits took {audits / others:.0%} of "
             "what the other stages took together.",
-            f"Bar chart of wall-clock seconds per stage and variant: {_stage_seconds(results)}.",
+            f"Bar chart of wall-clock seconds per stage and variant: {joined(stages)}.",
         ),
     }
 
@@ -117,10 +118,6 @@ def _last_losses(results: Results) -> str:
 def _furthest(results: Results) -> str:
     reach = {v: furthest_change(reach_counts(results, v)) for v in results.variants}
     return joined(f"{variant} {count(tokens)} tokens" for variant, tokens in reach.items())
-
-
-def _stage_seconds(results: Results) -> str:
-    return joined(f"{stage} {_seconds(results, [stage]):,.0f} s" for stage in results.stages)
 
 
 def _seconds(results: Results, stages: Sequence[str]) -> float:

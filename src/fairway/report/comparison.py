@@ -25,7 +25,15 @@ from fairway.report.format import (
 )
 from fairway.report.origin import identity
 from fairway.report.results import FINAL_STAGE, SLIDING, Results, stage_of
-from fairway.report.scores import INVALID, TAINTED, over_documents, over_seeds, stage_title
+from fairway.report.scores import (
+    DOCUMENT_HEADS,
+    INVALID,
+    SEED_HEADS,
+    TAINTED,
+    over_documents,
+    over_seeds,
+    stage_title,
+)
 from fairway.report.statistics import describe
 from fairway.report.table import Cell, Group, Row, Table
 from fairway.report.tables import budgets_table, compared, stage_bpb, variants_by_text
@@ -117,7 +125,7 @@ def _differences(results: Results) -> tuple[Table, Table]:
             "B minus A in bits per byte, paired by document; p is two-sided, ≤ marks the least "
             "that the test gives for so many documents. All seeds: of their mean losses. The "
             "interval is about the choice of text, not of the seed.",
-            ["Seeds", "#Bits per byte", "#Std. error", "95 % interval", "#p", "#Documents", "Note"],
+            ["Seeds", *DOCUMENT_HEADS, "Note"],
             [Group(text)],
         ),
         Table(
@@ -125,17 +133,7 @@ def _differences(results: Results) -> tuple[Table, Table]:
             "B minus A in nats per token (none where their tokens differ), and two-sided tests of "
             "the seeds’ val_bpb: Welch’s takes all runs for independent, the paired t-test "
             "compares seed by seed.",
-            [
-                "Seeds",
-                "#Nats per token",
-                "#Welch’s t",
-                "#df",
-                "#p",
-                "#Paired t",
-                "#df",
-                "#p",
-                "Note",
-            ],
+            ["Seeds", *SEED_HEADS, "Note"],
             [Group([[str(len(results.seeds)), *tests, note]])],
         ),
     )

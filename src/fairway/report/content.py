@@ -6,7 +6,6 @@ from typing import Any
 import pandas as pd
 
 from fairway.audit.lineage import Overlap
-from fairway.data.manifest import ENOUGH_DOCUMENTS
 from fairway.files import sha256_of_json
 from fairway.report.audits import (
     attribution_table,
@@ -214,10 +213,7 @@ def cautions(results: Results) -> list[str]:
     found = seeds_left_out(results)
     several = len(set(results.datasets.values())) > 1
     for variant in results.variants:
-        told = list(results.manifests[variant].warnings)
-        documents = len(results.tokens[variant, results.seeds[0]].by_document)
-        if documents < ENOUGH_DOCUMENTS and not told:  # made before datasets said so themselves
-            told = [f"The scored text has {documents} documents, few for an interval over them."]
+        told = results.manifests[variant].warnings
         found += [f"{results.datasets[variant]}: {text}" if several else text for text in told]
         windows = results.metrics[variant, results.seeds[0], FINAL_STAGE]["windows"]
         if windows < FEW_WINDOWS:

@@ -19,16 +19,18 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from fairway.audit.interface import FAIL, Check
-from fairway.audit.result import GRAVITY, AuditRecord, read_audit
+from fairway.audit.result import GRAVITY, AuditRecord
 from fairway.data.manifest_fields import Manifest, read_manifest
 from fairway.errors import UserError
 from fairway.files import open_table, read_table, require_file, sha256_of
 from fairway.metrics import read_metrics
 from fairway.provenance import PROVENANCE, Provenance, check_product, read_provenance
+from fairway.records import read_record
 from fairway.report.token_sums import TokenSums, read_token_sums, saved_nats
-from fairway.stages import STAGES, evaluation_stage, made_by, stages_per
+from fairway.stages import STAGES, made_by, stages_per
+from fairway.training import curve
 
-FINAL_STAGE = evaluation_stage().name
+FINAL_STAGE = next(stage.name for stage in STAGES.values() if stage.charged == "evaluation")
 """The stage whose score is the run's."""
 SLIDING = "sliding"
 """The final stage's windows before adaptation: scored there, shown as a stage of their own."""
@@ -41,13 +43,6 @@ FILES_READ = {
 """The files that are read of a stage's folder besides its records; of the artifact, the hash."""
 AUDITED = ("metrics.json", "artifact.bin", "tokens.parquet")
 """Of them, those that the audit reads of other stages."""
-CURVE_COLUMNS = {
-    "step": "int64",
-    "loss": "float64",
-    "lr_scale": "float64",
-    "seconds": "float64",
-    "tokens": "int64",
-}
 LAYER_COLUMNS = {
     "matrix": "int64",
     "error": "float64",
@@ -91,7 +86,7 @@ class Results:
     provenance: Mapping[tuple[str, int, str], Provenance]
     """provenance.json."""
     curves: Mapping[tuple[str, int], pd.DataFrame]
-    """CURVE_COLUMNS; the loss is in nats per token."""
+    """metrics.parquet; `curve.Row` describes its columns."""
     layers: Mapping[tuple[str, int], pd.DataFrame]
     """`bank`, LAYER_COLUMNS and the quantizer's own columns, one row for each matrix."""
     tokens: Mapping[tuple[str, int], TokenSums]
@@ -263,7 +258,7 @@ def read_results(
         },
         metrics=read(_read_metrics, paths),
         provenance=read(lambda folder: folder.record, paths),
-        curves=read(_table_reader("metrics.parquet", CURVE_COLUMNS), of_stage("train")),
+        curves=read(_table_reader(curve.TABLE, curve.COLUMNS), of_stage("train")),
         layers=read(_read_layers, of_stage("gptq")),
         tokens=read(lambda folder: read_token_sums(folder.path / "tokens.parquet"), evaluations),
         audits=read(_read_audit, audits),
@@ -336,7 +331,7 @@ def _read_metrics(folder: _Folder) -> dict[str, Any]:
 
 def _read_audit(folder: _Folder) -> AuditRecord:
     path = folder.path / "audit.json"
-    audit = read_audit(path, folder.made_by)
+    audit = read_record(AuditRecord, path, folder.made_by)
     _require_place(path, audit.seed, audit.variant, folder)
     return audit
 

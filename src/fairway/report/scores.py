@@ -240,6 +240,12 @@ def _difference(results: Results, variant: str, reference: str, stage: str) -> C
     return Cell(signed(found.difference) + error, struck=struck)
 
 
+DOCUMENT_HEADS = ("#Bits per byte", "#Std. error", "95 % interval", "#p", "#Documents")
+"""Of what `over_documents` shows."""
+SEED_HEADS = ("#Nats per token", "#Welch’s t", "#df", "#p", "#Paired t", "#df", "#p")
+"""Of what `over_seeds` shows."""
+
+
 def over_documents(row: dict[str, Any], p: str, sides: int) -> dict[str, str]:
     """What is shown of a test over documents; p: which of its two, of one or two sides."""
     return {
@@ -285,7 +291,7 @@ def between_variants_tables(results: Results, comparisons: pd.DataFrame) -> list
             "negative is better: paired t-test over documents, p is two-sided; ≤ marks the least "
             "that the test gives for so many documents. The interval is about the choice of text, "
             "not of the seed.",
-            ["Variant", "#Bits per byte", "#Std. error", "95 % interval", "#p", "#Documents"],
+            ["Variant", *DOCUMENT_HEADS],
             groups(text),
         ),
         Table(
@@ -294,12 +300,10 @@ def between_variants_tables(results: Results, comparisons: pd.DataFrame) -> list
             "scores. Welch’s test takes the variants’ seeds for independent runs; the paired "
             "t-test compares seed by seed, so what a seed does to both variants, such as training "
             "that they share, cancels.",
-            [
-                "Variant", "#Nats per token", "#Welch’s t", "#df", "#p", "#Paired t", "#df", "#p",
-            ],
+            ["Variant", *SEED_HEADS],
             groups(seeds),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def adaptation_table(results: Results, comparisons: pd.DataFrame) -> Table:

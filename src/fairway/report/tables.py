@@ -24,17 +24,13 @@ from fairway.report.statistics import (
 )
 from fairway.report.token_sums import TokenSums, gain_nats, saved_nats
 from fairway.settings import validated
-from fairway.stages import STAGES, Budgets, made_by
+from fairway.stages import Budgets, charged_seconds, made_by
 
 ALL_ADAPTERS = "all"
 TEST_FIELDS = ("t", "degrees_of_freedom", "p")
 SEED_TESTS = (
     "difference_nats",
-    *(
-        f"{kind}_{name}"
-        for kind in ("welch", "paired")
-        for name in ("t", "degrees_of_freedom", "p")
-    ),
+    *(f"{kind}_{name}" for kind in ("welch", "paired") for name in TEST_FIELDS),
 )
 """The columns of the comparisons that are of seeds, not of documents."""
 COMPARISONS_DTYPES = {"seed": "Int64"}
@@ -375,12 +371,9 @@ def budgets_table(results: Results) -> pd.DataFrame:
             told = f"budgets of the audit of {variant}, seed {seed}"
             limits = validated(Budgets, record.settings.get("budgets"), told)
             used = {"artifact_bytes": results.metrics[variant, seed, "gptq"]["total_bytes"]}
-            for kind in ("training", "evaluation"):
-                used[f"{kind}_seconds"] = sum(
-                    results.metrics[variant, seed, stage][f"{kind}_seconds"]
-                    for stage in results.stages
-                    if STAGES[stage].charged == kind
-                )
+            used |= charged_seconds(
+                {stage: results.metrics[variant, seed, stage] for stage in results.stages}
+            )
             for name, amount in used.items():
                 limit, unit = float(getattr(limits, name)), unit_of(name)
                 rows.append((variant, seed, name, float(amount), limit, unit))

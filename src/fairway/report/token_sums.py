@@ -98,7 +98,9 @@ def read_token_sums(path: Path, batch_rows: int = BATCH_ROWS) -> TokenSums:
         document, begin = int(table["document"].iloc[-1]), int(begins[-1])
         for name, key in _group_keys(table, begins, rows).items():
             partial.setdefault(name, []).append(_sum_by(table, key, gains))
-    return TokenSums(**{name: _combine(parts) for name, parts in partial.items()})
+    return TokenSums(
+        **{name: pd.concat(parts).groupby(level=0).sum() for name, parts in partial.items()}
+    )
 
 
 def _require_order(path: Path, table: pd.DataFrame, read: int, document: int) -> None:
@@ -137,17 +139,7 @@ def _group_keys(table: pd.DataFrame, begins: np.ndarray, rows: int) -> dict[str,
 
 
 def _sum_by(table: pd.DataFrame, key: np.ndarray, gains: list[str]) -> pd.DataFrame:
-    rows = pd.DataFrame(
-        {
-            "tokens": np.ones(len(table), dtype=np.int64),
-            "bytes": table["bytes"].to_numpy(dtype=np.int64),
-            "nats_before": table["nll_before"].to_numpy(dtype=np.float64),
-            "nats_after": table["nll_after"].to_numpy(dtype=np.float64),
-            **{name: table[name].to_numpy(dtype=np.float64) for name in gains},
-        }
-    )
+    names = {"bytes": "bytes", "nll_before": "nats_before", "nll_after": "nats_after"}
+    rows = table[[*names, *gains]].rename(columns=names)
+    rows.insert(0, "tokens", 1)
     return rows.groupby(key).sum()
-
-
-def _combine(parts: list[pd.DataFrame]) -> pd.DataFrame:
-    return pd.concat(parts).groupby(level=0).sum()

@@ -24,9 +24,7 @@ class Trackio(Tracker):
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """A row of the curve."""
         self.record.log(dict(values), step=step)
 
     def finish(self) -> None:
-        """Write what is still waiting."""
         self.record.finish()

@@ -29,9 +29,7 @@ class Wandb(Tracker):
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """A row of the curve."""
         self.record.log(dict(values), step=step)
 
     def finish(self) -> None:
-        """Write or send what is still waiting."""
         self.record.finish()

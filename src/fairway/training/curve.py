@@ -34,7 +34,11 @@ class Row(BaseModel):
     """Bits per byte of held-out training text, where it was measured."""
 
 
-COLUMNS = tuple(Row.model_fields)
+COLUMNS = {
+    name: "int64" if field.annotation is int else "float64"
+    for name, field in Row.model_fields.items()
+}
+"""Of metrics.parquet, with their dtypes."""
 
 
 class Curve(NamedTuple):

@@ -62,11 +62,6 @@ def orthogonalize(
     return x.mT if tall else x
 
 
-def update_scale(out_features: int, in_features: int) -> float:
-    """sqrt(max(1, out/in)): keeps the update's effect alike for tall and wide matrices."""
-    return math.sqrt(max(1.0, out_features / in_features))
-
-
 class BankShards:
     """One bank's momentum, split by matrix over the processes.
 
@@ -113,7 +108,8 @@ class BankShards:
             gathered = update.new_empty(self.owned * self.world_size, *update.shape[1:])
             dist.all_gather_into_tensor(gathered, update.contiguous())
             update = gathered[: self.bank.shape[0]]
-        scale = update_scale(*self.bank.shape[1:])
+        # It keeps the update's effect alike for tall and wide matrices.
+        scale = math.sqrt(max(1.0, self.bank.shape[1] / self.bank.shape[2]))
         self.bank.mul_(1 - learning_rate * weight_decay)
         self.bank.add_(update.to(self.bank.dtype), alpha=-learning_rate * scale)
 

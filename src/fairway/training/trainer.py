@@ -200,10 +200,6 @@ class Progress:
     """Rows of metrics.parquet. A checkpoint keeps them, but no order of keys."""
 
 
-class Interrupted(SystemExit):
-    """SIGTERM or Ctrl-C arrived, and a checkpoint was written."""
-
-
 def optimizer_of(
     model: GPT, settings: TrainSettings, rank: int = 0, world_size: int = 1
 ) -> Optimizer:
@@ -315,7 +311,7 @@ class Trainer:
                     self._save()
                     last_saved = time.monotonic()
                 if stop:
-                    raise Interrupted(128 + int(stop))
+                    raise SystemExit(128 + int(stop))
 
     def _is_finished(self) -> bool:
         limit = self.settings.max_seconds

@@ -34,7 +34,6 @@ class Embedded(Corpus):
     title = "Wikipedia sections (pyate)"
 
     def fetch(self) -> tuple[Path, ...]:
-        """The package's CSV file, found and checked."""
         return (embedded_file(),)
 
     def documents(self) -> Iterator[str]:

@@ -34,7 +34,6 @@ class Huggingface(Corpus):
 
     @property
     def brings_shards(self) -> bool:
-        """As `data.form` says."""
         return self.data.form == "shards"
 
     def check(self) -> None:
@@ -46,15 +45,12 @@ class Huggingface(Corpus):
             )
 
     def fetch(self) -> tuple[Path, ...]:
-        """Fetch the selected documents, one .jsonl file."""
         return (self._documents,)
 
     def documents(self) -> Iterator[str]:
-        """The selected documents, validation first."""
         return read_jsonl(self._documents)
 
     def shards(self) -> FinishedShards:
-        """Fetch the published shards for `data.vocab_size` and their tokenizer."""
         folder = SHARD_FOLDER.format(vocab_size=self.data.vocab_size)
         tokenizer = TOKENIZER.format(vocab_size=self.data.vocab_size)
         training = [f"{folder}/fineweb_train_{index:06d}.bin" for index in range(TRAIN_SHARDS)]

@@ -64,11 +64,9 @@ class Jsonl(Corpus):
             raise UserError("data.source is 'jsonl' but data.paths is empty: list the files")
 
     def files(self) -> tuple[Path, ...]:
-        """The listed files."""
         return tuple(map(Path, self.data.paths))
 
     def documents(self) -> Iterator[str]:
-        """The documents of one file after the other."""
         for path in self.files():
             yield from read_jsonl(path)
 

@@ -14,7 +14,6 @@ class Shards(Corpus):
 
     @property
     def brings_shards(self) -> bool:
-        """Always."""
         return True
 
     def check(self) -> None:

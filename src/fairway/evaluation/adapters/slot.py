@@ -133,8 +133,8 @@ class Slot(Adapter):
             if self.settings.context_logits == "scored":
                 self.buffer = self._filled_buffer(batch, logits)
         if self.buffer:
-            probabilities, positions = self.buffer.contents()
-            context = probabilities, positions, self.fit.is_context(batch, positions)
+            positions = self.buffer.positions
+            context = self.buffer.probabilities, positions, self.fit.is_context(batch, positions)
         else:
             context = self.fit.context(batch, logits)
         found = self.fit(*context, self.delta)

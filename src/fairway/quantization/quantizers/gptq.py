@@ -83,7 +83,7 @@ class Gptq(Quantizer):
         return self.settings.scale_factor == "budget"
 
     def quantize(self, matrices: Mapping[str, Tensor], hessians: Hessians | None) -> Quantized:
-        """Every parameter in turn; the table is that of `quantize_bank`."""
+        """Every parameter in turn; the table is that of `bank_codes`."""
         return self.prepared(matrices, hessians, None)(1.0)
 
     def prepared(
@@ -159,38 +159,18 @@ class Bank:
     """[N, R]."""
 
 
-def quantize_bank(
-    name: str,
-    weights: Tensor,
-    hessians: Tensor,
-    settings: GptqSettings,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[QuantizedTensor, pd.DataFrame]:
-    """GPTQ of weights [N, R, C] with hessians [N, C, C], on the device of `weights`.
-
-    The table has one row per matrix: bank, matrix, error = tr((W−Q)·H·(W−Q)ᵀ), that of rounding to
-    nearest with the same choice of clip candidates, output_power = tr(W·H·Wᵀ) to compare them with,
-    the geometric mean of the steps, the dampening fraction used, and dead columns; with
-    `steps: percentiles` the rows' mean clip percentile; with `steps: sensitivity` the mean g² and
-    the nats a token that the error is expected to cost.
-    Factorizations run in float64, the rest in `dtype`.
-    Raises UserError where a number is not finite or a Hessian cannot be factorized.
-    """
-    bank = prepared_bank(name, weights, hessians, settings, dtype=dtype)
-    return bank_codes(bank, settings, settings.scale_factor)
-
-
 def prepared_bank(
     name: str,
     weights: Tensor,
     hessians: Tensor,
     settings: GptqSettings,
     sensitivities: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> Bank:
-    """What of `quantize_bank` does not depend on the factor on the steps.
+    """What GPTQ of weights [N, R, C] needs of hessians [N, C, C] for any factor on the steps.
 
     sensitivities: g² of every row, [N, R], for `steps: sensitivity`.
+    Factorizations run in float64, the rest in the dtype of `weights`, and all on its device.
+    Raises UserError where a number is not finite or a Hessian cannot be factorized.
     """
     require_finite(weights)
     if not torch.isfinite(hessians).all():
@@ -199,7 +179,7 @@ def prepared_bank(
     dead = H.diagonal(dim1=1, dim2=2) == 0
     alive = ~dead
     H = H * (alive.unsqueeze(1) & alive.unsqueeze(2))
-    W = weights.to(dtype) * alive.unsqueeze(1)
+    W = weights * alive.unsqueeze(1)
 
     # Stable, so that columns of equal weight keep their order on every device.
     order = H.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
@@ -219,7 +199,7 @@ def prepared_bank(
     if settings.scale_factor == "budget":
         least = torch.minimum(magnitudes, W.abs().amax(2).unsqueeze(1))
     bits = EMBEDDING_BITS if name == EMBEDDING else BITS
-    return Bank(name, W, H.to(dtype), U.to(dtype), order, magnitudes, least, bits, table)
+    return Bank(name, W, H.to(W.dtype), U.to(W.dtype), order, magnitudes, least, bits, table)
 
 
 def _sensitivity_bank(
@@ -254,7 +234,14 @@ def _sensitivity_bank(
 def bank_codes(
     bank: Bank, settings: GptqSettings, factor: float
 ) -> tuple[QuantizedTensor, pd.DataFrame]:
-    """The codes and the table of `quantize_bank`, with every step `factor` times as wide."""
+    """The codes of a bank, with every step `factor` times as wide, and their table.
+
+    The table has one row per matrix: bank, matrix, error = tr((W−Q)·H·(W−Q)ᵀ), that of rounding to
+    nearest with the same choice of clip candidates, output_power = tr(W·H·Wᵀ) to compare them with,
+    the geometric mean of the steps, the dampening fraction used, and dead columns; with
+    `steps: percentiles` the rows' mean clip percentile; with `steps: sensitivity` the mean g² and
+    the nats a token that the error is expected to cost.
+    """
     W, H, bits = bank.W, bank.H, bank.bits
     candidates = scale_from_magnitude(torch.maximum(factor * bank.magnitudes, bank.least), bits)
     if bank.input_scales is not None:

@@ -73,10 +73,6 @@ class ContextBuffer:
         self.probabilities = like.new_zeros(rows, size, like.shape[-1])
         self.positions = torch.zeros(rows, size, dtype=torch.int64, device=like.device)
 
-    def contents(self) -> tuple[Tensor, Tensor]:
-        """probabilities and positions."""
-        return self.probabilities, self.positions
-
     def write(self, rows: Tensor, positions: Tensor, probabilities: Tensor) -> None:
         """Store probabilities [m, V] of targets int64 [m] in the given rows int64 [m]."""
         entries = positions % self.positions.shape[1]

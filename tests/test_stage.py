@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import json
 import os
 import signal
@@ -127,6 +128,20 @@ def test_a_script_may_add_options_and_gets_settings_as_objects(tmp_path, config_
     assert stage.settings.ttt.epochs == 1 and stage.settings.runtime.device == "cpu"
     assert not hasattr(stage.settings, "train")
     assert stage.inputs == {name: tmp_path / name for name in ("tokenize", "ema")}
+
+
+def test_the_collector_that_the_launcher_switched_off_works_again(tmp_path, config_file):
+    seen = []
+    gc.disable()
+    try:
+        run_stage(
+            "ttt", lambda stage: seen.append(gc.isenabled()), None,
+            arguments(STAGES["ttt"], tmp_path, "--config", config_file),
+        )  # fmt: skip
+        assert seen == [True] and gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 # Errors

@@ -11,6 +11,7 @@ It loads the standard library only, for every job of the workflow starts with it
 """
 
 import fcntl
+import gc
 import os
 import runpy
 import subprocess
@@ -117,6 +118,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.argv = ["torchrun", "--standalone", f"--nproc_per_node={count}", *script]
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
     else:
+        gc.disable()  # until `run_stage`: it would search PyTorch's modules many times
         sys.argv, sys.path[0] = script, str(Path(script[0]).resolve().parent)
         runpy.run_path(script[0], run_name="__main__")
 

@@ -24,7 +24,7 @@ PACKAGES = ("fairway", "torch", "numpy", "sentencepiece", "safetensors", "pandas
 SPLITS = ("train", "val")
 """What may be in a product's ancestry."""
 
-Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{0,4096}$")]
+Line = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """A name or a path."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 

@@ -176,3 +176,11 @@ def test_what_is_fastest_goes_first(monkeypatch, installed, capability, expected
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert available_backends(torch.device("cuda")) == expected.split()
+
+
+def test_a_backend_that_lacks_a_part_of_itself_is_told_in_one_line(monkeypatch, tmp_path):
+    (tmp_path / "half_installed.py").write_text("import the_compiler_it_needs")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(attention.FLASH_MODULES, "flash_attn_4", "half_installed")
+    with pytest.raises(UserError, match="flash_attn_4 .*No module named 'the_compiler_it_needs'"):
+        attention.load_backend("flash_attn_4")

@@ -5,6 +5,7 @@ variant.
 """
 
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
+
+gc.disable()  # until PyTorch is loaded, too, whose modules it would search many times
 
 HOME = Path(str(workflow.current_basedir)).resolve().parents[1]
 if not (HOME / "src/fairway").is_dir():
@@ -84,6 +87,9 @@ try:
     FOLDERS = CONFIG.folders
 except UserError as error:
     raise WorkflowError(str(error)) from None
+
+gc.freeze()  # modules stay to the end
+gc.enable()
 
 PLUGIN_FOLDERS = get_plugin_folders(*filter(is_recipe_file, [VALUES.get("recipe")]))
 RESULTS = Path(CONFIG.results)
@@ -396,8 +402,10 @@ def get_call(stage):
     written its checkpoint: the trap lets the shell wait.
     """
     script = f'"$FAIRWAY_HOME/workflow/scripts/{STAGES[stage].script}"'
-    allot = " -m fairway.allot {resources.gpu}" if STAGES[stage].uses_gpu else ""
-    command = f'PYTHONPATH="$FAIRWAY_PYTHONPATH" python{allot} {script}'
+    gpus = "{resources.gpu}" if STAGES[stage].uses_gpu else "0"
+    command = (
+        f'PYTHONPATH="$FAIRWAY_PYTHONPATH" python -m fairway.allot {gpus} {script}'
+    )
     return f"trap : TERM; {command} --settings {{params.settings:q}}"
 
 

@@ -43,9 +43,19 @@ SLOW_TO_LOAD = {"flash_attn_4"}
 
 
 def load_backend(name: str) -> None:
-    """Import what a backend needs, which is otherwise done where it is first called."""
-    if name in FLASH_MODULES:
+    """Import what a backend needs, which is otherwise done where it is first called.
+
+    Raises UserError where a part of it is missing.
+    """
+    if name not in FLASH_MODULES:
+        return
+    try:
         importlib.import_module(FLASH_MODULES[name])
+    except ImportError as error:
+        raise UserError(
+            f"runtime.attention: {name} is installed but cannot be imported ({error}): install the "
+            "`gpu` extra anew, or set it to cudnn or sdpa"
+        ) from error
 
 
 def available_backends(device: torch.device) -> list[str]:

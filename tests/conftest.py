@@ -35,6 +35,14 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk():
+    """No test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _fast_interpreter():
     """Where a collected test runs kernels in it."""
     if "triton.runtime.interpreter" in sys.modules and os.environ.get("TRITON_INTERPRET") == "1":

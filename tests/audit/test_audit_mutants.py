@@ -116,7 +116,7 @@ def toys(draw) -> tuple[Toy, str, int]:
     return toy, draw(st.sampled_from(sorted(HONEST))), draw(st.integers(2, 90))
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.many)])
+@pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.many)])
 def test_no_false_alarm_over_honest_configurations(count):
     settings(
         max_examples=count,

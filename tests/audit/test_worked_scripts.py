@@ -39,7 +39,7 @@ def checks(folder: Path, name: str) -> tuple[int, dict[str, str]]:
         "--vocab-size": "64",
         "--window-tokens": "32",
         "--stride-tokens": "8",
-        "--flips": "16",
+        "--flips": "8",
         "--stream-tokens": "150",
         "--null-tokens": "0",
         "--probe-tokens": "60",

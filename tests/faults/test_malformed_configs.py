@@ -46,8 +46,8 @@ def outcomes(seed: int, count: int) -> Counter:
 
 
 def test_a_sample_of_configs_is_accepted_or_refused_in_one_line():
-    counted = outcomes(seed=13, count=300)
-    assert counted["accepted"] > 20 and counted["refused"] > 150
+    counted = outcomes(seed=13, count=150)
+    assert counted["accepted"] > 10 and counted["refused"] > 75
 
 
 @pytest.mark.many

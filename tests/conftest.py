@@ -21,11 +21,13 @@ settings.register_profile("any speed", deadline=None, suppress_health_check=[Hea
 settings.load_profile("any speed")
 
 LONGEST = ("test_resume.py", "test_resume_command.py", "test_killed_workflow.py")
+# It makes the project that both of pytest-xdist's workers would else wait for.
+PROJECT = "test_check.py"
 
 
 def pytest_collection_modifyitems(items):
     """Files that take minutes come first, or one process would end with them alone."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: item.path.name not in (*LONGEST, PROJECT))
 
 
 @pytest.fixture(scope="session", autouse=True)

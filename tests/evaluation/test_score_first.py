@@ -121,7 +121,7 @@ CAUSAL = {
 }  # fmt: skip
 
 
-def leaks(model, settings, flips=5, world_size=1, seed=5):
+def leaks(model, settings, flips=4, world_size=1, seed=5):
     evaluate = audited(model, settings, world_size)
     # Documents shorter than a slice and longer than a window.
     tokens = toy_text(150, seed, document_tokens=25)

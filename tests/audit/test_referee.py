@@ -10,7 +10,7 @@ from fairway.audit.interface import FAIL, PASS, UNDECIDED
 from fairway.audit.result import AuditResult
 from referee_cases import BOS, FAULTY, HONEST, ROUNDED, VOCABULARY, Text, starts_after
 
-SETTINGS = AuditSettings(flips=48, stream_tokens=600, null_tokens=8192)
+SETTINGS = AuditSettings(flips=32, stream_tokens=600, null_tokens=8192)
 
 
 def referee(text: Text, make, **changes) -> AuditResult:

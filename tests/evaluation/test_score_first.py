@@ -282,6 +282,7 @@ def test_it_learns_a_documents_habits_and_the_gains_add_up(model):
     )
 
 
+@pytest.mark.slow
 def test_only_learning_before_scoring_gains_on_draws_from_the_model_itself(model):
     tokens, _ = sample_documents(model, 400, 60, BOS, 3)
     settings = changed(EVERY_MATRIX, learning_rate=0.02, steps=3)

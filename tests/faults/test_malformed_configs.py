@@ -141,6 +141,7 @@ NO_NUMBERS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_key_takes_a_number_that_is_none():
     paths = places_of(int, float)
     assert len(paths) > 70

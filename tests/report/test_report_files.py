@@ -171,6 +171,7 @@ def test_the_tables_are_read_as_the_report_wrote_them(root):
 # A real run, of the tiny model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokens.parquet", "provenance.json", "metrics.json"])
 def test_the_script_says_it_in_one_line_and_loses_nothing(tiny_run, name, capsys):
     config, report = tiny_run.parents[1] / "tiny.yaml", tiny_run / "report"
@@ -186,7 +187,9 @@ def test_the_script_says_it_in_one_line_and_loses_nothing(tiny_run, name, capsys
     assert before == {path: path.read_bytes() for path in report.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("tries", [80, pytest.param(4000, marks=pytest.mark.many)])
+@pytest.mark.parametrize(
+    "tries", [pytest.param(80, marks=pytest.mark.slow), pytest.param(4000, marks=pytest.mark.many)]
+)
 def test_damage_is_refused_or_changes_nothing(tiny_run, tries):
     found = list(malformed_products.tries(tiny_run, seed=tries, count=tries))
     assert not [one for one in found if one.outcome not in ("right", "refused")]

@@ -1,4 +1,4 @@
-"""Triton's interpreter, four times as fast: the kernels' tests spend their time in it.
+"""Triton's interpreter, almost four times as fast: the kernels' tests spend their time in it.
 
 For every function that a kernel calls, it goes through `triton.language` to replace what must be
 replaced; for every value it makes a table of all types, the value's type and its shape; and every

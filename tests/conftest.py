@@ -21,17 +21,27 @@ settings.register_profile("any speed", deadline=None, suppress_health_check=[Hea
 settings.load_profile("any speed")
 
 LONGEST = ("test_resume.py", "test_resume_command.py", "test_killed_workflow.py")
+# It makes the project that both of pytest-xdist's workers would else wait for.
+PROJECT = "test_check.py"
 
 
 def pytest_collection_modifyitems(items):
     """Files that take minutes come first, or one process would end with them alone."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: item.path.name not in (*LONGEST, PROJECT))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """One thread, as in the workflow: sums in another order are other bytes."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk():
+    """No test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

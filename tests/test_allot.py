@@ -86,6 +86,7 @@ def test_the_users_choice_counts_and_a_gpu_is_one_by_whatever_name(machine, monk
     assert seen(folder / "b0") == "0"
 
 
+@pytest.mark.slow  # torchrun imports torch, as do its two processes
 def test_with_several_every_process_of_torchrun_sees_them_all(machine):
     folder, start = machine
     assert start(2, "a").wait() == 0

@@ -83,6 +83,7 @@ def hidden(folder: Path) -> list[Path]:
     return [*folder.parent.glob(".*"), *folder.rglob(".*")]
 
 
+@pytest.mark.slow  # half a hundred processes
 def test_a_process_frozen_anywhere_changes_nothing_once_another_took_over(folder, capsys):
     statuses = []
     for at in range(1, 200):
@@ -101,6 +102,7 @@ def test_a_process_frozen_anywhere_changes_nothing_once_another_took_over(folder
     assert set(statuses) <= {0, 1}
 
 
+@pytest.mark.slow  # half a hundred processes
 def test_a_process_killed_anywhere_leaves_whole_files_and_its_rest_is_swept(folder):
     for at in range(1, 200):
         write(folder, "older")

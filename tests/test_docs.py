@@ -3,12 +3,13 @@
 import importlib
 import re
 import tomllib
+from argparse import ArgumentParser
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import yaml
-from snakemake.cli import get_argument_parser
 
 from fairway.audit.runner import EVALUATOR_CHECKS
 from fairway.cli import main
@@ -139,8 +140,15 @@ def test_the_tutorials_variant_shares_what_it_says():
 # Commands in the text: that they can be given; test_guides.py gives those of the guides
 
 
+@cache
+def snakemake_parser() -> ArgumentParser:
+    from snakemake.cli import get_argument_parser  # takes seconds
+
+    return get_argument_parser()
+
+
 def check_snakemake(words: list[str]) -> None:
-    parsed = get_argument_parser().parse_args(words)
+    parsed = snakemake_parser().parse_args(words)
     assert {*parsed.targets, *parsed.forcerun} <= set(STAGES)
     for name in re.findall(r"recipe=(\w+)", " ".join(words)):
         assert (ROOT / f"config/{name}.yaml").is_file()

@@ -3,6 +3,7 @@
 import ast
 import importlib
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +94,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@cache
 def arrows() -> list[Arrow]:
     return [
         Arrow(name, imported, is_late)
@@ -115,9 +117,6 @@ def imports(node: ast.AST, is_late: bool = False) -> Iterator[tuple[str, bool]]:
         yield from imports(child, within)
 
 
-ARROWS = arrows()
-
-
 def shown(found: list[Arrow]) -> str:
     return "\n".join(["", *map(str, found)])
 
@@ -125,18 +124,18 @@ def shown(found: list[Arrow]) -> str:
 def test_every_module_has_its_line():
     parts = {name.split(".")[1] for name in MODULES}
     assert parts == set(LAYERS)
-    assert len(ARROWS) > 100
+    assert len(arrows()) > 100
 
 
 def test_imports_run_only_downwards():
     line = {layer: number for number, layer in enumerate(LAYERS)}
-    upward = [one for one in ARROWS if line[one.layers[0]] > line[one.layers[1]]]
+    upward = [one for one in arrows() if line[one.layers[0]] > line[one.layers[1]]]
     assert not upward, shown(upward)
 
 
 def test_there_is_no_circle():
     graph: dict[str, set[str]] = {name: set() for name in MODULES}
-    for one in ARROWS:
+    for one in arrows():
         graph[one.importer].add(one.imported)
     try:
         TopologicalSorter(graph).prepare()
@@ -145,7 +144,7 @@ def test_there_is_no_circle():
 
 
 def test_the_audit_knows_no_evaluator_of_ours():
-    found = [one for one in ARROWS if one.layers[0] == "audit" and one.layers[1] in BLACK_BOX]
+    found = [one for one in arrows() if one.layers[0] == "audit" and one.layers[1] in BLACK_BOX]
     assert not found, shown(found)
 
 
@@ -153,7 +152,7 @@ def test_the_plain_model_knows_nothing_of_its_twin():
     """model/fused is known to model/runtime.py only."""
     found = [
         one
-        for one in ARROWS
+        for one in arrows()
         if one.imported.startswith("fairway.model.fused")
         and not one.importer.startswith("fairway.model.fused")
     ]
@@ -161,7 +160,7 @@ def test_the_plain_model_knows_nothing_of_its_twin():
 
 
 def test_only_kernels_are_imported_late():
-    found = [one for one in ARROWS if one.is_late]
+    found = [one for one in arrows() if one.is_late]
     foreign = [one for one in found if LATE.get(one.importer) != one.imported]
     assert not foreign, shown(foreign)
     assert len(found) == len(LATE)

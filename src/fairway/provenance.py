@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -71,8 +72,12 @@ def read_provenance(path: str | Path, made_by: str) -> Provenance:
     return read_record(Provenance, path, made_by)
 
 
+@cache
 def git_commit() -> str | None:
-    """The checkout's commit, with `-dirty` where files differ; None outside a checkout."""
+    """The checkout's commit, with `-dirty` where files differ; None outside a checkout.
+
+    As at the first call: what the process has imported stays as it was.
+    """
     folder = Path(__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -82,6 +87,7 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
+@cache
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     versions = {"python": platform.python_version()}

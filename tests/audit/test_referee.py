@@ -10,7 +10,7 @@ from fairway.audit.interface import FAIL, PASS, UNDECIDED
 from fairway.audit.result import AuditResult
 from referee_cases import BOS, FAULTY, HONEST, ROUNDED, VOCABULARY, Text, starts_after
 
-SETTINGS = AuditSettings(flips=48, stream_tokens=600, null_tokens=8192)
+SETTINGS = AuditSettings(flips=32, stream_tokens=600, null_tokens=8192)
 
 
 def referee(text: Text, make, **changes) -> AuditResult:
@@ -72,11 +72,23 @@ def test_one_defect_fails_one_check():
         assert {one for one, verdict in found.items() if verdict == FAIL} == {check}
 
 
-@settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+@pytest.mark.parametrize("count", [25, pytest.param(100, marks=pytest.mark.many)])
+def test_no_false_alarm_over_honest_configurations(count):
+    """Beside those of test_audit_mutants.py."""
+    settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )(given(configurations)(no_false_alarm))()
+
+
+configurations = st.tuples(
+    st.sampled_from(sorted(HONEST)), st.integers(0, 10_000), st.integers(2, 250)
 )
-@given(st.sampled_from(sorted(HONEST)), st.integers(0, 10_000), st.integers(2, 250))
-def test_no_false_alarm_over_100_honest_configurations(name, seed, targets):
-    """Beside the 200 of test_audit_mutants.py."""
+
+
+def no_false_alarm(drawn: tuple[str, int, int]) -> None:
+    name, seed, targets = drawn
     result = referee(Text(seed, targets), HONEST[name], flips=8, null_tokens=60)
     assert FAIL not in verdicts(result).values(), str(result)

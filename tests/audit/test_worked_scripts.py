@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
     sys.path.insert(0, str(folder))
     import worked_leaking_evaluator
 
-    write_shard(folder / "example.bin", worked_leaking_evaluator.example_text(301).numpy())
+    write_shard(folder / "example.bin", worked_leaking_evaluator.example_text(201).numpy())
     yield folder
     sys.path.remove(str(folder))
 
@@ -39,10 +39,10 @@ def checks(folder: Path, name: str) -> tuple[int, dict[str, str]]:
         "--vocab-size": "64",
         "--window-tokens": "32",
         "--stride-tokens": "8",
-        "--flips": "16",
-        "--stream-tokens": "150",
+        "--flips": "8",
+        "--stream-tokens": "100",
         "--null-tokens": "0",
-        "--probe-tokens": "60",
+        "--probe-tokens": "24",
         "--output": str(folder / "audit.json"),
     }
     words = [word for pair in options.items() for word in pair]

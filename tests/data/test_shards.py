@@ -92,7 +92,7 @@ def test_ids_outside_the_vocabulary_are_named(shard, monkeypatch):
         check_vocabulary(shard, 700)
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     pieces=st.lists(st.integers(0, 40), max_size=20),
     shard_tokens=st.integers(1, 30),

@@ -19,7 +19,7 @@ from fairway.model.spec import PROJECTIONS
 from mutants import Toy
 
 TOY = Toy(vocab_size=32, seed=5)
-AUDIT = AuditSettings(flips=16, stream_tokens=200, null_tokens=400)
+AUDIT = AuditSettings(flips=8, stream_tokens=200, null_tokens=400)
 
 
 class ToyModel:
@@ -50,7 +50,7 @@ def audit(
     num_targets: int = 200,
     *,
     model: GPT | None = None,
-    flips: int = 16,
+    flips: int = 8,
 ):
     """model: what is evaluated and adapted, instead of the toy."""
     geometry = Geometry(

@@ -80,7 +80,9 @@ def test_a_product_is_that_of_the_matrix_plus_both_factors(model, projection):
 
 
 @pytest.mark.parametrize("first_position", [0, 9])
-@pytest.mark.parametrize("features", [{}, {"recurrent_layers": [1, 2], "recurrence_passes": 3}])
+@pytest.mark.parametrize(
+    "features", [{}, {"layers": 3, "recurrent_layers": [1, 2], "recurrence_passes": 3}]
+)
 def test_each_row_is_the_dense_model_with_its_own_matrices(features, first_position):
     """Also where blocks recur, whose passes share the factors as they share the matrices."""
     model = random_model(VOCABULARY, **features)

@@ -121,7 +121,7 @@ CAUSAL = {
 }  # fmt: skip
 
 
-def leaks(model, settings, flips=5, world_size=1, seed=5):
+def leaks(model, settings, flips=4, world_size=1, seed=5):
     evaluate = audited(model, settings, world_size)
     # Documents shorter than a slice and longer than a window.
     tokens = toy_text(150, seed, document_tokens=25)
@@ -282,6 +282,7 @@ def test_it_learns_a_documents_habits_and_the_gains_add_up(model):
     )
 
 
+@pytest.mark.slow
 def test_only_learning_before_scoring_gains_on_draws_from_the_model_itself(model):
     tokens, _ = sample_documents(model, 400, 60, BOS, 3)
     settings = changed(EVERY_MATRIX, learning_rate=0.02, steps=3)

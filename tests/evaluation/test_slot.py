@@ -200,7 +200,7 @@ def leaks(settings, tokens, flips, world_size=1) -> list[int]:
 @CONTEXTS
 def test_no_distribution_depends_on_its_target_or_on_what_follows(same_document, context_logits):
     settings = changed(SETTINGS, same_document=same_document, context_logits=context_logits, l2=1.0)
-    assert leaks(settings, toy_text(150, seed=5), flips=9) == []
+    assert leaks(settings, toy_text(150, seed=5), flips=6) == []
 
 
 def test_it_stays_causal_without_a_prior_and_over_ranks():

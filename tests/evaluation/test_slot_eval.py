@@ -132,7 +132,7 @@ def test_the_gains_are_what_the_adapters_took_off_each_loss(variant, adapters, r
     np.testing.assert_allclose(gains.sum(axis=1), taken_off, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["causal", "leaky"])
+@pytest.mark.parametrize("variant", ["causal", pytest.param("leaky", marks=pytest.mark.slow)])
 def test_two_processes_write_the_same_table_as_one(evaluate, variant, request):
     alone = request.getfixturevalue(variant)
     done, together = evaluate(variant, processes=2)

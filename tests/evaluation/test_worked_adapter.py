@@ -82,7 +82,11 @@ def test_its_distributions_are_those_of_the_counts_that_its_lane_has_scored():
     ("adapters", "fails"),
     [
         ([HONEST], []),
-        ([{"lora": {"rank": 2, "chunk_tokens": 8, "context_tokens": 16}}, "slot", HONEST], []),
+        pytest.param(
+            [{"lora": {"rank": 2, "chunk_tokens": 8, "context_tokens": 16}}, "slot", HONEST],
+            [],
+            marks=pytest.mark.slow,
+        ),
         ([LEAKING], ["flip", "self_influence"]),
         (["slot", LEAKING], ["flip", "self_influence"]),
     ],

@@ -46,8 +46,8 @@ def outcomes(seed: int, count: int) -> Counter:
 
 
 def test_a_sample_of_configs_is_accepted_or_refused_in_one_line():
-    counted = outcomes(seed=13, count=300)
-    assert counted["accepted"] > 20 and counted["refused"] > 150
+    counted = outcomes(seed=13, count=150)
+    assert counted["accepted"] > 10 and counted["refused"] > 75
 
 
 @pytest.mark.many
@@ -141,6 +141,7 @@ NO_NUMBERS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_key_takes_a_number_that_is_none():
     paths = places_of(int, float)
     assert len(paths) > 70

@@ -136,11 +136,13 @@ class ToyModel:
         return ((states + self.memory * average) @ self.head)[:, first_position:]
 
 
-def random_model(vocab_size: int = VOCABULARY, seed: int = 0, **features: Any) -> GPT:
+def random_model(
+    vocab_size: int = VOCABULARY, seed: int = 0, layers: int = 2, **features: Any
+) -> GPT:
     """Random weights everywhere: at the true start whole layers are zero. features: of the model,
     switched on."""
     config = GPTConfig(
-        vocab_size=vocab_size, sequence_tokens=32, layers=3, width=16, heads=4, kv_heads=2,
+        vocab_size=vocab_size, sequence_tokens=32, layers=layers, width=16, heads=4, kv_heads=2,
         mlp_width=32, rotary_dimensions=4, rope_base=10000.0, rope_trained_tokens=16,
         bigram_buckets=16, bigram_width=4, value_width=4, value_layers=(1,), logit_softcap=30.0,
         query_gain=5.0, **features,

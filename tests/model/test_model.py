@@ -253,12 +253,8 @@ def test_logits_from_a_position_on_are_those_of_the_whole(model, tokens):
         torch.testing.assert_close(model(tokens, 17), model(tokens)[:, 17:], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [SMALL, pytest.param(ALL_FEATURES, marks=pytest.mark.slow)],
-    ids=["", "all features"],
-    indirect=True,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [SMALL, ALL_FEATURES], ids=["", "all features"], indirect=True)
 def test_a_compiled_model_computes_the_same(model, tokens):
     model = model.float()
     with torch.no_grad():

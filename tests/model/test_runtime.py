@@ -84,6 +84,7 @@ def test_what_the_fused_kernels_do_not_know_runs_plain_and_says_why(monkeypatch)
     assert select_kernels("auto", off, gpu) == (None, "the GPU is older than Hopper")
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_a_model_runs_where_triton_is_not_installed():
     code = """
 import sys

@@ -46,7 +46,7 @@ def same(arrays, others):
 
 
 @pytest.mark.parametrize("codec", coding.CODECS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(arrays=st.one_of(code_arrays(-128, 127), code_arrays(-31, 31), code_arrays(0, 0)))
 def test_any_codes_come_back_to_the_bit(codec, arrays):
     _, data = pack(arrays, codec)
@@ -162,7 +162,7 @@ def test_an_empty_shape_with_long_sides_needs_no_memory():
     assert unpack(data, "range", INT8, [shape])[0].shape == shape
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(words=st.binary(max_size=64), numbers=st.binary(min_size=9, max_size=9), seed=st.integers(0))
 def test_any_words_numbers_and_tables_give_codes_or_one_clear_error(words, numbers, seed):
     generator = np.random.default_rng(seed)

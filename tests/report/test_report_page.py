@@ -143,6 +143,7 @@ def test_the_page_needs_nothing_but_itself_and_leads_to_what_it_is_made_from(fin
     assert names >= {"audit.json", "provenance.json", "metrics.json", "summary.md", "config.yaml"}
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_bytes(finished):
     root, first = finished
     kept = {path.name: path.read_bytes() for path in (first / "figures").iterdir()}

@@ -137,6 +137,7 @@ def test_recurrence_from_a_share_needs_a_model_that_recurs():
         SCHEDULED.check_with({"model": SMALL})
 
 
+@pytest.mark.slow
 def test_a_compiled_loss_follows_the_switch():
     config = SMALL.changed(layers=2, value_layers=(), recurrent_layers=(1,), recurrence_passes=2)
     model = GPT(config, seed=0)

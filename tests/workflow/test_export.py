@@ -83,6 +83,7 @@ def test_it_runs_on_request_only(finished, dry_runs):
     assert dry_runs.jobs(finished, "export") == {f"export {SEED} {name}" for name in FOLDERS}
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_the_program_gives_the_tables_score_to_the_last_digit(
     finished, exported, packages, tmp_path
 ):

@@ -57,6 +57,7 @@ def test_everything_is_planned_with_the_importers_results_and_fairways_scripts(i
     assert str(importer.parent / "fairway") not in output.partition("Job stats")[2]
 
 
+@pytest.mark.slow
 def test_its_stages_are_targets_and_can_be_forced(importer, dry_runs):
     code, output = dry_runs.run(importer, "fairway_ema")
     assert code == 0 and parse_jobs(output) == jobs_of("tokenize train ema")
@@ -64,6 +65,7 @@ def test_its_stages_are_targets_and_can_be_forced(importer, dry_runs):
     assert code == 0 and parse_jobs(output) == jobs_of("tokenize train ema")
 
 
+@pytest.mark.slow
 def test_a_recipe_is_found_in_fairways_folder_and_a_fault_told_in_one_line(importer, dry_runs):
     overlay = importer / "overlay.yaml"
     overlay.write_text(json.dumps({"fairway": {"recipe": "quickstart", "run": "other"}}))

@@ -142,6 +142,7 @@ def test_a_plugins_key_reruns_its_stages(checkout, dry_runs):
     assert code != 0 and "unknown key wait; did you mean weight?" in output
 
 
+@pytest.mark.slow
 def test_a_builtin_adapter_reruns_the_variants_that_list_it(finished, tmp_path, dry_runs):
     project = shutil.copytree(finished, tmp_path / "lora")
     path = project / "src/fairway/evaluation/adapters/lora.py"

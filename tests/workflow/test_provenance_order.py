@@ -63,6 +63,7 @@ def test_a_rerun_never_leaves_the_old_provenance_beside_new_files(copied, monkey
         assert names.count("provenance.json") == 1
 
 
+@pytest.mark.slow
 def test_a_refused_rerun_loses_nothing(copied, capsys):
     run, manifest, config = copied
     shared = run / "seed-7/shared"
@@ -81,6 +82,7 @@ def test_a_refused_rerun_loses_nothing(copied, capsys):
     assert {path: sha256_of(path) for path in files} == before
 
 
+@pytest.mark.slow
 def test_an_artifact_that_does_not_fit_leaves_the_one_that_did(copied, tmp_path, capsys):
     run, manifest, config = copied
     shared = run / "seed-7/shared"
@@ -96,6 +98,7 @@ def test_an_artifact_that_does_not_fit_leaves_the_one_that_did(copied, tmp_path,
     assert {path: sha256_of(path) for path in (shared / "gptq").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_left_alone(copied, capsys):
     run, manifest, config = copied
     folder = run / "seed-7/shared/train"

@@ -230,6 +230,7 @@ def test_an_edited_page_template_reruns_the_report(project, dry_runs, name):
     assert dry_runs.jobs(project) == jobs_of("report")
 
 
+@pytest.mark.slow
 def test_new_documentation_of_every_module_reruns_nothing(project, dry_runs):
     modules = [*(project / "src").rglob("*.py"), *(project / "workflow/scripts").iterdir()]
     for path in modules:

@@ -133,7 +133,15 @@ def test_settings_on_the_command_line_go_over_the_files(finished, dry_runs):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["quickstart", "pr1350", "one_gpu", "frontier", "frontier_one_gpu"]
+    "recipe",
+    [
+        "quickstart",
+        "one_gpu",
+        *(
+            pytest.param(one, marks=pytest.mark.many)
+            for one in ("pr1350", "frontier", "frontier_one_gpu")
+        ),
+    ],
 )
 def test_a_users_file_goes_over_each_recipe(empty, dry_runs, recipe):
     """A recipe is named, or given as a file of its own; both are the same run."""

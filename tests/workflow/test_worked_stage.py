@@ -34,6 +34,7 @@ def test_it_is_a_row_a_rule_file_and_a_script():
     ]
 
 
+@pytest.mark.slow
 def test_it_runs_by_its_name_and_reruns_nothing_but_the_report(patched, dry_runs):
     # Run first of all: the other test makes its products.
     jobs = dry_runs.jobs(patched, "weights_plot")
@@ -44,6 +45,7 @@ def test_it_runs_by_its_name_and_reruns_nothing_but_the_report(patched, dry_runs
     )
 
 
+@pytest.mark.slow
 def test_its_rules_are_clean(patched):
     for command in (
         [warm_python(), "-m", "snakemake", "--lint"],

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def _module_file(name: str, importer: Path) -> Path | None:
 def _imported(source: bytes) -> frozenset[str]:
     """The modules, and names in modules, that a file imports."""
     names: set[str] = set()
-    for node in ast.walk(without_documentation(source)):
+    for node in _statements(without_documentation(source)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
@@ -99,7 +100,7 @@ def without_documentation(source: bytes) -> ast.Module:
     All callers get the same one: leave it as it is.
     """
     tree = ast.parse(source)
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:]
@@ -107,6 +108,16 @@ def without_documentation(source: bytes) -> ast.Module:
                 node.body = [one for one in node.body if not _is_description(one)]
             node.body = node.body or [ast.Pass()]
     return tree
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The tree and what holds statements in it, and these; expressions are most of it."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for blocks in ("body", "orelse", "finalbody", "handlers", "cases"):
+            waiting.extend(getattr(node, blocks, ()))
 
 
 def _is_description(node: ast.stmt) -> bool:

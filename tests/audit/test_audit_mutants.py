@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairway.audit.interface import FAIL, NOT_APPLICABLE, PASS
@@ -118,12 +118,7 @@ def toys(draw) -> tuple[Toy, str, int]:
 
 @pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.many)])
 def test_no_false_alarm_over_honest_configurations(count):
-    settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.too_slow],
-    )(given(toys())(no_false_alarm))()
+    settings(max_examples=count, derandomize=True)(given(toys())(no_false_alarm))()
 
 
 def no_false_alarm(drawn: tuple[Toy, str, int]) -> None:

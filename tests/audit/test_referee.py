@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairway.audit import AuditSettings, audit
@@ -75,12 +75,7 @@ def test_one_defect_fails_one_check():
 @pytest.mark.parametrize("count", [25, pytest.param(100, marks=pytest.mark.many)])
 def test_no_false_alarm_over_honest_configurations(count):
     """Beside those of test_audit_mutants.py."""
-    settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.too_slow],
-    )(given(configurations)(no_false_alarm))()
+    settings(max_examples=count, derandomize=True)(given(configurations)(no_false_alarm))()
 
 
 configurations = st.tuples(

@@ -115,7 +115,8 @@ def main(arguments: Sequence[str]) -> None:
     if count > 1:
         take_wanted()
         os.environ[JOB_STARTED] = str(time.time())
-        sys.argv = ["torchrun", "--standalone", f"--nproc_per_node={count}", *script]
+        launcher = ["torchrun", "--standalone", f"--nproc_per_node={count}"]
+        sys.argv = [*launcher, "-m", "fairway.allot", "0", *script]
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
     else:
         gc.disable()  # until `run_stage`: it would search PyTorch's modules many times

@@ -118,8 +118,28 @@ def test_a_stage_gets_what_the_section_says():
 
 
 def test_cuda_must_not_be_used_before_the_job_has_its_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr("fairway.stage.cuda_is_running", lambda: True)
     take_gpus()
     monkeypatch.setenv(WANTED, "1")
     with pytest.raises(UserError, match="let plugins use it in their functions only"):
         take_gpus()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("brief", [False, True])
+def test_what_a_stage_imports_ahead_leaves_the_choice_of_gpus_open(machine, brief):
+    folder, start = machine
+    (folder / "job.py").write_text(
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from fairway.model.runtime import import_ahead\n"
+        "from fairway.model.settings import RuntimeSettings\n"
+        "from fairway.stage import cuda_is_running\n"
+        f"import_ahead(RuntimeSettings(device='cuda'), brief={brief})\n"
+        "before = torch.cuda.is_available(), cuda_is_running()\n"
+        "torch.cuda.init()\n"
+        "Path('a0').write_text(repr((*before, cuda_is_running())))\n",
+        encoding="utf-8",
+    )
+    assert start(1).wait() == 0
+    assert seen(folder / "a0") == "(True, False, True)"

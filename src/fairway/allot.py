@@ -119,6 +119,8 @@ def main(arguments: Sequence[str]) -> None:
         sys.argv = [*launcher, "-m", "fairway.allot", "0", *script]
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
     else:
+        # PyTorch's is_available() would ask the driver, which sees the same GPUs from then on.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         gc.disable()  # until `run_stage`: it would search PyTorch's modules many times
         sys.argv, sys.path[0] = script, str(Path(script[0]).resolve().parent)
         runpy.run_path(script[0], run_name="__main__")

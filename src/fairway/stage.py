@@ -14,6 +14,7 @@ A script is a function of a `StageRun` and one call:
 """
 
 import argparse
+import ctypes
 import gc
 import os
 import signal
@@ -25,8 +26,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import torch
 
 from fairway.allot import WANTED, take_wanted
 from fairway.claims import claimed
@@ -175,16 +174,15 @@ def run_stage(
     documentation: str | None,
     arguments: list[str] | None = None,
     add_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+    import_ahead: Callable[[Any], object] = lambda runtime: None,
 ) -> None:
     """Parse the command line, join the other processes, and do the stage's work.
 
     What users can mend becomes one line on stderr and exit status 1. Only the first process should
     write, and the output is its own meanwhile; all wait for it at the end. An older run's
     provenance.json goes before the first product changes.
+    import_ahead: gets section `runtime` and imports what `work` needs, before there is a GPU.
     """
-    if not gc.isenabled():  # by fairway.allot
-        gc.freeze()  # modules stay to the end, where taking them apart would take a second
-        gc.enable()
     stage = STAGES[name]
     parser = stage_parser(stage, documentation)
     add_options(parser)
@@ -192,8 +190,12 @@ def run_stage(
         options = parser.parse_args(arguments)
         settings = stage_settings(stage, options)
         _check_output(stage, options.output)
-        take_gpus()
         runtime = sections_of(settings).get("runtime")
+        import_ahead(runtime)
+        if not gc.isenabled():  # by fairway.allot
+            gc.freeze()  # modules stay to the end, where taking them apart would take a second
+            gc.enable()
+        take_gpus()
         with (
             distributed_world(runtime.device if runtime else "cpu") as world,
             claimed(options.output, PROVENANCE) if world.is_main else nullcontext(),
@@ -205,12 +207,24 @@ def run_stage(
 @phase("wait")
 def take_gpus() -> None:
     """Take the job's GPUs; UserError where it is too late, for CUDA has seen all that are there."""
-    if WANTED in os.environ and torch.cuda.is_initialized():
+    if WANTED in os.environ and cuda_is_running():
         raise UserError(
             "CUDA was used while modules were imported, before the job had a GPU of its own: let "
             "plugins use it in their functions only"
         )
     take_wanted()
+
+
+def cuda_is_running() -> bool:
+    """Whether CUDA's driver runs in this process, which knows its GPUs for good by then.
+
+    PyTorch may not know: the driver runs once anything has counted the GPUs.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 0
 
 
 def _check_output(stage: Stage, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Attention backends: each against float64, and which of them is taken."""
 
+import importlib
 import math
 import sys
 from types import SimpleNamespace
@@ -184,3 +185,28 @@ def test_a_backend_that_lacks_a_part_of_itself_is_told_in_one_line(monkeypatch, 
     monkeypatch.setitem(attention.FLASH_MODULES, "flash_attn_4", "half_installed")
     with pytest.raises(UserError, match="flash_attn_4 .*No module named 'the_compiler_it_needs'"):
         attention.load_backend("flash_attn_4")
+
+
+def test_flash_attn_4_comes_without_the_kernels_of_quack_which_stays_whole(tmp_path, monkeypatch):
+    files = {
+        "quack/__init__.py": "import quack.dsl\nfrom quack.kernels import softmax\n",
+        "quack/dsl.py": "",
+        "quack/helpers.py": "",
+        "quack/kernels.py": "softmax = 'one'\n",
+        "cute_of_a_test.py": "import quack.helpers\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(attention.FLASH_MODULES, "flash_attn_4", "cute_of_a_test")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "quack"]:
+        monkeypatch.delitem(sys.modules, name)
+    before = set(sys.modules)
+    try:
+        attention.load_backend("flash_attn_4")
+        assert set(sys.modules) - before == {"cute_of_a_test", "quack.dsl", "quack.helpers"}
+        assert importlib.import_module("quack").softmax == "one"
+    finally:
+        for name in set(sys.modules) - before:
+            del sys.modules[name]

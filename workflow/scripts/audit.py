@@ -31,7 +31,7 @@ from fairway.data.tokenizer import load_tokenizer
 from fairway.evaluation.evaluator import Evaluator
 from fairway.files import sha256_of, write_json, write_table
 from fairway.metrics import read_metrics
-from fairway.model.runtime import prepare, runtime_metrics
+from fairway.model.runtime import import_ahead, prepare, runtime_metrics
 from fairway.model.sampling import sample_documents
 from fairway.packing import evaluation_program
 from fairway.quantization.artifact import load_artifact
@@ -130,4 +130,4 @@ def used_budgets(
 
 
 if __name__ == "__main__":
-    run_stage("audit", audit, __doc__)
+    run_stage("audit", audit, __doc__, import_ahead=import_ahead)

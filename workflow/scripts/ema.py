@@ -6,10 +6,12 @@
         --output results/quickstart/seed-42/shared/ema
 """
 
+from functools import partial
+
 from fairway.data.dataset import load_dataset, read_split
 from fairway.evaluation.plain import val_metrics
 from fairway.files import read_tensors
-from fairway.model.runtime import prepare
+from fairway.model.runtime import import_ahead, prepare
 from fairway.model.weights import load_model, save_model
 from fairway.stage import StageRun, run_stage
 from fairway.stages import made_by
@@ -35,4 +37,4 @@ def average(stage: StageRun) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("ema", average, __doc__)
+    run_stage("ema", average, __doc__, import_ahead=partial(import_ahead, brief=True))

@@ -6,11 +6,12 @@
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 from fairway.data.dataset import load_dataset
 from fairway.evaluation.plain import val_metrics
 from fairway.files import write_table
-from fairway.model.runtime import prepare
+from fairway.model.runtime import import_ahead, prepare
 from fairway.model.weights import load_model
 from fairway.packing import code_bytes
 from fairway.quantization.artifact import load_artifact
@@ -41,4 +42,4 @@ def quantize(stage: StageRun) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("gptq", quantize, __doc__)
+    run_stage("gptq", quantize, __doc__, import_ahead=partial(import_ahead, brief=True))

@@ -26,7 +26,7 @@ from fairway.evaluation.token_table import (
 )
 from fairway.files import write_table
 from fairway.model.gpt import GPT
-from fairway.model.runtime import captures_graphs, prepare, runtime_metrics
+from fairway.model.runtime import captures_graphs, import_ahead, prepare, runtime_metrics
 from fairway.progress import progress
 from fairway.quantization.artifact import load_artifact
 from fairway.stage import StageRun, run_stage
@@ -93,4 +93,4 @@ def warn_if_idle(stage: StageRun, windows: int) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("slot_eval", evaluate, __doc__)
+    run_stage("slot_eval", evaluate, __doc__, import_ahead=import_ahead)

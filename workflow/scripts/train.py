@@ -26,7 +26,7 @@ from fairway.evaluation.plain import evaluate_split, val_metrics
 from fairway.files import sha256_of_json, write_table, write_tensors
 from fairway.metrics import read_metrics
 from fairway.model.gpt import GPT
-from fairway.model.runtime import captures_graphs, compiles, prepare
+from fairway.model.runtime import captures_graphs, compiles, import_ahead, prepare
 from fairway.model.spec import GPTConfig
 from fairway.model.weights import save_model
 from fairway.quantization.settings import quantizer_of
@@ -158,4 +158,4 @@ def add_checkpoints(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("train", train, __doc__, add_options=add_checkpoints)
+    run_stage("train", train, __doc__, add_options=add_checkpoints, import_ahead=import_ahead)

@@ -7,9 +7,11 @@
 Several processes: torchrun --standalone --nproc_per_node=8 workflow/scripts/ttt.py ...
 """
 
+from functools import partial
+
 from fairway.data.dataset import load_dataset, read_split
 from fairway.evaluation.plain import val_metrics
-from fairway.model.runtime import compiles, prepare
+from fairway.model.runtime import compiles, import_ahead, prepare
 from fairway.model.weights import load_model, save_model
 from fairway.stage import StageRun, run_stage
 from fairway.training.ttt import adapt
@@ -47,4 +49,4 @@ def train(stage: StageRun) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("ttt", train, __doc__)
+    run_stage("ttt", train, __doc__, import_ahead=partial(import_ahead, brief=True))

@@ -5,8 +5,9 @@ Shapes: B sequences, T positions, H query heads, K key/value heads, D head width
 
 import importlib
 import os
+import sys
 from contextlib import nullcontext
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 
 import torch
@@ -37,9 +38,15 @@ BACKENDS = ("flash_attn_4", "cudnn", "flash_attn_3", "flash_attn_2", "sdpa")
 H200: docs/log.md, 2026-11-24."""
 
 
-SLOW_TO_LOAD = {"flash_attn_4"}
-"""It brings a compiler, which a process imports for six to seven seconds (docs/log.md,
-2026-11-26)."""
+SLOW_TO_LOAD = "flash_attn_4"
+"""It brings a compiler, which a process imports for some seconds (docs/log.md, 2026-11-26)."""
+
+
+def load_ahead(wanted: str, brief: bool) -> None:
+    """Import SLOW_TO_LOAD if `select_backend` will choose it on a GPU; CUDA is not used yet."""
+    chosen = not brief if wanted == "auto" else SLOW_TO_LOAD.startswith(wanted)
+    if chosen and is_installed(FLASH_MODULES[SLOW_TO_LOAD]):
+        load_backend(SLOW_TO_LOAD)
 
 
 def load_backend(name: str) -> None:
@@ -50,12 +57,33 @@ def load_backend(name: str) -> None:
     if name not in FLASH_MODULES:
         return
     try:
-        importlib.import_module(FLASH_MODULES[name])
+        if name == SLOW_TO_LOAD:
+            _import_flash_attn_4()
+        else:
+            importlib.import_module(FLASH_MODULES[name])
     except ImportError as error:
         raise UserError(
             f"runtime.attention: {name} is installed but cannot be imported ({error}): install the "
             "`gpu` extra anew, or set it to cudnn or sdpa"
         ) from error
+
+
+def _import_flash_attn_4() -> None:
+    """Import flash-attn-4 without the kernels of quack, the package whose helpers it uses.
+
+    quack's own `__init__` imports them with PyTorch's compiler, which takes twice as long as all
+    the rest and asks CUDA for the GPU. Whoever imports quack later gets the whole of it.
+    """
+    spec = None if "quack" in sys.modules else find_spec("quack")
+    if spec:
+        sys.modules["quack"] = module_from_spec(spec)
+    try:
+        if spec:
+            importlib.import_module("quack.dsl")  # the part of `__init__` that changes CuTe
+        importlib.import_module(FLASH_MODULES[SLOW_TO_LOAD])
+    finally:
+        if spec:
+            del sys.modules["quack"]
 
 
 def available_backends(device: torch.device) -> list[str]:
@@ -71,12 +99,12 @@ def available_backends(device: torch.device) -> list[str]:
 def select_backend(wanted: str, device: torch.device, brief: bool = False) -> str:
     """Resolve `runtime.attention` (auto, sdpa, cudnn, flash_attn) to one backend's name.
 
-    brief: whether there is little to compute, so that `auto` takes none of SLOW_TO_LOAD.
+    brief: whether there is little to compute, so that `auto` does not take SLOW_TO_LOAD.
     Raises UserError where the one asked for cannot run.
     """
     backends = available_backends(device)
     if wanted == "auto":
-        return next(name for name in backends if not (brief and name in SLOW_TO_LOAD))
+        return next(name for name in backends if not (brief and name == SLOW_TO_LOAD))
     serving = [name for name in backends if name.startswith(wanted)]
     if not serving:
         raise UserError(

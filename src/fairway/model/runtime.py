@@ -7,11 +7,31 @@ from importlib.util import find_spec
 import torch
 
 from fairway.errors import UserError
-from fairway.model.attention import HOPPER, key_copies, load_backend, select_backend
+from fairway.model.attention import (
+    HOPPER,
+    key_copies,
+    load_ahead,
+    load_backend,
+    select_backend,
+)
 from fairway.model.gpt import GPT, Backend
 from fairway.model.settings import RuntimeSettings
 from fairway.model.spec import GPTConfig
 from fairway.phases import CLOCK, phase
+
+
+def import_ahead(settings: RuntimeSettings, *, brief: bool = False) -> None:
+    """Import what `prepare` would on a GPU, in a process that has none yet: CUDA is not used.
+
+    brief: as for `prepare`.
+    Raises UserError where a part of a library is missing.
+    """
+    if settings.device == "cpu" or torch.version.cuda is None:
+        return
+    if settings.precision != "float32":
+        load_ahead(settings.attention, brief)
+    if settings.kernels != "plain" and find_spec("triton"):
+        fused_twin()
 
 
 def prepare(model: GPT, settings: RuntimeSettings, *, brief: bool = False) -> GPT:
@@ -75,13 +95,18 @@ def select_kernels(
     elif wanted == "auto" and torch.cuda.get_device_capability(device) < HOPPER:
         reason = "the GPU is older than Hopper"
     else:
-        # Imported here, for it imports Triton, which an installation for CPUs lacks.
-        from fairway.model.fused import forward_backward as twin
-
+        twin = fused_twin()
         reason = twin.supports(config)
     if wanted == "fused" and reason is not None:
         raise UserError(f"runtime.kernels is 'fused' but {reason}: use 'auto'")
     return (None if reason else twin), reason
+
+
+def fused_twin() -> Backend:
+    """Imported here, for it imports Triton, which an installation for CPUs lacks."""
+    from fairway.model.fused import forward_backward
+
+    return forward_backward
 
 
 def compiles(settings: RuntimeSettings, model: GPT) -> bool:

@@ -117,12 +117,17 @@ def test_a_stage_gets_what_the_section_says():
         settings.of("train", 2)
 
 
-def test_cuda_must_not_be_used_before_the_job_has_its_gpu(monkeypatch):
+def test_cuda_must_not_be_used_before_the_job_has_one_gpu_of_several(monkeypatch):
     monkeypatch.setattr("fairway.stage.cuda_is_running", lambda: True)
     take_gpus()
     monkeypatch.setenv(WANTED, "1")
-    with pytest.raises(UserError, match="let plugins use it in their functions only"):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,8")
+    with pytest.raises(UserError, match="among 7, 8: let plugins use it in their functions only"):
         take_gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "8")  # the driver has seen what the job will have
+    monkeypatch.setattr("fairway.allot.take", lambda count: ["8"])
+    take_gpus()
+    assert WANTED not in os.environ
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

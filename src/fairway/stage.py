@@ -27,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fairway.allot import WANTED, take_wanted
+from fairway.allot import WANTED, installed_gpus, take_wanted, visible_gpus
 from fairway.claims import claimed
 from fairway.distributed import (
     World,
@@ -206,12 +206,14 @@ def run_stage(
 
 @phase("wait")
 def take_gpus() -> None:
-    """Take the job's GPUs; UserError where it is too late, for CUDA has seen all that are there."""
+    """Take the job's GPUs; UserError where it is too late, for CUDA has seen more than those."""
     if WANTED in os.environ and cuda_is_running():
-        raise UserError(
-            "CUDA was used while modules were imported, before the job had a GPU of its own: let "
-            "plugins use it in their functions only"
-        )
+        visible = visible_gpus(installed_gpus())
+        if len(visible) > int(os.environ[WANTED]):
+            raise UserError(
+                "CUDA was used while modules were imported, before the job had a GPU of its own "
+                f"among {', '.join(visible)}: let plugins use it in their functions only"
+            )
     take_wanted()
 
 

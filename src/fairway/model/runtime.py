@@ -1,6 +1,7 @@
 """Settings of the runtime resolved for a device: kernels, attention, precision, compilation."""
 
 import os
+import shutil
 import time
 from importlib.util import find_spec
 
@@ -26,7 +27,8 @@ def import_ahead(settings: RuntimeSettings, *, brief: bool = False) -> None:
     brief: as for `prepare`.
     Raises UserError where a part of a library is missing.
     """
-    if settings.device == "cpu" or torch.version.cuda is None:
+    # Where NVML is missing, as nvidia-smi is then, these libraries count the GPUs by CUDA.
+    if settings.device == "cpu" or shutil.which("nvidia-smi") is None:
         return
     if settings.precision != "float32":
         load_ahead(settings.attention, brief)

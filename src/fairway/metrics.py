@@ -34,8 +34,9 @@ class Metrics(BaseModel):
     """Of them, seconds of evaluation; slot_eval's count towards budgets.evaluation_seconds."""
     phase_seconds: dict[str, float]
     """Seconds of the first process: `start`, of the job until the stage's own work begins; `wait`,
-    for a GPU; `read`; `compile`, by Triton or torch.compile, loading flash-attn, capturing CUDA
-    graphs, and train's warm-up; `write`, without metrics.json and provenance.json; and `work`."""
+    for a GPU; `read`; `compile`, by Triton or torch.compile, loading flash-attn unless that was
+    part of `start`, capturing CUDA graphs, and train's warm-up; `write`, without metrics.json and
+    provenance.json; and `work`."""
     device: str
     """Name of the GPU, or the processor's name, architecture and number of threads."""
     processes: int

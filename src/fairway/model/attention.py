@@ -6,7 +6,8 @@ Shapes: B sequences, T positions, H query heads, K key/value heads, D head width
 import importlib
 import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 
@@ -44,9 +45,9 @@ SLOW_TO_LOAD = "flash_attn_4"
 
 def load_ahead(wanted: str, brief: bool) -> None:
     """Import SLOW_TO_LOAD if `select_backend` will choose it on a GPU; CUDA is not used yet."""
-    chosen = not brief if wanted == "auto" else SLOW_TO_LOAD.startswith(wanted)
-    if chosen and is_installed(FLASH_MODULES[SLOW_TO_LOAD]):
-        load_backend(SLOW_TO_LOAD)
+    if is_installed(FLASH_MODULES[SLOW_TO_LOAD]):
+        for name in _serving(wanted, [SLOW_TO_LOAD], brief):
+            load_backend(name)
 
 
 def load_backend(name: str) -> None:
@@ -57,9 +58,7 @@ def load_backend(name: str) -> None:
     if name not in FLASH_MODULES:
         return
     try:
-        if name == SLOW_TO_LOAD:
-            _import_flash_attn_4()
-        else:
+        with _quack_without_kernels() if name == "flash_attn_4" else nullcontext():
             importlib.import_module(FLASH_MODULES[name])
     except ImportError as error:
         raise UserError(
@@ -68,22 +67,23 @@ def load_backend(name: str) -> None:
         ) from error
 
 
-def _import_flash_attn_4() -> None:
-    """Import flash-attn-4 without the kernels of quack, the package whose helpers it uses.
+@contextmanager
+def _quack_without_kernels() -> Iterator[None]:
+    """Within, importing a part of quack, whose helpers flash-attn-4 uses, leaves its kernels out.
 
     quack's own `__init__` imports them with PyTorch's compiler, which takes twice as long as all
     the rest and asks CUDA for the GPU. Whoever imports quack later gets the whole of it.
     """
     spec = None if "quack" in sys.modules else find_spec("quack")
-    if spec:
-        sys.modules["quack"] = module_from_spec(spec)
+    if spec is None:
+        yield
+        return
+    sys.modules["quack"] = module_from_spec(spec)
     try:
-        if spec:
-            importlib.import_module("quack.dsl")  # the part of `__init__` that changes CuTe
-        importlib.import_module(FLASH_MODULES[SLOW_TO_LOAD])
+        importlib.import_module("quack.dsl")  # the part of `__init__` that changes CuTe
+        yield
     finally:
-        if spec:
-            del sys.modules["quack"]
+        del sys.modules["quack"]
 
 
 def available_backends(device: torch.device) -> list[str]:
@@ -103,9 +103,7 @@ def select_backend(wanted: str, device: torch.device, brief: bool = False) -> st
     Raises UserError where the one asked for cannot run.
     """
     backends = available_backends(device)
-    if wanted == "auto":
-        return next(name for name in backends if not (brief and name == SLOW_TO_LOAD))
-    serving = [name for name in backends if name.startswith(wanted)]
+    serving = _serving(wanted, backends, brief)
     if not serving:
         raise UserError(
             f"runtime.attention is {wanted!r} but the backends for device {device.type!r} are "
@@ -113,6 +111,13 @@ def select_backend(wanted: str, device: torch.device, brief: bool = False) -> st
             "extra, cudnn needs a Hopper GPU or newer)"
         )
     return serving[0]
+
+
+def _serving(wanted: str, backends: Sequence[str], brief: bool) -> list[str]:
+    """Those of `backends` that `wanted` and `brief` allow, in their order."""
+    if wanted == "auto":
+        return [name for name in backends if not (brief and name == SLOW_TO_LOAD)]
+    return [name for name in backends if name.startswith(wanted)]
 
 
 def key_copies(backend: str, queries_per_key: int) -> int:

@@ -105,7 +105,7 @@ def select_kernels(
 
 
 def fused_twin() -> Backend:
-    """Imported here, for it imports Triton, which an installation for CPUs lacks."""
+    """The fused formulation; imported late, for an installation for CPUs lacks Triton."""
     from fairway.model.fused import forward_backward
 
     return forward_backward

@@ -374,6 +374,8 @@ def show_processes(folder: Path, tokens: int, processes: int, device: str) -> No
 
 @contextmanager
 def working_folder(options: argparse.Namespace) -> Iterator[Path]:
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         yield folder

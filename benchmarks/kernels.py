@@ -146,7 +146,7 @@ def _residual_cases(config, rows, random) -> Iterator[Case]:
 def _head_cases(config, rows, random) -> Iterator[Case]:
     H, K, D = config.heads, config.kv_heads, config.head_width
     qkv, queries = random(rows, (H + 2 * K) * D), random(rows, H, D)
-    keys, values, other = (random(rows, K, D) for _ in range(3))
+    values, other = (random(rows, K, D) for _ in range(2))
     gain = random(H).float()
     positions = torch.arange(config.sequence_tokens, device=qkv.device)
     cos, sin = rotary_angles(config, positions)
@@ -157,11 +157,15 @@ def _head_cases(config, rows, random) -> Iterator[Case]:
         lambda: heads.norm_and_rotate(strided, cos, sin, gain, len(positions)),
         moved(queries, queries),
     )
-    yield Case(
-        "heads, backward",
-        lambda: heads.heads_backward(queries, keys, values, other, qkv, cos, sin, gain, sums),
-        moved(queries, keys, values, other, queries, keys, qkv),
-    )
+    for kind, copies in {"": 1, " of copied keys": H // K}.items():
+        key, value = (random(rows, K * copies, D) for _ in range(2))
+        yield Case(
+            f"heads{kind}, backward",
+            lambda key=key, value=value: heads.heads_backward(
+                queries, key, value, other, qkv, cos, sin, gain, sums
+            ),
+            moved(queries, key, value, other, qkv, qkv),
+        )
     x = random(rows, config.width)
     gate = exclusion.HeadGate(x, random(H, 12).float())
     for kind, own in {"": None, " and gate": gate}.items():

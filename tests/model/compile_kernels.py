@@ -21,8 +21,9 @@ from fairway.evaluation.adapters.fit import logit_delta_kernel
 from fairway.evaluation.adapters.lora import BatchedLora, LoraSettings
 from fairway.evaluation.adapters.slot import SlotSettings
 from fairway.evaluation.settings import EvaluationSettings
+from fairway.model.fused import embedding, heads, mlp_hopper, residual
 from fairway.model.fused import forward_backward as fused
-from fairway.model.fused import mlp_hopper
+from fairway.model.fused.tiles import multiprocessors
 from fairway.model.gpt import GPT
 from fairway.model.spec import GPTConfig
 
@@ -45,6 +46,11 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 launch = JITFunction.run
 seen: set[int] = set()
 
+REGISTERS, SHARED_BYTES, MULTIPROCESSORS = 65536, 233472, multiprocessors(torch.device("cpu"))
+"""Of a multiprocessor of Hopper, and how many it has."""
+REGISTERS_AT_ONCE, RESERVED_BYTES = 256, 1024
+"""A warp's registers come in multiples of the first; each program takes the second besides."""
+
 
 class HopperWithoutDevice:
     """What Triton asks a driver for before it compiles."""
@@ -63,11 +69,13 @@ def compile_only(function, *arguments, grid=None, warmup=False, **options):
     kernel = launch(function, *arguments, grid=grid, warmup=True, **options)
     if id(kernel) not in seen:
         seen.add(id(kernel))
-        print(f"{function.__name__}: {usage(kernel)}", flush=True)
+        shares_rows = "PROGRAMS" in function.arg_names and grid[0] % MULTIPROCESSORS == 0
+        print(f"{function.__name__}: {usage(kernel, grid[0] if shares_rows else 0)}", flush=True)
     return kernel
 
 
-def usage(kernel) -> str:
+def usage(kernel, programs: int) -> str:
+    """programs: those that share all rows, and should be resident at the same time; or 0."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -77,7 +85,20 @@ def usage(kernel) -> str:
         re.search(rf"{key}:(\d+)", text)[1] for key in ("REG", "STACK", "LOCAL")
     )
     shared = kernel.metadata.shared
-    return f"{registers} registers, {shared} bytes shared, {int(stack) + int(local)} bytes spilled"
+    words = f"{registers} registers, {shared} bytes shared, {int(stack) + int(local)} bytes spilled"
+    if not programs:
+        return words
+    of_warp = -(-32 * int(registers) // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
+    resident = min(
+        REGISTERS // (of_warp * kernel.metadata.num_warps),
+        SHARED_BYTES // (shared + RESERVED_BYTES),
+    )
+    return f"{words}, {programs // MULTIPROCESSORS} programs of {resident}"
+
+
+def all_programs(x: torch.Tensor, per_multiprocessor: int) -> int:
+    """`programs_over` for as many rows as a GPU computes, whatever x has."""
+    return per_multiprocessor * MULTIPROCESSORS
 
 
 def compile_fit(window_tokens: int, vocabulary: int, slot: SlotSettings) -> None:
@@ -116,6 +137,8 @@ def compile_mlp_hopper(width: int, mlp_width: int, slope: float) -> None:
 def main() -> None:
     driver.set_active(HopperWithoutDevice())
     JITFunction.run = compile_only
+    for module in (embedding, heads, residual):
+        module.programs_over = all_programs
     tokens = torch.zeros(1, 64, dtype=torch.int64)
     for changes in ({}, FRONTIER):
         config = GPTConfig(**changes)

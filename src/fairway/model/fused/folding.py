@@ -1,4 +1,4 @@
-"""Banks of matrices with the scales of their rows folded in.
+"""Matrices with the scales of their rows folded in.
 
 Shapes: N matrices, R rows, C columns.
 """
@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 def scale_rows(bank: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """bank float32 [N, R, C] times scales float32 [N, R], in `dtype`; no float32 copy between."""
+    """bank [N, R, C] times scales float32 [N, R], in `dtype`; computed in float32, with no copy."""
     out = torch.empty(bank.shape, dtype=dtype, device=bank.device)
     C = bank.shape[2]
     _scale_rows[(scales.numel(),)](bank, scales, out, C, triton.next_power_of_2(C))

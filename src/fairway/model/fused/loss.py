@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fairway.model.fused.folding import scale_rows
+
 ONE_WARPS_ENTRIES, ENTRIES_PER_WARP = 1024, 512
 """Of a row of scores. A warp that is alone needs no other one's sums; it keeps 32 in each lane."""
 
@@ -42,7 +44,10 @@ class HeadLoss(torch.autograd.Function):
         hidden, embedding, cap = ctx.saved_tensors
         factor = gradient / len(hidden)
         cap = None if cap is None else cap * factor
-        return hidden * factor, embedding * factor, None, cap, None
+        # A product with the scalar would round it to bfloat16 first, and take four times as long.
+        factors = factor.expand(1, len(hidden)).contiguous()
+        (hidden,) = scale_rows(hidden.unsqueeze(0), factors, hidden.dtype)
+        return hidden, embedding * factor, None, cap, None
 
 
 def cross_entropy(

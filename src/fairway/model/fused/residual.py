@@ -10,8 +10,8 @@ import triton.language as tl
 from fairway.model.functional import NORM_EPSILON
 from fairway.model.fused.tiles import one_row, programs_over, row_grid, row_tile, rows_of
 
-MOST_PROGRAMS = 12
-"""Of `mix_and_norm_backward` on a multiprocessor: for the steps without a skip."""
+PROGRAMS, PROGRAMS_WITH_SKIP = 12, 8
+"""Of `mix_and_norm_backward` on a multiprocessor."""
 
 
 def rms_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,15 +137,15 @@ def mix_and_norm_backward(
     outer = torch.empty_like(x)
     is_apart = has_skip and (has_keep or has_later)
     inner = torch.empty_like(x) if is_apart else outer
-    # As many as find registers at the same time; more of one row's at a time in two warps.
-    per_multiprocessor = (6 if has_keep else 8) if is_apart else 9 if has_skip else MOST_PROGRAMS
-    programs = programs_over(x, per_multiprocessor)
+    # As many as find registers at the same time. With a skip, a row takes too many for one warp.
+    warps = (2 if has_keep else 4) if has_skip else 1
+    programs = programs_over(x, PROGRAMS_WITH_SKIP if has_skip else PROGRAMS)
     _mix_and_norm_backward[(programs,)](
         residual, gradient, inverse, x, x0, skip if has_skip else x,
         inner if later is None else later, mix, skip_weights if has_skip else mix,
         later_weights if has_later else mix, x0_gradient, inner, outer, mix_sums,
         skip_sums if has_skip else mix_sums, M, C, has_skip, has_keep, has_later, later is None,
-        is_apart, programs, mix_sums.shape[1], *one_row(x), num_warps=2 if is_apart else 1,
+        is_apart, programs, mix_sums.shape[1], *one_row(x), num_warps=warps,
     )  # fmt: skip
     return inner, outer
 
@@ -155,7 +155,7 @@ def channel_sums(x: torch.Tensor, count: int) -> torch.Tensor:
 
     A block may need fewer programs, and may run several times.
     """
-    return x.new_zeros(count, 2, programs_over(x, MOST_PROGRAMS), x.shape[1], dtype=torch.float32)
+    return x.new_zeros(count, 2, programs_over(x, PROGRAMS), x.shape[1], dtype=torch.float32)
 
 
 @triton.jit
@@ -168,8 +168,9 @@ def _mix_and_norm_backward(
 ):  # fmt: skip
     channels = tl.arange(0, WIDE)
     inside = channels < C
-    mix0_sum, mix1_sum = tl.zeros((WIDE,), tl.float32), tl.zeros((WIDE,), tl.float32)
-    skip_sum, keep_sum = tl.zeros((WIDE,), tl.float32), tl.zeros((WIDE,), tl.float32)
+    # Sums of the gradient times each part of the mix; the parts' weights are factors of all rows.
+    of_x, of_x0 = tl.zeros((WIDE,), tl.float32), tl.zeros((WIDE,), tl.float32)
+    of_skip = tl.zeros((WIDE,), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(M, ROWS), PROGRAMS):
         rows, at, mask = rows_of(block, M, C, ROWS, WIDE)
         # Weights are read again for each row, from the cache: kept, they would take the registers
@@ -192,16 +193,15 @@ def _mix_and_norm_backward(
         gradient = tl.load(gradient_at + at, mask, other=0.0).to(tl.float32)
         mixed = tl.load(residual_at + at, mask, other=0.0).to(tl.float32)
         mixed += norm_gradient(gradient, normed, inverse, C)
-        inner = mix0[None, :] * mixed
-        mix0_sum += tl.sum(mixed * joined, 0)
-        mix1_sum += tl.sum(mixed * x0, 0)
+        of_x += tl.sum(mixed * x, 0)
+        if HAS_SKIP:
+            of_skip += tl.sum(mixed * skip, 0)
+        of_x0 += tl.sum(mixed * x0, 0)
         x0_gradient = tl.load(x0_gradient_at + at, mask, other=0.0).to(tl.float32)
         tl.store(x0_gradient_at + at, x0_gradient + mix1[None, :] * mixed, mask)
+        inner = mix0[None, :] * mixed
         outer = inner
-        if HAS_SKIP:
-            skip_sum += tl.sum(inner * skip, 0)
         if HAS_KEEP:
-            keep_sum += tl.sum(inner * x, 0)
             outer *= keep[None, :]
         if HAS_LATER:
             later_weight = tl.load(later_weights_at + channels, inside, other=0.0)
@@ -215,12 +215,16 @@ def _mix_and_norm_backward(
         tl.store(outer_at + at, outer, mask)
     # There may be room for more partial sums than there are programs.
     own = tl.program_id(0) * C + channels
-    _add_to(mix_sums_at + own, mix0_sum, inside)
-    _add_to(mix_sums_at + SUMS * C + own, mix1_sum, inside)
-    if HAS_SKIP:
-        _add_to(skip_sums_at + own, skip_sum, inside)
+    mix0 = tl.load(mix_at + channels, inside, other=0.0)
+    of_joined = of_x
     if HAS_KEEP:
-        _add_to(skip_sums_at + SUMS * C + own, keep_sum, inside)
+        of_joined *= tl.load(skip_weights_at + C + channels, inside, other=0.0)
+        _add_to(skip_sums_at + SUMS * C + own, mix0 * of_x, inside)
+    if HAS_SKIP:
+        of_joined += tl.load(skip_weights_at + channels, inside, other=0.0) * of_skip
+        _add_to(skip_sums_at + own, mix0 * of_skip, inside)
+    _add_to(mix_sums_at + own, of_joined, inside)
+    _add_to(mix_sums_at + SUMS * C + own, of_x0, inside)
 
 
 @triton.jit

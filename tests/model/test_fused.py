@@ -344,7 +344,6 @@ def test_norm_of_any_number_of_rows_against_float64(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
 def test_every_kernel_compiles_for_hopper_without_spilling_or_waiting():
     """In its own process: the interpreter must not have replaced the compiler.
 

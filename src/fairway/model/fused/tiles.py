@@ -2,8 +2,8 @@
 
 Arithmetic is float32 whatever the activations' dtype. Sums over all rows, the gradients of
 per-channel parameters, are left as one partial sum per program, so that they do not depend on
-timing. Such a program is one warp that takes a row at a time: its sums stay in registers, and no
-warp waits for another. Shapes: M rows (tokens), C channels.
+timing. Such a program takes a row at a time, in as few warps as hold it: its sums stay in
+registers, and with one warp none waits for another. Shapes: M rows (tokens), C channels.
 """
 
 from functools import cache

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from fairway.model.functional import NORM_EPSILON
-from fairway.model.fused.tiles import programs_over
+from fairway.model.fused.tiles import add_to_own, programs_over
 
 ROWS_PER_PROGRAM = 2
 """Rows that a program of the forward pass takes, unrolled so that none waits for another."""
 
-PROGRAMS = 28
+ROW_PROGRAMS = 28
 """Of the backward pass on a multiprocessor."""
 
 
@@ -123,7 +123,7 @@ def gain_sums(x: torch.Tensor, heads: int, blocks: int) -> torch.Tensor:
 
     A block may run several times.
     """
-    return x.new_zeros(blocks, programs_over(x, PROGRAMS), heads, dtype=torch.float32)
+    return x.new_zeros(blocks, programs_over(x, ROW_PROGRAMS), heads, dtype=torch.float32)
 
 
 @triton.jit
@@ -157,8 +157,7 @@ def _heads_backward(
             copy_at = of_copies + _copy_offsets(copy, COPIES, D, WIDE_K, WIDE_D)
             value += tl.load(value_gradient_at + copy_at, mask, other=0.0)
         tl.store(out_at + of_keys + K * D + at, value, mask)
-    # Nobody else adds there. A load and a store took more registers than 28 programs find.
-    tl.atomic_add(sums_at + tl.program_id(0) * H + heads, gain_sum, heads < H, sem="relaxed")
+    add_to_own(sums_at + tl.program_id(0) * H + heads, gain_sum, heads < H)
 
 
 @triton.jit

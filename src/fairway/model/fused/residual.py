@@ -8,9 +8,16 @@ import triton
 import triton.language as tl
 
 from fairway.model.functional import NORM_EPSILON
-from fairway.model.fused.tiles import one_row, programs_over, row_grid, row_tile, rows_of
+from fairway.model.fused.tiles import (
+    add_to_own,
+    one_row,
+    programs_over,
+    row_grid,
+    row_tile,
+    rows_of,
+)
 
-PROGRAMS, PROGRAMS_WITH_SKIP = 12, 8
+ROW_PROGRAMS, ROW_PROGRAMS_WITH_SKIP = 12, 8
 """Of `mix_and_norm_backward` on a multiprocessor."""
 
 
@@ -139,7 +146,7 @@ def mix_and_norm_backward(
     inner = torch.empty_like(x) if is_apart else outer
     # As many as find registers at the same time. With a skip, a row takes too many for one warp.
     warps = (2 if has_keep else 4) if has_skip else 1
-    programs = programs_over(x, PROGRAMS_WITH_SKIP if has_skip else PROGRAMS)
+    programs = programs_over(x, ROW_PROGRAMS_WITH_SKIP if has_skip else ROW_PROGRAMS)
     _mix_and_norm_backward[(programs,)](
         residual, gradient, inverse, x, x0, skip if has_skip else x,
         inner if later is None else later, mix, skip_weights if has_skip else mix,
@@ -155,7 +162,7 @@ def channel_sums(x: torch.Tensor, count: int) -> torch.Tensor:
 
     A block may need fewer programs, and may run several times.
     """
-    return x.new_zeros(count, 2, programs_over(x, PROGRAMS), x.shape[1], dtype=torch.float32)
+    return x.new_zeros(count, 2, programs_over(x, ROW_PROGRAMS), x.shape[1], dtype=torch.float32)
 
 
 @triton.jit
@@ -219,17 +226,12 @@ def _mix_and_norm_backward(
     of_joined = of_x
     if HAS_KEEP:
         of_joined *= tl.load(skip_weights_at + C + channels, inside, other=0.0)
-        _add_to(skip_sums_at + SUMS * C + own, mix0 * of_x, inside)
+        add_to_own(skip_sums_at + SUMS * C + own, mix0 * of_x, inside)
     if HAS_SKIP:
         of_joined += tl.load(skip_weights_at + channels, inside, other=0.0) * of_skip
-        _add_to(skip_sums_at + own, mix0 * of_skip, inside)
-    _add_to(mix_sums_at + own, of_joined, inside)
-    _add_to(mix_sums_at + SUMS * C + own, of_x0, inside)
-
-
-@triton.jit
-def _add_to(at, value, mask):
-    tl.store(at, tl.load(at, mask) + value, mask)
+        add_to_own(skip_sums_at + own, mix0 * of_skip, inside)
+    add_to_own(mix_sums_at + own, of_joined, inside)
+    add_to_own(mix_sums_at + SUMS * C + own, of_x0, inside)
 
 
 @triton.jit

@@ -54,3 +54,12 @@ def rows_of(block, M, C, ROWS: tl.constexpr, WIDE: tl.constexpr):
     rows = block * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, WIDE)[None, :]
     return rows, rows.to(tl.int64)[:, None] * C + channels, (rows < M)[:, None] & (channels < C)
+
+
+@triton.jit
+def add_to_own(at, value, mask):
+    """Add to a program's own partial sums, where no other program adds.
+
+    Atomically, for a load and a store would take registers that the loop before them needs.
+    """
+    tl.atomic_add(at, value, mask, sem="relaxed")
